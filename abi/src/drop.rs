@@ -1,0 +1,76 @@
+//! Why a packet was dropped: each reason has a number, a name and a sentence, defined here and nowhere else.
+
+macro_rules! reasons {
+    ($($number:literal $variant:ident $name:literal $text:literal;)*) => {
+        /// Why a packet was dropped. The numbers are stable; a new reason takes a new one.
+        #[repr(u8)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub enum DropReason {
+            $(#[doc = $text] $variant = $number,)*
+        }
+
+        impl DropReason {
+            /// All reasons, by number.
+            pub const ALL: &'static [Self] = &[$(Self::$variant,)*];
+
+            /// Name, as in metrics and on the command line.
+            #[must_use]
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$variant => $name,)* }
+            }
+
+            /// What it means, in one sentence.
+            #[must_use]
+            pub const fn text(self) -> &'static str {
+                match self { $(Self::$variant => $text,)* }
+            }
+        }
+    };
+}
+
+reasons! {
+    1 Internal "internal" "A map of the datapath has no entry that it always has: a defect.";
+    2 Truncated "truncated" "The packet is shorter than its headers.";
+    3 UnknownEthertype "unknown_ethertype" "The ethertype is neither IPv4 nor ARP.";
+    4 Ipv6 "ipv6" "IPv6 is not carried yet.";
+    5 VlanTag "vlan_tag" "Pods may not send frames with a VLAN tag.";
+    6 InvalidHeader "invalid_header" "An IP header with a wrong version, header length or total length.";
+    7 IpOptions "ip_options" "IPv4 options are not carried.";
+    8 Fragment "fragment" "IPv4 fragments are not carried yet.";
+    9 UnknownProtocol "unknown_protocol" "The IP protocol is none of TCP, UDP, SCTP and ICMP.";
+    10 IcmpType "icmp_type" "An ICMP type that is neither echo nor an error.";
+    11 IcmpUnrelated "icmp_unrelated" "An ICMP error about a flow that does not exist.";
+    12 SpoofedAddress "spoofed_address" "A pod sent from an address that is not its own.";
+    13 SpoofedMac "spoofed_mac" "A pod sent from a MAC address that is not its own.";
+    14 SpoofedArp "spoofed_arp" "A pod sent an ARP packet with an address that is not its own.";
+    15 UnexpectedArp "unexpected_arp" "An ARP packet other than a pod's request for its gateway.";
+    16 NotForGateway "not_for_gateway" "A pod sent a frame to another MAC address than its gateway's.";
+    17 TunnelPort "tunnel_port" "A pod sent UDP to a node's tunnel port.";
+    18 UnknownDestination "unknown_destination" "No pod and no node has the destination address.";
+    19 UnknownSource "unknown_source" "The node routed a packet to a pod from an address that no pod and no node has.";
+    20 TtlExceeded "ttl_exceeded" "The time to live ran out.";
+    21 EgressDenied "egress_denied" "Policy does not let the sender reach this destination.";
+    22 IngressDenied "ingress_denied" "Policy does not let the receiver be reached by this source.";
+    23 MidStream "mid_stream" "A TCP packet in the middle of a flow that is not tracked and not allowed both ways.";
+    24 ConntrackFull "conntrack_full" "The conntrack map took no new entry.";
+    25 NoTunnelKey "no_tunnel_key" "A packet on the vxlan device without tunnel metadata.";
+    26 UnknownNode "unknown_node" "A vxlan packet from an outer source that is no node of the cluster.";
+    27 WrongNode "wrong_node" "A vxlan packet whose inner source does not live behind the node that sent it.";
+    28 ReservedVni "reserved_vni" "A VNI that no pod may send with.";
+    29 WrongVni "wrong_vni" "A VNI that is not the identity of the inner source.";
+    30 NotLocal "not_local" "A vxlan packet for an address that is no pod of this node.";
+    31 TunnelFailed "tunnel_failed" "The kernel refused the tunnel key.";
+}
+
+/// Elements of the counter map: one more than the highest number.
+pub const DROP_REASONS: u32 = 32;
+
+impl DropReason {
+    /// The reason with this number.
+    #[must_use]
+    pub fn from_number(number: u8) -> Option<Self> {
+        Self::ALL.iter().copied().find(|reason| *reason as u8 == number)
+    }
+}
+
+const _: () = assert!(DropReason::ALL.len() + 1 == DROP_REASONS as usize);

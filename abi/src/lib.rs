@@ -1,0 +1,82 @@
+//! Types shared by the tc programs and hostd: the key and value of every BPF map, once.
+//!
+//! Integers are in host byte order and addresses in network byte order, unless a field says otherwise. Every type that
+//! crosses the border is `repr(C)` without padding, and its size is asserted here, so that neither side can drift.
+//! [`VERSION`] is written beside the pinned maps and checked before they are used again.
+#![cfg_attr(not(feature = "user"), no_std)]
+
+pub mod address;
+pub mod conntrack;
+pub mod drop;
+pub mod endpoint;
+pub mod event;
+pub mod identity;
+pub mod ipcache;
+pub mod node;
+pub mod policy;
+
+pub use address::{Address, AddressKey, Family};
+pub use conntrack::{ConntrackEntry, ConntrackKey};
+pub use drop::DropReason;
+pub use endpoint::Endpoint;
+pub use event::{Event, Hook, Path};
+pub use identity::Identity;
+pub use ipcache::IpcacheEntry;
+pub use node::{NodeConfig, NodeEntry};
+pub use policy::{Direction, PortRule, PortSet};
+
+/// Version of all layouts in this crate. Raise it with every change that an older program would misread.
+pub const VERSION: u32 = 1;
+
+/// Names of the maps in the eBPF object: what hostd asks aya for, and the file names of the pins.
+pub mod map {
+    /// Hash: [`AddressKey`](crate::AddressKey) to [`Endpoint`](crate::Endpoint), the pods of this node.
+    pub const ENDPOINTS: &str = "ENDPOINTS";
+    /// Hash: [`AddressKey`](crate::AddressKey) to [`IpcacheEntry`](crate::IpcacheEntry), every address of the cluster.
+    pub const IPCACHE: &str = "IPCACHE";
+    /// Hash: [`AddressKey`](crate::AddressKey) to [`NodeEntry`](crate::NodeEntry), the underlay address of every node.
+    pub const NODES: &str = "NODES";
+    /// LRU hash: [`ConntrackKey`](crate::ConntrackKey) to [`ConntrackEntry`](crate::ConntrackEntry).
+    pub const CONNTRACK: &str = "CONNTRACK";
+    /// Array of one `u64`: the generation word (see [`policy`](crate::policy)).
+    pub const GENERATION: &str = "GENERATION";
+    /// Array of one [`NodeConfig`](crate::NodeConfig).
+    pub const CONFIG: &str = "CONFIG";
+    /// Arrays of `u64`, four policy cells each, by parity of the generation.
+    pub const POLICY: [&str; 2] = ["POLICY_EVEN", "POLICY_ODD"];
+    /// Arrays of [`PortSet`](crate::PortSet), by parity of the generation.
+    pub const PORT_SETS: [&str; 2] = ["PORT_SETS_EVEN", "PORT_SETS_ODD"];
+    /// Per-CPU array of [`Counter`](crate::event::Counter), by [`DropReason`](crate::DropReason).
+    pub const DROPS: &str = "DROPS";
+    /// Per-CPU array of [`Counter`](crate::event::Counter), by [`Path`](crate::Path).
+    pub const FORWARDED: &str = "FORWARDED";
+    /// Ring buffer of [`Event`](crate::Event).
+    pub const EVENTS: &str = "EVENTS";
+    /// Array of one map: replacing its element makes the kernel wait for a grace period.
+    pub const GRACE: &str = "GRACE";
+}
+
+#[cfg(feature = "user")]
+mod pod {
+    //! What lets aya copy these types in and out of maps.
+
+    macro_rules! pod {
+        ($($type:ty),* $(,)?) => {
+            // SAFETY: each is `repr(C)` or `repr(transparent)`, made of integers alone and without padding (their
+            // sizes are asserted beside them), so that any bytes are a value and every byte is initialised.
+            $(unsafe impl aya::Pod for $type {})*
+        };
+    }
+    pod!(
+        crate::AddressKey,
+        crate::ConntrackEntry,
+        crate::ConntrackKey,
+        crate::Endpoint,
+        crate::Event,
+        crate::IpcacheEntry,
+        crate::NodeConfig,
+        crate::NodeEntry,
+        crate::PortSet,
+        crate::event::Counter,
+    );
+}

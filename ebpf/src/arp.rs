@@ -1,0 +1,51 @@
+//! ARP (RFC 826): pods know one neighbour, their gateway, and the datapath answers for it.
+
+use crate::{
+    forward::Action,
+    maps,
+    parse::{self, Frame},
+};
+use abi::{AddressKey, DropReason};
+use aya_ebpf::programs::TcContext;
+
+/// Ethernet and IPv4, with the length of their addresses; then the operation.
+const REQUEST: [u8; 8] = [0, 1, 8, 0, 6, 4, 0, 1];
+const REPLY: [u8; 8] = [0, 1, 8, 0, 6, 4, 0, 2];
+
+/// An ARP packet behind its ethernet header.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Arp {
+    kind: [u8; 8],
+    sender_mac: [u8; 6],
+    sender: [u8; 4],
+    target_mac: [u8; 6],
+    target: [u8; 4],
+}
+
+/// Turns a pod's request for its gateway into the answer, and sends it back.
+#[inline(always)]
+pub fn answer(ctx: &TcContext, frame: &Frame) -> Result<Action, DropReason> {
+    let request: Arp = parse::read(ctx, parse::ETHERNET_LEN)?;
+    let config = maps::config().ok_or(DropReason::Internal)?;
+    if request.kind != REQUEST || request.target != config.gateway {
+        return Err(DropReason::UnexpectedArp);
+    }
+    // SAFETY: the map is without preallocation, so the element outlives this program run.
+    let pod = unsafe { maps::ENDPOINTS.get(AddressKey::v4(request.sender)) }.ok_or(DropReason::SpoofedArp)?;
+    let ifindex = crate::identify::ifindex(ctx);
+    if pod.ifindex != ifindex || pod.mac != request.sender_mac || pod.mac != frame.source {
+        return Err(DropReason::SpoofedArp);
+    }
+    parse::write(ctx, 0, pod.mac)?;
+    parse::write(ctx, 6, pod.gateway_mac)?;
+    let reply = Arp {
+        kind: REPLY,
+        sender_mac: pod.gateway_mac,
+        sender: request.target,
+        target_mac: request.sender_mac,
+        target: request.sender,
+    };
+    parse::write(ctx, parse::ETHERNET_LEN, reply)?;
+    Ok(Action::AnswerArp { ifindex })
+}

@@ -1,0 +1,228 @@
+//! Connection tracking: which packets belong to a flow that policy has already let open.
+
+use crate::{
+    identify::Party,
+    maps,
+    packet::{Flow, TCP, TCP_FIN, TCP_RST},
+};
+use abi::{
+    ConntrackEntry, ConntrackKey,
+    address::SHARED_SCOPE,
+    conntrack::{
+        FIN_ORIGINAL, FIN_REPLY, OTHER_ASSURED_NS, OTHER_UNREPLIED_NS, Peer, RESET, SECOND, SEEN_REPLY, TCP_CLOSING_NS,
+        TCP_ESTABLISHED_NS, TCP_SYN_NS,
+    },
+};
+use aya_ebpf::{bindings::BPF_ANY, helpers::generated::bpf_ktime_get_ns};
+
+/// Where a packet's flow is found, and which way the packet travels in it.
+pub struct Place {
+    pub key: ConntrackKey,
+    /// 0 where the lower end sent the packet, 1 where the upper end did.
+    pub sender: u32,
+}
+
+/// A flow's entry, copied out of the map.
+#[derive(Clone, Copy)]
+pub struct Tracked {
+    pub entry: ConntrackEntry,
+    /// The packet travels against the direction in which the flow was opened.
+    pub reply: bool,
+}
+
+/// The same for both directions of a flow.
+#[inline(always)]
+pub fn place(flow: &Flow) -> Place {
+    let sender_is_upper = is_above(flow);
+    let mut key = ConntrackKey {
+        lower: flow.source,
+        upper: flow.destination,
+        lower_port: flow.source_port,
+        upper_port: flow.destination_port,
+        scope: SHARED_SCOPE,
+        family: flow.family,
+        protocol: flow.protocol,
+    };
+    if sender_is_upper {
+        key.lower = flow.destination;
+        key.upper = flow.source;
+        key.lower_port = flow.destination_port;
+        key.upper_port = flow.source_port;
+    }
+    Place {
+        key,
+        sender: u32::from(sender_is_upper),
+    }
+}
+
+/// Whether (source, port) is above (destination, port).
+#[inline(always)]
+fn is_above(flow: &Flow) -> bool {
+    let (source, destination) = (
+        u128::from_ne_bytes(flow.source),
+        u128::from_ne_bytes(flow.destination),
+    );
+    if source == destination {
+        flow.source_port > flow.destination_port
+    } else {
+        source > destination
+    }
+}
+
+/// A hash of the key, never zero: what an entry says whose it is. FNV-1a over 64-bit words.
+#[inline(always)]
+fn cookie(key: &ConntrackKey) -> u64 {
+    const PRIME: u64 = 0x0000_0100_0000_01b3;
+    let word = |bytes: &[u8; 16], at: usize| {
+        u64::from_ne_bytes([
+            bytes[at],
+            bytes[at + 1],
+            bytes[at + 2],
+            bytes[at + 3],
+            bytes[at + 4],
+            bytes[at + 5],
+            bytes[at + 6],
+            bytes[at + 7],
+        ])
+    };
+    let ports = u64::from(key.lower_port) << 32 | u64::from(key.upper_port) << 16 | u64::from(key.protocol);
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    for part in [
+        word(&key.lower, 0),
+        word(&key.lower, 8),
+        word(&key.upper, 0),
+        word(&key.upper, 8),
+        ports,
+    ] {
+        hash = (hash ^ part).wrapping_mul(PRIME);
+        hash ^= hash >> 29;
+    }
+    hash | 1
+}
+
+/// The live entry of a flow.
+#[inline(always)]
+pub fn find(place: &Place, now: u64) -> Option<Tracked> {
+    let pointer = maps::CONNTRACK.get_ptr(&place.key)?;
+    let cookie = cookie(&place.key);
+    // SAFETY: the kernel never unmaps an LRU element, it only gives it to another key: the reads are of valid memory.
+    // They are volatile because that may happen at any moment; the cookie, read before and after the copy, tells.
+    let (before, entry, after) = unsafe {
+        (
+            core::ptr::read_volatile(&raw const (*pointer).cookie),
+            core::ptr::read_volatile(pointer),
+            core::ptr::read_volatile(&raw const (*pointer).cookie),
+        )
+    };
+    if before != cookie || after != cookie || entry.expires <= now {
+        return None;
+    }
+    Some(Tracked {
+        entry,
+        reply: entry.originator != place.sender,
+    })
+}
+
+impl Tracked {
+    /// Whether the flow was closed or reset, so that a SYN on it opens another one.
+    #[inline(always)]
+    pub fn is_closed(&self) -> bool {
+        let fins = FIN_ORIGINAL | FIN_REPLY;
+        self.entry.state & RESET != 0 || self.entry.state & fins == fins
+    }
+
+    /// Whether the verdict still holds: same generation, and both addresses mean what they meant.
+    #[inline(always)]
+    pub fn is_current(&self, flow: &Flow, peers: [Peer; 2]) -> bool {
+        self.entry.generation == flow.generation && self.entry.peers[0] == peers[0] && self.entry.peers[1] == peers[1]
+    }
+}
+
+/// The parties as an entry holds them: lower end, upper end.
+#[inline(always)]
+pub fn peers(place: &Place, from: &Party, to: &Party) -> [Peer; 2] {
+    if place.sender == 0 {
+        [from.peer, to.peer]
+    } else {
+        [to.peer, from.peer]
+    }
+}
+
+/// Notes a packet of a flow whose verdict holds.
+#[inline(always)]
+pub fn touch(place: &Place, tracked: &Tracked, flow: &Flow, now: u64) {
+    let state = tracked.entry.state | seen(flow, tracked.reply);
+    let expires = now + lifetime(flow.protocol, state);
+    // A flow at full rate would write the same cache line from every CPU; a second's precision is enough. A packet
+    // that is about the flow (an ICMP error) does not keep it alive.
+    let same_time = expires.wrapping_sub(tracked.entry.expires) < SECOND;
+    if flow.related || (state == tracked.entry.state && same_time) {
+        return;
+    }
+    if let Some(pointer) = maps::CONNTRACK.get_ptr_mut(&place.key) {
+        // SAFETY: the element is valid memory (see `find`). Should it belong to another flow by now, that flow gets
+        // a wrong time-out at worst: neither verdict nor peers are written here.
+        unsafe {
+            core::ptr::write_volatile(&raw mut (*pointer).expires, expires);
+            core::ptr::write_volatile(&raw mut (*pointer).state, state);
+        }
+    }
+}
+
+/// Enters a flow that policy lets open, or renews one that it lets go on. False where the map took no entry.
+#[inline(always)]
+pub fn enter(place: &Place, known: Option<&Tracked>, flow: &Flow, peers: [Peer; 2], now: u64) -> bool {
+    let (reply, state) = known.map_or((false, 0), |tracked| (tracked.reply, tracked.entry.state));
+    let state = state | seen(flow, reply);
+    let entry = ConntrackEntry {
+        cookie: cookie(&place.key),
+        expires: now + lifetime(flow.protocol, state),
+        generation: flow.generation,
+        state,
+        peers,
+        originator: if reply { 1 - place.sender } else { place.sender },
+        zero: 0,
+    };
+    maps::CONNTRACK.insert(&place.key, &entry, u64::from(BPF_ANY)).is_ok()
+}
+
+/// Forgets a flow that policy lets go on no longer.
+#[inline(always)]
+pub fn forget(place: &Place) {
+    // Already gone is as good.
+    let _ = maps::CONNTRACK.remove(&place.key);
+}
+
+/// Time, in nanoseconds of `CLOCK_MONOTONIC`.
+#[inline(always)]
+pub fn now() -> u64 {
+    // SAFETY: the helper has no preconditions.
+    unsafe { bpf_ktime_get_ns() }
+}
+
+#[inline(always)]
+fn seen(flow: &Flow, reply: bool) -> u32 {
+    if flow.related {
+        return 0;
+    }
+    let mut state = if reply { SEEN_REPLY } else { 0 };
+    if flow.protocol == TCP && flow.tcp_flags & TCP_FIN != 0 {
+        state |= if reply { FIN_REPLY } else { FIN_ORIGINAL };
+    }
+    if flow.protocol == TCP && flow.tcp_flags & TCP_RST != 0 {
+        state |= RESET;
+    }
+    state
+}
+
+#[inline(always)]
+fn lifetime(protocol: u8, state: u32) -> u64 {
+    let fins = FIN_ORIGINAL | FIN_REPLY;
+    match (protocol == TCP, state & SEEN_REPLY != 0) {
+        (true, _) if state & RESET != 0 || state & fins == fins => TCP_CLOSING_NS,
+        (true, true) => TCP_ESTABLISHED_NS,
+        (true, false) => TCP_SYN_NS,
+        (false, true) => OTHER_ASSURED_NS,
+        (false, false) => OTHER_UNREPLIED_NS,
+    }
+}

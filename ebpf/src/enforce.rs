@@ -1,0 +1,130 @@
+//! Enforcement: conntrack first, then policy, for the direction in which the flow was opened.
+
+use crate::{
+    conntrack::{self, Tracked},
+    identify::Party,
+    maps,
+    packet::{Flow, TCP},
+};
+use abi::{
+    Direction, DropReason,
+    policy::{CELL_ALLOW, CELL_DENY, CELL_PORT_SET, CELLS_PER_ELEMENT, NOT_ENFORCED, PORT_RULES, cell_index},
+};
+
+/// Lets a packet pass or says why not.
+///
+/// 1. A flow that is tracked, with a verdict that still holds, passes in both directions.
+/// 2. A tracked flow whose verdict is of another generation, or one of whose addresses means something else by now, is
+///    judged again as it was opened. If it may not go on, it is forgotten, and both directions stop.
+/// 3. A SYN against the direction of a flow, or on one that is closed, asks for a new one, and is judged as such.
+/// 4. Anything else opens a flow, if policy lets it. TCP that is no SYN must be allowed both ways, since nobody knows
+///    which end opened it.
+#[inline(always)]
+pub fn admit(flow: &mut Flow, from: &Party, to: &Party) -> Result<(), DropReason> {
+    let place = conntrack::place(flow);
+    let peers = conntrack::peers(&place, from, to);
+    let now = conntrack::now();
+
+    if let Some(tracked) = conntrack::find(&place, now) {
+        if !opens_anew(flow, &tracked) {
+            if tracked.is_current(flow, peers) {
+                conntrack::touch(&place, &tracked, flow, now);
+                return Ok(());
+            }
+            let verdict = if tracked.reply {
+                judge(flow, to, from, flow.source_port)
+            } else {
+                judge(flow, from, to, flow.destination_port)
+            };
+            if verdict.is_err() {
+                conntrack::forget(&place);
+            } else {
+                // Where the map takes no entry the next packet is judged as this one was.
+                conntrack::enter(&place, Some(&tracked), flow, peers, now);
+            }
+            return verdict;
+        }
+    } else if flow.related {
+        return Err(DropReason::IcmpUnrelated);
+    }
+
+    judge(flow, from, to, flow.destination_port)?;
+    if flow.protocol == TCP && !flow.is_syn() {
+        judge(flow, to, from, flow.source_port).map_err(|_| DropReason::MidStream)?;
+    }
+    if !conntrack::enter(&place, None, flow, peers, now) {
+        return Err(DropReason::ConntrackFull);
+    }
+    flow.opened = true;
+    Ok(())
+}
+
+#[inline(always)]
+fn opens_anew(flow: &Flow, tracked: &Tracked) -> bool {
+    !flow.related && flow.is_syn() && (tracked.reply || tracked.is_closed())
+}
+
+/// What policy says of a flow from `from` to `to`, at those ends that this node enforces: egress where the sender is
+/// its pod, ingress where the receiver is.
+#[inline(always)]
+fn judge(flow: &Flow, from: &Party, to: &Party, port: u16) -> Result<(), DropReason> {
+    if !permits(flow, Direction::Egress, from.row, to.column, port) {
+        return Err(DropReason::EgressDenied);
+    }
+    if !permits(flow, Direction::Ingress, to.row, from.column, port) {
+        return Err(DropReason::IngressDenied);
+    }
+    Ok(())
+}
+
+#[inline(always)]
+fn permits(flow: &Flow, direction: Direction, row: u32, column: u32, port: u16) -> bool {
+    row == NOT_ENFORCED
+        || match cell(flow, direction, row, column) {
+            CELL_DENY => false,
+            CELL_ALLOW => true,
+            set => port_set_permits(flow, u32::from(set - CELL_PORT_SET), u16::from_be(port)),
+        }
+}
+
+#[inline(always)]
+fn cell(flow: &Flow, direction: Direction, row: u32, column: u32) -> u16 {
+    let (rows, columns) = maps::policy_shape();
+    if row >= rows || column >= columns {
+        return CELL_DENY;
+    }
+    let index = cell_index(direction, row, column, rows, columns);
+    let element = index / CELLS_PER_ELEMENT;
+    let pointer = if flow.parity() == 0 {
+        maps::POLICY_EVEN.get_ptr(element)
+    } else {
+        maps::POLICY_ODD.get_ptr(element)
+    };
+    pointer.map_or(CELL_DENY, |word| {
+        // SAFETY: an element of an array map is there as long as the program. hostd writes cells while programs run;
+        // a volatile read of an aligned word sees each cell as it was before or after.
+        let word = unsafe { core::ptr::read_volatile(word) };
+        (word >> ((index % CELLS_PER_ELEMENT) * 16)) as u16
+    })
+}
+
+#[inline(always)]
+fn port_set_permits(flow: &Flow, index: u32, port: u16) -> bool {
+    let set = if flow.parity() == 0 {
+        maps::PORT_SETS_EVEN.get(index)
+    } else {
+        maps::PORT_SETS_ODD.get(index)
+    };
+    let Some(set) = set else { return false };
+    // Only TCP, UDP and SCTP have ports; an ICMP echo's identifier is none.
+    let port = if flow.protocol == crate::packet::ICMP { 0 } else { port };
+    for index in 0..PORT_RULES {
+        if index as u32 >= set.len {
+            return false;
+        }
+        if set.rules[index].contains(flow.protocol, port) {
+            return true;
+        }
+    }
+    false
+}

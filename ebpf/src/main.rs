@@ -1,0 +1,91 @@
+//! The tc programs. Entry points only dispatch: each runs its stages in order and hands the outcome to [`verdict`].
+#![no_std]
+#![no_main]
+
+mod arp;
+mod conntrack;
+mod enforce;
+mod forward;
+mod identify;
+mod maps;
+mod packet;
+mod parse;
+mod verdict;
+
+use abi::{DropReason, Hook};
+use aya_ebpf::{macros::classifier, programs::TcContext};
+use forward::Action;
+use packet::Flow;
+
+/// tc ingress of a pod's host veth: what the pod sends.
+#[classifier]
+pub fn from_pod(ctx: TcContext) -> i32 {
+    let mut flow = Flow::new();
+    let outcome = pod_sends(&ctx, &mut flow);
+    verdict::act(&ctx, Hook::FromPod, &flow, outcome)
+}
+
+#[inline(always)]
+fn pod_sends(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReason> {
+    let frame = parse::frame(ctx)?;
+    if frame.ethertype == parse::ETHERTYPE_ARP {
+        return arp::answer(ctx, &frame);
+    }
+    parse::ipv4(ctx, &frame, flow)?;
+    let sender = identify::sending_pod(ctx, &frame, flow)?;
+    let receiver = identify::receiver(flow)?;
+    enforce::admit(flow, &sender.party, &receiver.party)?;
+    forward::deliver(ctx, sender.party.identity, &receiver)
+}
+
+/// tc ingress of the vxlan device: what other nodes send.
+#[classifier]
+pub fn from_overlay(ctx: TcContext) -> i32 {
+    let mut flow = Flow::new();
+    let outcome = overlay_delivers(&ctx, &mut flow);
+    verdict::act(&ctx, Hook::FromOverlay, &flow, outcome)
+}
+
+#[inline(always)]
+fn overlay_delivers(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReason> {
+    let outer = identify::outer_source(ctx)?;
+    let frame = parse::frame(ctx)?;
+    parse::ipv4(ctx, &frame, flow)?;
+    let sender = identify::remote_sender(flow, &outer)?;
+    let receiver = identify::local_receiver(flow)?;
+    enforce::admit(flow, &sender, &receiver.party)?;
+    forward::from_overlay(ctx, &receiver)
+}
+
+/// tc egress of a pod's host veth: what the node's own stack sends or routes to the pod. What the programs deliver
+/// themselves does not pass here: `bpf_redirect_peer` goes straight into the pod.
+#[classifier]
+pub fn to_pod(ctx: TcContext) -> i32 {
+    let mut flow = Flow::new();
+    let outcome = node_sends(&ctx, &mut flow);
+    verdict::act(&ctx, Hook::ToPod, &flow, outcome)
+}
+
+#[inline(always)]
+fn node_sends(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReason> {
+    let frame = parse::frame(ctx)?;
+    if frame.ethertype == parse::ETHERTYPE_ARP {
+        return Err(DropReason::UnexpectedArp);
+    }
+    parse::ipv4(ctx, &frame, flow)?;
+    let sender = identify::node_or_routed(ctx, flow)?;
+    let receiver = identify::local_receiver(flow)?;
+    enforce::admit(flow, &sender, &receiver.party)?;
+    Ok(Action::IntoPod)
+}
+
+/// The programs cannot panic: every path that would is one that the verifier refuses.
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+/// Helpers such as `bpf_ktime_get_coarse_ns` are for programs under the GPL (`kernel/bpf/verifier.c`).
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 4] = *b"GPL\0";

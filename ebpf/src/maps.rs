@@ -1,0 +1,94 @@
+//! The maps and the constants that hostd sets before the programs are loaded. Names are in [`abi::map`].
+
+use abi::{
+    AddressKey, ConntrackEntry, ConntrackKey, Endpoint, Event, IpcacheEntry, NodeConfig, NodeEntry, PortSet,
+    drop::DROP_REASONS,
+    event::{Counter, PATHS},
+};
+use aya_ebpf::{
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
+    btf_maps::{Array, ArrayOfMaps, HashMap, LruHashMap, PerCpuArray, RingBuf},
+    macros::btf_map,
+};
+
+const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
+
+/// Elements of a hash without preallocation are freed only after a grace period. A preallocated one hands them to the
+/// next key at once, under the eyes of a program that still reads them.
+const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
+
+// Numbers of entries are placeholders where hostd sets them from its configuration.
+
+#[btf_map]
+pub static ENDPOINTS: HashMap<AddressKey, Endpoint, 1024, NO_PREALLOC> = HashMap::new();
+#[btf_map]
+pub static IPCACHE: HashMap<AddressKey, IpcacheEntry, 65536, NO_PREALLOC> = HashMap::new();
+#[btf_map]
+pub static NODES: HashMap<AddressKey, NodeEntry, 8192, NO_PREALLOC> = HashMap::new();
+#[btf_map]
+pub static CONNTRACK: LruHashMap<ConntrackKey, ConntrackEntry, 131_072> = LruHashMap::new();
+#[btf_map]
+pub static GENERATION: Array<u64, 1, MMAPABLE> = Array::new();
+#[btf_map]
+pub static CONFIG: Array<NodeConfig, 1> = Array::new();
+#[btf_map]
+pub static POLICY_EVEN: Array<u64, 1024, MMAPABLE> = Array::new();
+#[btf_map]
+pub static POLICY_ODD: Array<u64, 1024, MMAPABLE> = Array::new();
+#[btf_map]
+pub static PORT_SETS_EVEN: Array<PortSet, 1024> = Array::new();
+#[btf_map]
+pub static PORT_SETS_ODD: Array<PortSet, 1024> = Array::new();
+#[btf_map]
+pub static DROPS: PerCpuArray<Counter, { DROP_REASONS as usize }> = PerCpuArray::new();
+#[btf_map]
+pub static FORWARDED: PerCpuArray<Counter, { PATHS as usize }> = PerCpuArray::new();
+#[btf_map]
+pub static EVENTS: RingBuf<Event, { 256 * 1024 }> = RingBuf::new();
+#[btf_map]
+pub static GRACE: ArrayOfMaps<Array<u32, 1>, 1> = ArrayOfMaps::new();
+
+/// Rows of one direction of the policy matrix.
+#[unsafe(no_mangle)]
+static POLICY_ROWS: u32 = 0;
+/// Columns of the policy matrix.
+#[unsafe(no_mangle)]
+static POLICY_COLUMNS: u32 = 0;
+/// 1: the programs leave what they decided in `skb->cb`, for the packet table tests.
+#[unsafe(no_mangle)]
+static RECORD_ACTION: u32 = 0;
+
+#[inline(always)]
+fn constant(value: &'static u32) -> u32 {
+    // SAFETY: a reference is valid to read. The read is volatile because hostd writes another value into the object
+    // before it is loaded, which the compiler must not assume away.
+    unsafe { core::ptr::read_volatile(value) }
+}
+
+/// Rows and columns of the policy matrix.
+#[inline(always)]
+pub fn policy_shape() -> (u32, u32) {
+    (constant(&POLICY_ROWS), constant(&POLICY_COLUMNS))
+}
+
+/// Whether the packet table tests want to see the action.
+#[inline(always)]
+pub fn record_action() -> bool {
+    constant(&RECORD_ACTION) != 0
+}
+
+/// This node's settings.
+#[inline(always)]
+pub fn config() -> Option<&'static NodeConfig> {
+    CONFIG.get(0)
+}
+
+/// The generation in force. A packet asks once.
+#[inline(always)]
+pub fn generation() -> u32 {
+    // SAFETY: the pointer is to an element of an array map, which is there as long as the program. hostd writes it
+    // while programs run; a volatile read of an aligned word sees the old value or the new one.
+    GENERATION
+        .get_ptr(0)
+        .map_or(0, |word| unsafe { core::ptr::read_volatile(word) } as u32)
+}

@@ -1,0 +1,69 @@
+//! What the stages learn of a packet, in the order in which they learn it.
+
+use abi::{Identity, address::Address};
+
+/// A packet's flow, and what is reported of it.
+#[derive(Clone, Copy)]
+pub struct Flow {
+    /// Generation in force when the packet arrived; selects policy and identities for its whole way.
+    pub generation: u32,
+    /// Source and destination, as in the packet. An ICMP error has those of the flow that it is about, turned round:
+    /// it travels as that flow's replies do.
+    pub source: Address,
+    pub destination: Address,
+    /// In network byte order; an ICMP echo has its identifier in both.
+    pub source_port: u16,
+    pub destination_port: u16,
+    pub family: u8,
+    pub protocol: u8,
+    /// TCP flags, or zero.
+    pub tcp_flags: u8,
+    /// An ICMP error: it passes only with the flow that it is about.
+    pub related: bool,
+    /// The packet opened a flow.
+    pub opened: bool,
+    pub from: Identity,
+    pub to: Identity,
+}
+
+pub const TCP_FIN: u8 = 0x01;
+pub const TCP_SYN: u8 = 0x02;
+pub const TCP_RST: u8 = 0x04;
+pub const TCP_ACK: u8 = 0x10;
+
+pub const ICMP: u8 = 1;
+pub const TCP: u8 = 6;
+pub const UDP: u8 = 17;
+pub const SCTP: u8 = 132;
+
+impl Flow {
+    #[inline(always)]
+    pub fn new() -> Self {
+        Self {
+            generation: crate::maps::generation(),
+            source: [0; 16],
+            destination: [0; 16],
+            source_port: 0,
+            destination_port: 0,
+            family: 0,
+            protocol: 0,
+            tcp_flags: 0,
+            related: false,
+            opened: false,
+            from: Identity::NONE,
+            to: Identity::NONE,
+        }
+    }
+
+    /// Which element of a pair is in force.
+    #[inline(always)]
+    pub fn parity(&self) -> usize {
+        (self.generation & 1) as usize
+    }
+
+    /// A TCP packet that asks for a new connection.
+    #[inline(always)]
+    pub fn is_syn(&self) -> bool {
+        self.protocol == TCP && self.tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST) == TCP_SYN
+    }
+}

@@ -1,0 +1,125 @@
+//! Verdicts: the only place that turns an outcome into a tc action, counts it and reports it.
+
+use crate::{
+    forward::Action,
+    identify,
+    maps::{self, DROPS, EVENTS, FORWARDED},
+    packet::Flow,
+};
+use abi::{
+    DropReason, Event, Hook, Path,
+    event::{ALLOWED, Counter},
+    node::{REPORT_DROPS, REPORT_FLOWS},
+};
+use aya_ebpf::{
+    bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC},
+    helpers::generated::{bpf_redirect, bpf_redirect_peer},
+    programs::TcContext,
+};
+
+/// Carries out an outcome.
+#[inline(always)]
+pub fn act(ctx: &TcContext, hook: Hook, flow: &Flow, outcome: Result<Action, DropReason>) -> i32 {
+    match outcome {
+        Ok(action) => {
+            let path = path(action);
+            count(FORWARDED.get_ptr_mut(path as u32), ctx.len());
+            if flow.opened {
+                report(ctx, hook, flow, REPORT_FLOWS, ALLOWED, path as u8);
+            }
+            record(ctx, action);
+            carry_out(action)
+        }
+        Err(reason) => {
+            count(DROPS.get_ptr_mut(reason as u32), ctx.len());
+            report(ctx, hook, flow, REPORT_DROPS, reason as u8, 0);
+            TC_ACT_SHOT
+        }
+    }
+}
+
+/// What is for the node or comes from it goes on to whatever else is attached to the hook (`TC_ACT_UNSPEC`).
+#[inline(always)]
+fn carry_out(action: Action) -> i32 {
+    // SAFETY: the helpers only note the target; they have no preconditions.
+    unsafe {
+        match action {
+            Action::Local { ifindex } | Action::Overlay { ifindex } | Action::AnswerArp { ifindex } => {
+                bpf_redirect_peer(ifindex, 0) as i32
+            }
+            Action::Encap { ifindex } => bpf_redirect(ifindex, 0) as i32,
+            Action::ToHost | Action::IntoPod => TC_ACT_UNSPEC,
+        }
+    }
+}
+
+#[inline(always)]
+fn path(action: Action) -> Path {
+    match action {
+        Action::Local { .. } => Path::Local,
+        Action::Overlay { .. } => Path::Overlay,
+        Action::AnswerArp { .. } => Path::ArpReply,
+        Action::Encap { .. } => Path::Encap,
+        Action::ToHost => Path::ToHost,
+        Action::IntoPod => Path::FromHost,
+    }
+}
+
+#[inline(always)]
+fn count(counter: Option<*mut Counter>, length: u32) {
+    if let Some(counter) = counter {
+        // SAFETY: an element of a per-CPU array is there as long as the program, and only this CPU writes it.
+        unsafe {
+            (*counter).packets += 1;
+            (*counter).bytes += u64::from(length);
+        }
+    }
+}
+
+/// Reports to whoever watches. Where the ring buffer is full the report is lost; the counters are not.
+#[inline(always)]
+fn report(ctx: &TcContext, hook: Hook, flow: &Flow, wanted: u32, reason: u8, path: u8) {
+    if maps::config().is_none_or(|config| config.report & wanted == 0) {
+        return;
+    }
+    let Some(mut slot) = EVENTS.reserve(0) else { return };
+    slot.write(Event {
+        time: crate::conntrack::now(),
+        source: flow.source,
+        destination: flow.destination,
+        from: flow.from,
+        to: flow.to,
+        ifindex: identify::ifindex(ctx),
+        length: ctx.len(),
+        generation: flow.generation,
+        source_port: u16::from_be(flow.source_port),
+        destination_port: u16::from_be(flow.destination_port),
+        family: flow.family,
+        protocol: flow.protocol,
+        hook: hook as u8,
+        reason,
+        path,
+        zero: [0; 3],
+    });
+    slot.submit(0);
+}
+
+/// Leaves path and target in `skb->cb`, where a test run hands them back. Compiled away by the verifier otherwise.
+#[inline(always)]
+fn record(ctx: &TcContext, action: Action) {
+    if !maps::record_action() {
+        return;
+    }
+    let ifindex = match action {
+        Action::Local { ifindex }
+        | Action::Overlay { ifindex }
+        | Action::AnswerArp { ifindex }
+        | Action::Encap { ifindex } => ifindex,
+        Action::ToHost | Action::IntoPod => 0,
+    };
+    // SAFETY: the context is the kernel's `__sk_buff`, whose `cb` a tc program may write.
+    unsafe {
+        (*ctx.skb.skb).cb[0] = path(action) as u32 + 1;
+        (*ctx.skb.skb).cb[1] = ifindex;
+    }
+}

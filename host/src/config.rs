@@ -1,0 +1,363 @@
+//! The node's configuration: a TOML file, every key of which is documented in `node.example.toml`.
+
+use ipnet::IpNet;
+use serde::Deserialize;
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+/// The configuration of one node.
+#[derive(Clone, Debug, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Name of the node, unique in the cluster.
+    pub node: String,
+    /// Address that other nodes reach this one at. It must be on one of the node's interfaces.
+    pub underlay: Ipv4Addr,
+    /// Where pods get their addresses from; every address is usable.
+    pub pod_cidrs: Vec<IpNet>,
+    /// Where the cluster's state is: `file:FOLDER`.
+    pub store: String,
+    /// What this node keeps across restarts.
+    #[serde(default = "defaults::state_dir")]
+    pub state_dir: PathBuf,
+    /// The control socket.
+    #[serde(default = "defaults::socket")]
+    pub socket: PathBuf,
+    /// Folder for pins; hostd mounts a bpffs on it unless it is inside one.
+    #[serde(default = "defaults::bpffs")]
+    pub bpffs: PathBuf,
+    /// How the programs are attached.
+    #[serde(default)]
+    pub attach: Attach,
+    /// How an identity's 24 bits are laid out.
+    #[serde(default)]
+    pub vni: Vni,
+    /// When a node is stale, and when it is gone.
+    #[serde(default)]
+    pub lease: Lease,
+    /// Limits of policy modules.
+    #[serde(default)]
+    pub wasm: Wasm,
+    /// Sizes of the BPF maps.
+    #[serde(default)]
+    pub maps: Maps,
+}
+
+/// How the programs are attached.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum Attach {
+    /// tcx where the kernel has it, clsact elsewhere.
+    #[default]
+    Auto,
+    /// tcx links (Linux 6.6 and later).
+    Tcx,
+    /// Filters on the clsact qdisc.
+    Clsact,
+}
+
+/// How an identity's 24 bits are laid out. The same on all nodes.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields, default)]
+pub struct Vni {
+    /// High bits that hold the tenant, 1 to 16. The others hold the number within the tenant.
+    pub tenant_bits: u32,
+}
+
+impl Default for Vni {
+    fn default() -> Self {
+        Self { tenant_bits: 8 }
+    }
+}
+
+/// When a node is stale, and when it is gone.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields, default)]
+pub struct Lease {
+    /// A node that has not renewed its lease for this many seconds is shown as stale.
+    pub ttl_seconds: u64,
+    /// A node that has been stale for this many seconds is removed with its pods. 0: never.
+    pub grace_seconds: u64,
+}
+
+impl Default for Lease {
+    fn default() -> Self {
+        Self {
+            ttl_seconds: 15,
+            grace_seconds: 86400,
+        }
+    }
+}
+
+impl Lease {
+    /// Time to live of the lease.
+    #[must_use]
+    pub const fn ttl(&self) -> Duration {
+        Duration::from_secs(self.ttl_seconds)
+    }
+}
+
+/// Limits of policy modules.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields, default)]
+pub struct Wasm {
+    /// Size of a module, in bytes.
+    pub max_module_bytes: usize,
+    /// Time to compile a module, in milliseconds.
+    pub compile_ms: u64,
+    /// Memory for compiling a module, in mebibytes.
+    pub compile_memory_mib: u64,
+    /// Time for all that one load or one change asks of a module, in milliseconds.
+    pub evaluate_ms: u64,
+    /// Memory of a module, in mebibytes.
+    pub memory_mib: usize,
+    /// Fuel for one call; one unit is about one wasm instruction.
+    pub fuel_per_call: u64,
+}
+
+impl Default for Wasm {
+    fn default() -> Self {
+        Self {
+            max_module_bytes: 16 << 20,
+            compile_ms: 1000,
+            compile_memory_mib: 1024,
+            evaluate_ms: 700,
+            memory_mib: 64,
+            fuel_per_call: 100_000_000,
+        }
+    }
+}
+
+/// Sizes of the BPF maps, as numbers of entries.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields, default)]
+pub struct Maps {
+    /// Pods on this node.
+    pub endpoints: u32,
+    /// Addresses in the cluster.
+    pub addresses: u32,
+    /// Identities in the cluster: columns of the policy matrix.
+    pub identities: u32,
+    /// Identities of this node's pods: rows of the policy matrix.
+    pub local_identities: u32,
+    /// Different port sets.
+    pub port_sets: u32,
+    /// Tracked flows.
+    pub conntrack: u32,
+}
+
+impl Default for Maps {
+    fn default() -> Self {
+        Self {
+            endpoints: 512,
+            addresses: 65536,
+            identities: 4096,
+            local_identities: 256,
+            port_sets: 1024,
+            conntrack: 131_072,
+        }
+    }
+}
+
+mod defaults {
+    use std::path::PathBuf;
+
+    pub fn state_dir() -> PathBuf {
+        "/var/lib/wasmgate".into()
+    }
+    pub fn socket() -> PathBuf {
+        super::DEFAULT_SOCKET.into()
+    }
+    pub fn bpffs() -> PathBuf {
+        "/sys/fs/bpf/wasmgate".into()
+    }
+}
+
+/// Where hostd listens, and its commands look for it, unless told otherwise.
+pub const DEFAULT_SOCKET: &str = "/run/wasmgate/hostd.sock";
+
+/// Why a configuration was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file can't be read.
+    #[error("{path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// No TOML, a key that is unknown or missing, or a value of the wrong type.
+    #[error("{path}: {source}")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// What and where, as the parser says it.
+        source: Box<toml::de::Error>,
+    },
+    /// A value that makes no sense.
+    #[error("{path}: `{key}`: {problem}")]
+    Value {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: &'static str,
+        /// What is wrong, and what would be right.
+        problem: String,
+    },
+}
+
+impl Config {
+    /// Reads and checks a configuration file.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong, in which file, at which key or line.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        Self::parse(&text, path)
+    }
+
+    fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let config: Self = toml::from_str(text).map_err(|source| ConfigError::Parse {
+            path: path.to_owned(),
+            source: Box::new(source),
+        })?;
+        config.check().map_err(|(key, problem)| ConfigError::Value {
+            path: path.to_owned(),
+            key,
+            problem,
+        })?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), (&'static str, String)> {
+        crate::endpoint::check_name(&self.node).map_err(|problem| ("node", problem))?;
+        if self.underlay.is_unspecified() || self.underlay.is_loopback() || self.underlay.is_multicast() {
+            return Err(("underlay", format!("{} is no address of a node", self.underlay)));
+        }
+        if self.pod_cidrs.is_empty() {
+            return Err(("pod_cidrs", "give at least one, such as [\"10.1.0.0/24\"]".into()));
+        }
+        for (index, cidr) in self.pod_cidrs.iter().enumerate() {
+            self.check_cidr(index, cidr).map_err(|problem| ("pod_cidrs", problem))?;
+        }
+        if !(1..=16).contains(&self.vni.tenant_bits) {
+            let problem = format!("{} is not between 1 and 16", self.vni.tenant_bits);
+            return Err(("vni.tenant_bits", problem));
+        }
+        if self.lease.ttl_seconds == 0 {
+            return Err(("lease.ttl_seconds", "must be 1 or more".into()));
+        }
+        for (key, value, least, most) in [
+            ("maps.endpoints", self.maps.endpoints, 1, 65536),
+            ("maps.addresses", self.maps.addresses, 16, 1 << 22),
+            ("maps.identities", self.maps.identities, 64, 65536),
+            ("maps.local_identities", self.maps.local_identities, 2, 4096),
+            ("maps.port_sets", self.maps.port_sets, 1, 65533),
+            ("maps.conntrack", self.maps.conntrack, 1024, 1 << 24),
+        ] {
+            if !(least..=most).contains(&value) {
+                return Err((key, format!("{value} is not between {least} and {most}")));
+            }
+        }
+        if !self.store.starts_with("file:/") {
+            let problem = format!("`{}` is not `file:` and an absolute path", self.store);
+            return Err(("store", problem));
+        }
+        Ok(())
+    }
+
+    fn check_cidr(&self, index: usize, cidr: &IpNet) -> Result<(), String> {
+        if matches!(cidr, IpNet::V6(_)) {
+            return Err(format!("{cidr}: IPv6 is not carried yet; give IPv4 CIDRs"));
+        }
+        if cidr.contains(&IpAddr::V4(self.underlay)) {
+            return Err(format!("{cidr} contains the node's own address {}", self.underlay));
+        }
+        let overlaps = |other: &&IpNet| other.contains(&cidr.network()) || cidr.contains(&other.network());
+        match self.pod_cidrs[..index].iter().find(overlaps) {
+            Some(other) => Err(format!("{cidr} overlaps {other}")),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Config;
+    use std::path::Path;
+
+    fn parse(text: &str) -> Result<Config, String> {
+        Config::parse(text, Path::new("node.toml")).map_err(|error| error.to_string())
+    }
+
+    const GOOD: &str = r#"
+        node = "a"
+        underlay = "192.0.2.1"
+        pod_cidrs = ["10.1.0.0/24"]
+        store = "file:/var/lib/wasmgate/cluster"
+    "#;
+
+    #[test]
+    fn four_keys_are_enough() {
+        let config = parse(GOOD).unwrap();
+        assert_eq!(config.node, "a");
+        assert_eq!(config.vni.tenant_bits, 8);
+    }
+
+    #[test]
+    fn the_example_shows_every_default() {
+        let example = include_str!("../node.example.toml");
+        let uncommented: String = example
+            .lines()
+            .map(|line| match line.strip_prefix("#:") {
+                Some(key) => format!("{key}\n"),
+                None => format!("{line}\n"),
+            })
+            .collect();
+        let plain = parse(example).unwrap();
+        assert_eq!(parse(&uncommented).unwrap(), plain, "a default in node.example.toml is not the default");
+        // Every key of every table is there.
+        for key in [
+            "state_dir", "socket", "bpffs", "attach", "tenant_bits", "ttl_seconds", "grace_seconds",
+            "max_module_bytes", "compile_ms", "compile_memory_mib", "evaluate_ms", "memory_mib", "fuel_per_call",
+            "endpoints", "addresses", "identities", "local_identities", "port_sets", "conntrack",
+        ] {
+            assert!(example.contains(&format!("#:{key} = ")), "node.example.toml does not show `{key}`");
+        }
+    }
+
+    #[test]
+    fn wrong_values_are_named() {
+        for (text, expected) in [
+            ("nod = 1", "unknown field `nod`"),
+            ("[vni]\ntenant_bits = 17", "`vni.tenant_bits`: 17 is not between 1 and 16"),
+            ("[vni]\ntenant_bits = \"x\"", "invalid type"),
+            ("[lease]\nttl_seconds = 0", "lease.ttl_seconds"),
+            ("[maps]\nidentities = 1", "`maps.identities`: 1 is not between"),
+            ("attach = \"xdp\"", "unknown variant `xdp`"),
+        ] {
+            let error = parse(&format!("{GOOD}\n{text}")).unwrap_err();
+            assert!(error.contains(expected) && error.contains("node.toml"), "{text}: {error}");
+        }
+        for (from, to, expected) in [
+            ("192.0.2.1", "127.0.0.1", "`underlay`"),
+            ("192.0.2.1", "10.1.0.9", "contains the node's own address"),
+            ("\"10.1.0.0/24\"", "\"10.1.0.0/24\", \"10.1.0.128/25\"", "overlaps"),
+            ("\"10.1.0.0/24\"", "", "`pod_cidrs`: give at least one"),
+            ("\"10.1.0.0/24\"", "\"fd00::/64\"", "IPv6"),
+            ("file:/", "etcd:/", "`store`"),
+            ("node = \"a\"", "node = \"a/b\"", "`node`"),
+        ] {
+            let error = parse(&GOOD.replace(from, to)).unwrap_err();
+            assert!(error.contains(expected), "{to}: {error}");
+        }
+    }
+}

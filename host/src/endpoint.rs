@@ -1,0 +1,263 @@
+//! Pods of this node: their names, their addresses, and what is kept of them on disk.
+
+use crate::{
+    codec,
+    store::{StoreError, records::PodRecord},
+};
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
+
+/// A pod of this node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LocalEndpoint {
+    /// The pod, as the cluster knows it.
+    pub pod: PodRecord,
+    /// Its network namespace.
+    pub netns: PathBuf,
+    /// Name of the host's end of the veth pair.
+    pub interface: String,
+}
+
+/// Longest name of a node, namespace or pod: a DNS label's (RFC 1123, section 2.1), as in Kubernetes.
+const MAX_NAME: usize = 63;
+
+/// Checks the name of a node, a namespace or a pod.
+///
+/// # Errors
+///
+/// What is wrong with it.
+pub fn check_name(name: &str) -> Result<(), String> {
+    let fits = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == '.';
+    if name.is_empty() || name.len() > MAX_NAME {
+        return Err(format!("{name:?} has {} bytes; a name has 1 to {MAX_NAME}", name.len()));
+    }
+    let edges = [name.chars().next(), name.chars().next_back()];
+    if !name.chars().all(fits) || edges.iter().flatten().any(|c| !c.is_ascii_alphanumeric()) {
+        return Err(format!(
+            "{name:?}: a name has lower-case letters, digits, `-` and `.`, and begins and ends with a letter or digit"
+        ));
+    }
+    Ok(())
+}
+
+/// Labels of a pod at the most.
+const MAX_LABELS: usize = 64;
+/// Bytes of a label's key at the most: prefix, slash and name (Kubernetes, "Labels and Selectors").
+const MAX_KEY: usize = 253 + 1 + 63;
+
+/// Checks a pod's labels.
+///
+/// # Errors
+///
+/// Which label is wrong, and why.
+pub fn check_labels(labels: &BTreeMap<String, String>) -> Result<(), String> {
+    if labels.len() > MAX_LABELS {
+        return Err(format!("{} labels; a pod has at most {MAX_LABELS}", labels.len()));
+    }
+    for (key, value) in labels {
+        if key.is_empty() || key.len() > MAX_KEY || key.chars().any(|c| c.is_control() || c.is_whitespace()) {
+            return Err(format!("label {key:?}: a key has 1 to {MAX_KEY} bytes and no white space"));
+        }
+        if value.len() > MAX_NAME || value.chars().any(char::is_control) {
+            return Err(format!("label {key}={value:?}: a value has at most {MAX_NAME} bytes"));
+        }
+    }
+    Ok(())
+}
+
+/// Name of the host's end of a pod's veth pair: 15 bytes, the most that an interface's name can have.
+#[must_use]
+pub fn interface_name(namespace: &str, name: &str) -> String {
+    let digest = Sha256::digest(format!("{namespace}/{name}").as_bytes());
+    let hex: String = digest.iter().take(6).map(|byte| format!("{byte:02x}")).collect();
+    format!("wg-{hex}")
+}
+
+/// Why a pod got no address.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AddressError {
+    /// Asked for one that is not this node's.
+    #[error("{address} is in none of this node's pod CIDRs ({cidrs})")]
+    Foreign {
+        /// The address.
+        address: IpAddr,
+        /// The CIDRs.
+        cidrs: String,
+    },
+    /// Asked for one that is taken.
+    #[error("{address} belongs to {owner} already")]
+    Taken {
+        /// The address.
+        address: IpAddr,
+        /// Whose it is.
+        owner: String,
+    },
+    /// Nothing left.
+    #[error("every address of this node's pod CIDRs ({cidrs}) is taken; add a CIDR or delete pods")]
+    Full {
+        /// The CIDRs.
+        cidrs: String,
+    },
+}
+
+/// Finds the address for a pod: the one that was asked for, or the first free one.
+///
+/// # Errors
+///
+/// Where that one is foreign or taken, or none is free.
+pub fn choose_address(
+    cidrs: &[IpNet],
+    asked: Option<IpAddr>,
+    owner: impl Fn(IpAddr) -> Option<String>,
+) -> Result<IpAddr, AddressError> {
+    let names = || cidrs.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+    if let Some(address) = asked {
+        if !cidrs.iter().any(|cidr| cidr.contains(&address)) {
+            return Err(AddressError::Foreign {
+                address,
+                cidrs: names(),
+            });
+        }
+        return match owner(address) {
+            Some(owner) => Err(AddressError::Taken { address, owner }),
+            None => Ok(address),
+        };
+    }
+    cidrs
+        .iter()
+        .flat_map(every_address)
+        .find(|address| owner(*address).is_none())
+        .ok_or_else(|| AddressError::Full { cidrs: names() })
+}
+
+/// All addresses of a CIDR, the first and the last included: no broadcast domain gives them a meaning of their own.
+fn every_address(cidr: &IpNet) -> Box<dyn Iterator<Item = IpAddr>> {
+    match cidr {
+        IpNet::V4(v4) => {
+            let range = u32::from(v4.network())..=u32::from(v4.broadcast());
+            Box::new(range.map(|address| IpAddr::V4(address.into())))
+        }
+        IpNet::V6(v6) => {
+            let range = u128::from(v6.network())..=u128::from(v6.broadcast());
+            Box::new(range.map(|address| IpAddr::V6(address.into())))
+        }
+    }
+}
+
+/// The file that keeps a node's endpoints across restarts.
+#[derive(Clone, Debug)]
+pub struct EndpointFile(PathBuf);
+
+impl EndpointFile {
+    /// The file in a node's state folder, which is made where it is missing.
+    ///
+    /// # Errors
+    ///
+    /// Where the folder can't be made.
+    pub fn open(state_dir: &Path) -> io::Result<Self> {
+        fs::create_dir_all(state_dir)?;
+        Ok(Self(state_dir.join("endpoints")))
+    }
+
+    /// What was saved last; nothing where there is no file.
+    ///
+    /// # Errors
+    ///
+    /// Where the file can't be read, or is torn or foreign.
+    pub fn load(&self) -> Result<Vec<LocalEndpoint>, StoreError> {
+        match fs::read(&self.0) {
+            Ok(bytes) => codec::decode(&bytes).map_err(|source| StoreError::Content {
+                file: self.0.display().to_string(),
+                source,
+            }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(source) => Err(StoreError::Io {
+                what: format!("read {}", self.0.display()),
+                source,
+            }),
+        }
+    }
+
+    /// Replaces the file.
+    ///
+    /// # Errors
+    ///
+    /// Where it can't be written.
+    pub fn save<'a>(&self, endpoints: impl Iterator<Item = &'a LocalEndpoint>) -> Result<(), StoreError> {
+        let endpoints: Vec<&LocalEndpoint> = endpoints.collect();
+        let bytes = codec::encode(&endpoints).map_err(|source| StoreError::Content {
+            file: self.0.display().to_string(),
+            source,
+        })?;
+        crate::store::replace_file(&self.0, &bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{AddressError, check_labels, check_name, choose_address, interface_name};
+    use ipnet::IpNet;
+    use std::{collections::BTreeMap, net::IpAddr};
+
+    fn cidrs() -> Vec<IpNet> {
+        vec!["10.0.0.0/31".parse().unwrap(), "10.9.0.7/32".parse().unwrap()]
+    }
+
+    #[test]
+    fn every_address_of_every_cidr_is_used_then_it_is_full() {
+        let mut taken: Vec<IpAddr> = Vec::new();
+        for expected in ["10.0.0.0", "10.0.0.1", "10.9.0.7"] {
+            let address = choose_address(&cidrs(), None, |a| taken.contains(&a).then(String::new)).unwrap();
+            assert_eq!(address.to_string(), expected);
+            taken.push(address);
+        }
+        let error = choose_address(&cidrs(), None, |a| taken.contains(&a).then(String::new)).unwrap_err();
+        assert!(error.to_string().contains("10.0.0.0/31, 10.9.0.7/32"), "{error}");
+    }
+
+    #[test]
+    fn an_address_that_was_asked_for_must_be_ours_and_free() {
+        let asked = |address: &str, owner: Option<&str>| {
+            choose_address(&cidrs(), Some(address.parse().unwrap()), |_| owner.map(str::to_owned))
+        };
+        assert!(asked("10.0.0.1", None).is_ok());
+        assert!(matches!(asked("10.0.0.2", None), Err(AddressError::Foreign { .. })));
+        let error = asked("10.0.0.1", Some("red/a")).unwrap_err();
+        assert_eq!(error.to_string(), "10.0.0.1 belongs to red/a already");
+    }
+
+    #[test]
+    fn names_are_dns_labels() {
+        for good in ["a", "web-1", "a.b", "0"] {
+            assert!(check_name(good).is_ok(), "{good}");
+        }
+        for bad in ["", "-a", "a-", "A", "a/b", "a b", "ä", &"x".repeat(64)] {
+            assert!(check_name(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn labels_are_bounded() {
+        let one = |key: &str, value: &str| check_labels(&BTreeMap::from([(key.to_owned(), value.to_owned())]));
+        assert!(one("app.kubernetes.io/name", "web").is_ok());
+        assert!(one("app", "").is_ok());
+        assert!(one("", "x").is_err());
+        assert!(one("a b", "x").is_err());
+        assert!(one("app", &"x".repeat(64)).is_err());
+        let many = (0..65).map(|n| (n.to_string(), String::new())).collect();
+        assert!(check_labels(&many).is_err());
+    }
+
+    #[test]
+    fn an_interface_name_fits_the_kernel_and_differs_by_pod() {
+        assert_eq!(interface_name("red", "a").len(), 15);
+        assert_ne!(interface_name("red", "a"), interface_name("red", "b"));
+    }
+}

@@ -1,0 +1,14 @@
+//! hostd, the daemon on each node, in the order in which policy flows through it.
+//!
+//! Pods come in by [`endpoint`]; [`wasm`] turns labels into identity keys and pairs into decisions; [`identity`] gives
+//! the keys their numbers; [`plan`] makes of it what the kernel should hold, without doing I/O; [`datapath`] is the
+//! only writer of BPF maps. [`store`] shares state between nodes, [`net`] speaks netlink, [`api`] is the control
+//! socket, [`cli`] the command, and [`daemon`] ties them together.
+
+pub mod codec;
+pub mod config;
+pub mod endpoint;
+pub mod identity;
+pub mod plan;
+pub mod store;
+pub mod wasm;

@@ -1,0 +1,107 @@
+//! Map entries of an address: what the generation in force and the one aside say of it, put together by parity.
+
+use super::Generation;
+use abi::{
+    AddressKey, Endpoint, Identity, IpcacheEntry,
+    address::Address,
+    ipcache::IPCACHE_HOST,
+    policy::UNPLACED,
+};
+
+/// What is known of an address, whatever the policy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Facts {
+    /// Slot of the address.
+    pub slot: u32,
+    /// Epoch of the address.
+    pub epoch: u32,
+    /// Where it is.
+    pub stance: Stance,
+}
+
+/// Where an address is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stance {
+    /// A pod of this node, behind this interface.
+    Local {
+        /// Index of the host's end of the veth pair.
+        ifindex: u32,
+        /// MAC address of the pod's end.
+        mac: [u8; 6],
+        /// MAC address of the host's end.
+        gateway_mac: [u8; 6],
+    },
+    /// A pod of the node with this underlay address.
+    Remote(AddressKey),
+    /// An address of this node.
+    Host,
+}
+
+/// What the maps should hold of an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Desired {
+    /// In the ipcache.
+    pub ipcache: IpcacheEntry,
+    /// In the endpoint map, where it is a pod of this node.
+    pub endpoint: Option<Endpoint>,
+}
+
+/// The entries of an address. `parity` is that of the generation in force. An address that the generation in force
+/// does not know has no entry. Where there is no generation aside, its half repeats the identity in force, so that no
+/// other is accepted from the tunnel, and stands nowhere in the matrix.
+#[must_use]
+pub fn entry(
+    address: &AddressKey,
+    facts: &Facts,
+    parity: usize,
+    active: &Generation,
+    aside: Option<&Generation>,
+) -> Option<Desired> {
+    let mut identity = [Identity::NONE; 2];
+    let mut row = [UNPLACED; 2];
+    let mut column = [UNPLACED; 2];
+    if facts.stance == Stance::Host {
+        identity = [Identity::HOST; 2];
+        column = [Identity::HOST.0; 2];
+    } else {
+        let now = active.place(address)?;
+        (identity[parity], row[parity], column[parity]) = (now.identity, now.row, now.column);
+        identity[1 - parity] = now.identity;
+        if let Some(next) = aside.and_then(|aside| aside.place(address)) {
+            (identity[1 - parity], row[1 - parity], column[1 - parity]) = (next.identity, next.row, next.column);
+        }
+    }
+    let Facts { slot, epoch, stance } = *facts;
+    let (tunnel_endpoint, tunnel_family): (Address, u8) = match stance {
+        Stance::Remote(node) => (node.address, node.family),
+        Stance::Local { .. } | Stance::Host => ([0; 16], 0),
+    };
+    let ipcache = IpcacheEntry {
+        identity,
+        column,
+        slot,
+        epoch,
+        tunnel_endpoint,
+        tunnel_family,
+        flags: if stance == Stance::Host { IPCACHE_HOST } else { 0 },
+        zero: [0; 6],
+    };
+    let endpoint = match stance {
+        Stance::Local {
+            ifindex,
+            mac,
+            gateway_mac,
+        } => Some(Endpoint {
+            identity,
+            row,
+            column,
+            slot,
+            epoch,
+            ifindex,
+            mac,
+            gateway_mac,
+        }),
+        Stance::Remote(_) | Stance::Host => None,
+    };
+    Some(Desired { ipcache, endpoint })
+}

@@ -1,0 +1,545 @@
+//! The embedded store: a folder, with a folder for each collection and a file for each value.
+//!
+//! A value is written aside, synced and renamed into place, so that a reader or a crash sees the old one or the new
+//! one. Writers hold a lock on the folder (flock), which makes comparison and change one step. Watches are inotify.
+//! A lease is the time of the file's last touch: the clock that counts is the one of the machine that the folder is on.
+
+use crate::{
+    codec,
+    store::{Answer, Change, Collection, Expect, Key, Store, StoreError, Versioned},
+};
+use futures::{FutureExt, StreamExt};
+use inotify::{EventMask, Inotify, WatchDescriptor, WatchMask};
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::{HashMap, HashSet},
+    fs::{self, File},
+    io::{self, Write},
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering},
+    time::{Duration, SystemTime},
+};
+use tokio::sync::mpsc;
+
+/// A store in a folder.
+#[derive(Clone, Debug)]
+pub struct FileStore {
+    folder: PathBuf,
+}
+
+/// Content of a file.
+#[derive(Serialize, Deserialize)]
+struct Entry {
+    revision: u64,
+    /// Time to live without a touch, in milliseconds.
+    lease: Option<u64>,
+    value: Vec<u8>,
+}
+
+const REVISION: &str = ".revision";
+const LOCK: &str = ".lock";
+/// What is written aside begins with this.
+const ASIDE: &str = ".new-";
+
+/// Changes that wait for a slow reader of a watch; a writer does not wait for it.
+const WATCH_QUEUE: usize = 1024;
+
+trait Context<T> {
+    fn context(self, what: &str, path: &Path) -> Result<T, StoreError>;
+}
+
+impl<T> Context<T> for io::Result<T> {
+    fn context(self, what: &str, path: &Path) -> Result<T, StoreError> {
+        self.map_err(|source| StoreError::Io {
+            what: format!("{what} {}", path.display()),
+            source,
+        })
+    }
+}
+
+impl FileStore {
+    /// Opens a store, making its folders where they are missing.
+    ///
+    /// # Errors
+    ///
+    /// Where the folders can't be made.
+    pub fn open(folder: &Path) -> Result<Self, StoreError> {
+        for collection in Collection::ALL {
+            let path = folder.join(collection.name());
+            fs::create_dir_all(&path).context("create", &path)?;
+        }
+        Ok(Self {
+            folder: folder.to_owned(),
+        })
+    }
+
+    fn path(&self, key: &Key) -> Result<PathBuf, StoreError> {
+        let problem = if key.name.is_empty() || key.name.len() > 200 {
+            Some("a name has 1 to 200 bytes")
+        } else if key.name.starts_with('.') || key.name.contains(['/', '\0']) {
+            Some("a name neither begins with a dot nor has a slash in it")
+        } else {
+            None
+        };
+        match problem {
+            Some(problem) => Err(StoreError::Name {
+                key: key.clone(),
+                problem,
+            }),
+            None => Ok(self.folder.join(key.collection.name()).join(&key.name)),
+        }
+    }
+
+    /// Runs `work` on a thread where it may block.
+    fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Self) -> Result<T, StoreError> + Send + 'static,
+    ) -> Answer<'static, T> {
+        let store = self.clone();
+        async move {
+            tokio::task::spawn_blocking(move || work(&store))
+                .await
+                .unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
+        }
+        .boxed()
+    }
+
+    /// Waits for the lock; it is given back when the file is dropped, also by a crash.
+    fn lock(&self) -> Result<File, StoreError> {
+        let path = self.folder.join(LOCK);
+        let file = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .context("open", &path)?;
+        file.lock().context("lock", &path)?;
+        Ok(file)
+    }
+
+    fn next_revision(&self) -> Result<u64, StoreError> {
+        let path = self.folder.join(REVISION);
+        let last = match fs::read(&path) {
+            Ok(bytes) => codec::decode::<u64>(&bytes).map_err(|source| StoreError::Content {
+                file: path.display().to_string(),
+                source,
+            })?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
+            Err(error) => return Err(error).context("read", &path),
+        };
+        let revision = last + 1;
+        replace(&path, &encode(&path, &revision)?)?;
+        Ok(revision)
+    }
+
+    fn write(&self, key: &Key, value: Vec<u8>, lease: Option<Duration>, expect: Expect) -> Result<u64, StoreError> {
+        let path = self.path(key)?;
+        let _lock = self.lock()?;
+        check(key, read(&path)?, expect)?;
+        let revision = self.next_revision()?;
+        let lease = lease.map(|ttl| u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX));
+        let entry = Entry { revision, lease, value };
+        replace(&path, &encode(&path, &entry)?)?;
+        Ok(revision)
+    }
+
+    fn remove(&self, key: &Key, expect: Expect) -> Result<(), StoreError> {
+        let path = self.path(key)?;
+        let _lock = self.lock()?;
+        let found = read(&path)?;
+        let there = found.is_some();
+        check(key, found, expect)?;
+        if there {
+            fs::remove_file(&path).context("remove", &path)?;
+        }
+        Ok(())
+    }
+
+    fn names(&self, collection: Collection) -> Result<Vec<String>, StoreError> {
+        let path = self.folder.join(collection.name());
+        let mut names = Vec::new();
+        for file in fs::read_dir(&path).context("list", &path)? {
+            let name = file.context("list", &path)?.file_name();
+            match name.into_string() {
+                Ok(name) if !name.starts_with('.') => names.push(name),
+                _ => {}
+            }
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    /// Deletes the values whose lease has run out; the answer is when to look again.
+    fn sweep(&self) -> Result<Duration, StoreError> {
+        let mut again = Duration::from_secs(1);
+        for name in self.names(Collection::Alive)? {
+            let key = Key::new(Collection::Alive, name);
+            let path = self.path(&key)?;
+            let Some((entry, touched)) = read_entry(&path)? else { continue };
+            let Some(ttl) = entry.lease.map(Duration::from_millis) else { continue };
+            let age = touched.elapsed().unwrap_or_default();
+            if age > ttl {
+                // Only if nobody has renewed it since it was read.
+                let _lock = self.lock()?;
+                let still = read_entry(&path)?.filter(|(_, now)| *now == touched);
+                if still.is_some() {
+                    fs::remove_file(&path).context("remove", &path)?;
+                }
+            } else {
+                again = again.min(ttl.checked_sub(age).unwrap_or_default());
+            }
+        }
+        Ok(again.max(Duration::from_millis(50)))
+    }
+}
+
+fn encode<T: Serialize>(path: &Path, value: &T) -> Result<Vec<u8>, StoreError> {
+    codec::encode(value).map_err(|source| StoreError::Content {
+        file: path.display().to_string(),
+        source,
+    })
+}
+
+fn check(key: &Key, found: Option<Versioned>, expect: Expect) -> Result<(), StoreError> {
+    let holds = match (expect, &found) {
+        (Expect::Any, _) | (Expect::Absent, None) => true,
+        (Expect::Revision(revision), Some(found)) => found.revision == revision,
+        (Expect::Absent, Some(_)) | (Expect::Revision(_), None) => false,
+    };
+    if holds {
+        return Ok(());
+    }
+    Err(StoreError::Conflict {
+        key: key.clone(),
+        found,
+    })
+}
+
+fn read(path: &Path) -> Result<Option<Versioned>, StoreError> {
+    Ok(read_entry(path)?.map(|(entry, _)| Versioned {
+        revision: entry.revision,
+        value: entry.value,
+    }))
+}
+
+fn read_entry(path: &Path) -> Result<Option<(Entry, SystemTime)>, StoreError> {
+    let result = File::open(path).and_then(|mut file| {
+        let touched = file.metadata()?.modified()?;
+        let mut bytes = Vec::new();
+        io::Read::read_to_end(&mut file, &mut bytes)?;
+        Ok((bytes, touched))
+    });
+    match result {
+        Ok((bytes, touched)) => match codec::decode(&bytes) {
+            Ok(entry) => Ok(Some((entry, touched))),
+            Err(source) => Err(StoreError::Content {
+                file: path.display().to_string(),
+                source,
+            }),
+        },
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).context("read", path),
+    }
+}
+
+/// Replaces a file, so that a reader or a crash sees the old content or the new one.
+///
+/// # Errors
+///
+/// Where it can't be written.
+pub fn replace(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
+    static NUMBER: AtomicU64 = AtomicU64::new(0);
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    let aside = folder.join(format!("{ASIDE}{}-{number}", std::process::id()));
+    let written = File::create(&aside).and_then(|mut file| {
+        file.write_all(bytes)?;
+        file.sync_data()
+    });
+    let renamed = written.and_then(|()| fs::rename(&aside, path));
+    if renamed.is_err() {
+        // The write has failed already, and that is what is reported.
+        let _ = fs::remove_file(&aside);
+    }
+    renamed.context("write", path)?;
+    // Makes the rename itself survive a crash.
+    File::open(folder).and_then(|folder| folder.sync_all()).context("sync", folder)
+}
+
+impl Store for FileStore {
+    fn get<'a>(&'a self, key: &'a Key) -> Answer<'a, Option<Versioned>> {
+        let key = key.clone();
+        self.blocking(move |store| read(&store.path(&key)?))
+    }
+
+    fn list(&self, collection: Collection) -> Answer<'_, Vec<(Key, Versioned)>> {
+        self.blocking(move |store| {
+            let mut values = Vec::new();
+            for name in store.names(collection)? {
+                let key = Key::new(collection, name);
+                // Between listing and reading somebody may have deleted it.
+                if let Some(found) = read(&store.path(&key)?)? {
+                    values.push((key, found));
+                }
+            }
+            Ok(values)
+        })
+    }
+
+    fn put<'a>(&'a self, key: &'a Key, value: Vec<u8>, expect: Expect) -> Answer<'a, u64> {
+        let key = key.clone();
+        self.blocking(move |store| store.write(&key, value, None, expect))
+    }
+
+    fn put_leased<'a>(&'a self, key: &'a Key, value: Vec<u8>, ttl: Duration) -> Answer<'a, u64> {
+        let key = key.clone();
+        self.blocking(move |store| store.write(&key, value, Some(ttl), Expect::Any))
+    }
+
+    fn keep<'a>(&'a self, key: &'a Key) -> Answer<'a, bool> {
+        let key = key.clone();
+        self.blocking(move |store| {
+            let path = store.path(&key)?;
+            let touched = File::options()
+                .write(true)
+                .open(&path)
+                .and_then(|file| file.set_modified(SystemTime::now()));
+            match touched {
+                Ok(()) => Ok(true),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+                Err(error) => Err(error).context("touch", &path),
+            }
+        })
+    }
+
+    fn delete<'a>(&'a self, key: &'a Key, expect: Expect) -> Answer<'a, ()> {
+        let key = key.clone();
+        self.blocking(move |store| store.remove(&key, expect))
+    }
+
+    fn watch(&self, collections: &[Collection]) -> Answer<'_, mpsc::Receiver<Change>> {
+        let collections = collections.to_vec();
+        async move {
+            let (sender, receiver) = mpsc::channel(WATCH_QUEUE);
+            let watcher = Watcher::new(self.clone(), &collections, sender)?;
+            if collections.contains(&Collection::Alive) {
+                tokio::spawn(sweep(self.clone(), watcher.sender.downgrade()));
+            }
+            tokio::spawn(watcher.run());
+            Ok(receiver)
+        }
+        .boxed()
+    }
+}
+
+/// Sweeps leases as long as somebody watches them.
+async fn sweep(store: FileStore, watch: mpsc::WeakSender<Change>) {
+    while watch.upgrade().is_some() {
+        let again = store.blocking(FileStore::sweep).await.unwrap_or_else(|error| {
+            tracing::warn!("sweeping leases: {error}");
+            Duration::from_secs(1)
+        });
+        tokio::time::sleep(again).await;
+    }
+}
+
+/// Follows the folders of some collections.
+struct Watcher {
+    store: FileStore,
+    collections: HashMap<WatchDescriptor, Collection>,
+    events: inotify::EventStream<Vec<u8>>,
+    reported: HashMap<Key, u64>,
+    sender: mpsc::Sender<Change>,
+}
+
+/// The reader of a watch is gone.
+struct Ended;
+
+impl Watcher {
+    fn new(store: FileStore, collections: &[Collection], sender: mpsc::Sender<Change>) -> Result<Self, StoreError> {
+        let inotify = Inotify::init().context("inotify for", &store.folder)?;
+        let mut descriptors = HashMap::new();
+        for collection in collections {
+            let path = store.folder.join(collection.name());
+            let mask = WatchMask::MOVED_TO | WatchMask::DELETE;
+            let descriptor = inotify.watches().add(&path, mask).context("watch", &path)?;
+            descriptors.insert(descriptor, *collection);
+        }
+        let events = inotify
+            .into_event_stream(vec![0; 64 * 1024])
+            .context("watch", &store.folder)?;
+        Ok(Self {
+            store,
+            collections: descriptors,
+            events,
+            reported: HashMap::new(),
+            sender,
+        })
+    }
+
+    async fn run(mut self) {
+        // Events that come in meanwhile wait in the queue: nothing falls between the listing and the watch.
+        if self.list().await.is_err() || self.sender.send(Change::Synced).await.is_err() {
+            return;
+        }
+        while let Some(event) = self.events.next().await {
+            let done = match event {
+                Ok(event) if event.mask.contains(EventMask::Q_OVERFLOW) => self.list().await,
+                Ok(event) => match (self.collections.get(&event.wd), event.name.as_ref().and_then(|n| n.to_str())) {
+                    (Some(collection), Some(name)) if !name.starts_with('.') => {
+                        self.look_at(Key::new(*collection, name)).await
+                    }
+                    _ => Ok(()),
+                },
+                Err(error) => {
+                    tracing::warn!("watching the store: {error}; listing it anew");
+                    self.list().await
+                }
+            };
+            if done.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Reports everything that differs from what was reported last.
+    async fn list(&mut self) -> Result<(), Ended> {
+        let mut seen: HashSet<Key> = self.reported.keys().cloned().collect();
+        let collections: Vec<_> = self.collections.values().copied().collect();
+        for collection in collections {
+            match self.store.blocking(move |store| store.names(collection)).await {
+                Ok(names) => seen.extend(names.into_iter().map(|name| Key::new(collection, name))),
+                Err(error) => tracing::warn!("listing the store: {error}"),
+            }
+        }
+        let mut keys: Vec<_> = seen.into_iter().collect();
+        keys.sort();
+        for key in keys {
+            self.look_at(key).await?;
+        }
+        Ok(())
+    }
+
+    /// Reports the state of one value, unless that was reported already.
+    async fn look_at(&mut self, key: Key) -> Result<(), Ended> {
+        let change = match self.store.get(&key).await {
+            Ok(Some(found)) if self.reported.get(&key) == Some(&found.revision) => return Ok(()),
+            Ok(Some(found)) => {
+                self.reported.insert(key.clone(), found.revision);
+                Change::Put(key, found)
+            }
+            Ok(None) if self.reported.remove(&key).is_some() => Change::Delete(key),
+            Ok(None) => return Ok(()),
+            Err(error) => {
+                // A torn value is no news; the last good one stays.
+                tracing::error!("{error}");
+                return Ok(());
+            }
+        };
+        self.sender.send(change).await.map_err(|_| Ended)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{FileStore, replace};
+    use crate::store::{Change, Collection, Expect, Key, Store, StoreError};
+    use std::time::Duration;
+
+    fn store() -> (tempfile::TempDir, FileStore) {
+        let folder = tempfile::tempdir().unwrap();
+        let store = FileStore::open(folder.path()).unwrap();
+        (folder, store)
+    }
+
+    fn key(name: &str) -> Key {
+        Key::new(Collection::Pods, name)
+    }
+
+    #[tokio::test]
+    async fn a_value_is_set_changed_by_comparison_and_deleted() {
+        let (_folder, store) = store();
+        assert_eq!(store.get(&key("a")).await.unwrap(), None);
+        let first = store.put(&key("a"), b"1".to_vec(), Expect::Absent).await.unwrap();
+        let second = store.put(&key("a"), b"2".to_vec(), Expect::Revision(first)).await.unwrap();
+        assert!(second > first);
+        for expect in [Expect::Absent, Expect::Revision(first)] {
+            let error = store.put(&key("a"), b"3".to_vec(), expect).await.unwrap_err();
+            let StoreError::Conflict { found: Some(found), .. } = error else { panic!("{error}") };
+            assert_eq!(found.value, b"2");
+        }
+        store.delete(&key("a"), Expect::Any).await.unwrap();
+        store.delete(&key("a"), Expect::Any).await.unwrap();
+        assert_eq!(store.list(Collection::Pods).await.unwrap(), []);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn of_many_who_create_the_same_key_one_wins() {
+        let (_folder, store) = store();
+        let tasks: Vec<_> = (0..16_u8)
+            .map(|n| {
+                let store = store.clone();
+                tokio::spawn(async move { store.put(&key("a"), vec![n], Expect::Absent).await.is_ok() })
+            })
+            .collect();
+        let mut won = 0;
+        for task in tasks {
+            won += usize::from(task.await.unwrap());
+        }
+        assert_eq!(won, 1);
+    }
+
+    #[tokio::test]
+    async fn a_watch_reports_what_is_there_and_what_comes() {
+        let (_folder, store) = store();
+        store.put(&key("old"), b"1".to_vec(), Expect::Any).await.unwrap();
+        let mut watch = store.watch(&[Collection::Pods]).await.unwrap();
+        let Some(Change::Put(found, _)) = watch.recv().await else { panic!() };
+        assert_eq!(found, key("old"));
+        assert_eq!(watch.recv().await, Some(Change::Synced));
+        store.put(&key("new"), b"2".to_vec(), Expect::Any).await.unwrap();
+        store.put(&Key::new(Collection::Nodes, "n"), vec![], Expect::Any).await.unwrap();
+        let Some(Change::Put(found, value)) = watch.recv().await else { panic!() };
+        assert_eq!((found, value.value), (key("new"), b"2".to_vec()));
+        store.delete(&key("old"), Expect::Any).await.unwrap();
+        assert_eq!(watch.recv().await, Some(Change::Delete(key("old"))));
+    }
+
+    #[tokio::test]
+    async fn a_lease_ends_unless_it_is_kept() {
+        let (_folder, store) = store();
+        let alive = Key::new(Collection::Alive, "node");
+        let mut watch = store.watch(&[Collection::Alive]).await.unwrap();
+        assert_eq!(watch.recv().await, Some(Change::Synced));
+        store.put_leased(&alive, vec![], Duration::from_millis(400)).await.unwrap();
+        assert!(matches!(watch.recv().await, Some(Change::Put(..))));
+        for _ in 0..4 {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            assert!(store.keep(&alive).await.unwrap(), "kept, but gone");
+        }
+        assert_eq!(watch.recv().await, Some(Change::Delete(alive.clone())));
+        assert!(!store.keep(&alive).await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn a_torn_value_is_an_error_and_half_a_write_is_invisible() {
+        let (folder, store) = store();
+        store.put(&key("a"), b"1".to_vec(), Expect::Any).await.unwrap();
+        let path = folder.path().join("pods/a");
+        let bytes = std::fs::read(&path).unwrap();
+        std::fs::write(folder.path().join("pods/.new-1-1"), b"half").unwrap();
+        assert_eq!(store.list(Collection::Pods).await.unwrap().len(), 1);
+        replace(&path, &bytes[..bytes.len() - 3]).unwrap();
+        let error = store.get(&key("a")).await.unwrap_err();
+        assert!(matches!(error, StoreError::Content { .. }) && error.to_string().contains("pods/a"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn names_stay_in_their_folder() {
+        let (_folder, store) = store();
+        for name in ["", "../x", ".lock", "a/b", &"x".repeat(201)] {
+            let error = store.put(&key(name), vec![], Expect::Any).await.unwrap_err();
+            assert!(matches!(error, StoreError::Name { .. }), "{name}");
+        }
+    }
+}

@@ -1,0 +1,199 @@
+//! The cluster's state, shared by all nodes: a small key-value store with comparison, watches and leases.
+//!
+//! Keys are a [`Collection`] and a name. Values are opaque; [`records`] has their types. Every change takes a revision
+//! that is higher than all before it.
+
+mod file;
+pub mod records;
+
+pub use file::{FileStore, replace as replace_file};
+
+use futures::future::BoxFuture;
+use std::{fmt, sync::Arc, time::Duration};
+use tokio::sync::mpsc;
+
+/// What a value is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Collection {
+    /// What all nodes must agree on.
+    Cluster,
+    /// Nodes, by name.
+    Nodes,
+    /// Leases of the nodes whose hostd is alive, by name.
+    Alive,
+    /// Pods, by address.
+    Pods,
+    /// Tenants, by number.
+    Tenants,
+    /// Identities, by number.
+    Identities,
+    /// Policy modules, by SHA-256.
+    Modules,
+    /// The policy in force or on its way.
+    Policy,
+    /// Answers of the nodes to a policy load.
+    Answers,
+}
+
+impl Collection {
+    /// All of them.
+    pub const ALL: [Self; 9] = [
+        Self::Cluster,
+        Self::Nodes,
+        Self::Alive,
+        Self::Pods,
+        Self::Tenants,
+        Self::Identities,
+        Self::Modules,
+        Self::Policy,
+        Self::Answers,
+    ];
+
+    /// Name, as in keys.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Cluster => "cluster",
+            Self::Nodes => "nodes",
+            Self::Alive => "alive",
+            Self::Pods => "pods",
+            Self::Tenants => "tenants",
+            Self::Identities => "identities",
+            Self::Modules => "modules",
+            Self::Policy => "policy",
+            Self::Answers => "answers",
+        }
+    }
+}
+
+/// Where a value is.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Key {
+    /// What it is about.
+    pub collection: Collection,
+    /// Its name there.
+    pub name: String,
+}
+
+impl Key {
+    /// A key.
+    #[must_use]
+    pub fn new(collection: Collection, name: impl fmt::Display) -> Self {
+        Self {
+            collection,
+            name: name.to_string(),
+        }
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(out, "{}/{}", self.collection.name(), self.name)
+    }
+}
+
+/// A value with the revision of its last change.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Versioned {
+    /// Higher than that of every change before.
+    pub revision: u64,
+    /// The value.
+    pub value: Vec<u8>,
+}
+
+/// What must hold for a change to be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expect {
+    /// Anything.
+    Any,
+    /// There is no value yet.
+    Absent,
+    /// The value's last change has this revision.
+    Revision(u64),
+}
+
+/// A change, as a watch reports it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// A value was set. The first ones are those that were there when the watch began.
+    Put(Key, Versioned),
+    /// A value is gone.
+    Delete(Key),
+    /// All that was there when the watch began has been reported.
+    Synced,
+}
+
+/// Why the store did not do as asked.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The comparison failed; with what is there instead.
+    #[error("{key} was changed by somebody else")]
+    Conflict {
+        /// The key.
+        key: Key,
+        /// What is there.
+        found: Option<Versioned>,
+    },
+    /// A key's name that the store can't hold.
+    #[error("{key}: {problem}")]
+    Name {
+        /// The key.
+        key: Key,
+        /// What is wrong.
+        problem: &'static str,
+    },
+    /// The engine failed.
+    #[error("store: {what}: {source}")]
+    Io {
+        /// What was being done, with the file.
+        what: String,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+    /// A value in the store is torn or foreign.
+    #[error("store: {file}: {source}")]
+    Content {
+        /// The file.
+        file: String,
+        /// What is wrong.
+        source: crate::codec::CodecError,
+    },
+}
+
+/// The answer of a store call.
+pub type Answer<'a, T> = BoxFuture<'a, Result<T, StoreError>>;
+
+/// A key-value store that all nodes share.
+pub trait Store: Send + Sync {
+    /// A value, if there is one.
+    fn get<'a>(&'a self, key: &'a Key) -> Answer<'a, Option<Versioned>>;
+
+    /// All values of a collection.
+    fn list(&self, collection: Collection) -> Answer<'_, Vec<(Key, Versioned)>>;
+
+    /// Sets a value if `expect` holds; the answer is its revision.
+    fn put<'a>(&'a self, key: &'a Key, value: Vec<u8>, expect: Expect) -> Answer<'a, u64>;
+
+    /// Sets a value that is deleted unless it is set again or [kept](Self::keep) within `ttl`.
+    fn put_leased<'a>(&'a self, key: &'a Key, value: Vec<u8>, ttl: Duration) -> Answer<'a, u64>;
+
+    /// Renews the lease of a value; false where the value is gone.
+    fn keep<'a>(&'a self, key: &'a Key) -> Answer<'a, bool>;
+
+    /// Deletes a value if `expect` holds. Deleting what is not there is no error, unless a revision was expected.
+    fn delete<'a>(&'a self, key: &'a Key, expect: Expect) -> Answer<'a, ()>;
+
+    /// Reports what is there in `collections`, and every change from then on. For a value that changes often the
+    /// reports may skip all but the last state.
+    fn watch(&self, collections: &[Collection]) -> Answer<'_, mpsc::Receiver<Change>>;
+}
+
+/// Opens the store that a configuration names.
+///
+/// # Errors
+///
+/// Where it can't be opened.
+pub fn open(name: &str) -> Result<Arc<dyn Store>, StoreError> {
+    let folder = name.strip_prefix("file:").unwrap_or(name);
+    Ok(Arc::new(FileStore::open(folder.as_ref())?))
+}

@@ -1,0 +1,206 @@
+//! The values in the store.
+
+use crate::{
+    codec,
+    identity::{IdentityKey, Layout},
+    store::{Collection, Expect, Key, Store, StoreError},
+};
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr},
+};
+
+/// What all nodes must agree on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClusterRecord {
+    /// Layout of the identities.
+    pub layout: Layout,
+}
+
+/// A node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeRecord {
+    /// Its name.
+    pub name: String,
+    /// Its underlay address.
+    pub underlay: Ipv4Addr,
+    /// Its pod CIDRs.
+    pub pod_cidrs: Vec<IpNet>,
+}
+
+/// A pod.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodRecord {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+    /// Its address.
+    pub address: IpAddr,
+    /// The node that it is on.
+    pub node: String,
+}
+
+impl PodRecord {
+    /// `NAMESPACE/NAME`.
+    #[must_use]
+    pub fn full_name(&self) -> String {
+        format!("{}/{}", self.namespace, self.name)
+    }
+}
+
+/// A tenant, under its number.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TenantRecord {
+    /// Its name.
+    pub name: String,
+}
+
+/// An identity, under its number.
+pub type IdentityRecord = IdentityKey;
+
+/// A policy module with its configuration.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModuleRecord {
+    /// Name, for people: of the file that it was loaded from.
+    pub name: String,
+    /// SHA-256 of the module, in hexadecimal: its key in [`Collection::Modules`].
+    pub sha256: String,
+    /// Configuration as JSON text, empty for none.
+    pub config: String,
+}
+
+/// Where a policy load stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Phase {
+    /// Nodes compile the new policy aside, and accept its identities beside the old ones.
+    Prepare,
+    /// Nodes switch.
+    Commit,
+    /// Every node has switched; nodes accept the old identities no longer.
+    Retired,
+    /// A node refused or did not answer; the old policy stays.
+    Aborted,
+}
+
+/// The policy of the cluster: one value, changed only by comparison.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PolicyRecord {
+    /// Raised by every load.
+    pub serial: u64,
+    /// Where that load stands.
+    pub phase: Phase,
+    /// What it loads.
+    pub module: ModuleRecord,
+    /// What was in force before it.
+    pub previous: Option<ModuleRecord>,
+    /// The node that runs the load.
+    pub coordinator: String,
+    /// When it gives up, in milliseconds since 1970: after that anybody may abort it before its commit.
+    pub deadline_ms: u64,
+}
+
+impl PolicyRecord {
+    /// The module that a node with nothing of its own should enforce now.
+    #[must_use]
+    pub fn in_force(&self) -> Option<&ModuleRecord> {
+        match self.phase {
+            Phase::Commit | Phase::Retired => Some(&self.module),
+            Phase::Prepare | Phase::Aborted => self.previous.as_ref(),
+        }
+    }
+}
+
+/// A node's answer to a phase of a policy load.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AnswerRecord {
+    /// The node.
+    pub node: String,
+    /// Which load.
+    pub serial: u64,
+    /// Which phase.
+    pub phase: Phase,
+    /// What the node did, or why it refused.
+    pub result: Result<Prepared, String>,
+}
+
+/// What a node did for a policy load.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Prepared {
+    /// Identities in the cluster.
+    pub identities: u32,
+    /// Identities of the node's own pods.
+    pub local_identities: u32,
+    /// Cells of the policy matrix that were decided.
+    pub cells: u64,
+    /// Time that the phase took on the node, in microseconds.
+    pub micros: u64,
+}
+
+/// Name of the one policy record.
+pub const POLICY: &str = "state";
+/// Name of the one cluster record.
+pub const CLUSTER: &str = "cluster";
+
+impl AnswerRecord {
+    /// Its key.
+    #[must_use]
+    pub fn key(serial: u64, phase: Phase, node: &str) -> Key {
+        let phase = match phase {
+            Phase::Prepare => "prepare",
+            Phase::Commit => "commit",
+            Phase::Retired => "retired",
+            Phase::Aborted => "aborted",
+        };
+        Key::new(Collection::Answers, format_args!("{serial}.{phase}.{node}"))
+    }
+}
+
+/// Decodes a value.
+///
+/// # Errors
+///
+/// Where it is torn or foreign, with its key.
+pub fn decode<T: DeserializeOwned>(key: &Key, value: &[u8]) -> Result<T, StoreError> {
+    codec::decode(value).map_err(|source| StoreError::Content {
+        file: key.to_string(),
+        source,
+    })
+}
+
+/// Gets and decodes a value, with its revision.
+///
+/// # Errors
+///
+/// Where the store fails, or the value is torn or foreign.
+pub async fn get<T: DeserializeOwned>(store: &dyn Store, key: &Key) -> Result<Option<(T, u64)>, StoreError> {
+    match store.get(key).await? {
+        Some(found) => Ok(Some((decode(key, &found.value)?, found.revision))),
+        None => Ok(None),
+    }
+}
+
+/// Encodes and puts a value; the answer is its revision.
+///
+/// # Errors
+///
+/// Where the store fails or the comparison does.
+pub async fn put<T: Serialize>(store: &dyn Store, key: &Key, value: &T, expect: Expect) -> Result<u64, StoreError> {
+    store.put(key, encode(key, value)?, expect).await
+}
+
+/// Encodes a value.
+///
+/// # Errors
+///
+/// Where it is too long.
+pub fn encode<T: Serialize>(key: &Key, value: &T) -> Result<Vec<u8>, StoreError> {
+    codec::encode(value).map_err(|source| StoreError::Content {
+        file: key.to_string(),
+        source,
+    })
+}

@@ -1,0 +1,187 @@
+//! Compiling a module, in a child process: fuel does not bound the compiler, and a thread can't be stopped.
+
+use super::{INTERFACE, Limits, WasmError, clock::Clock, engine};
+use crate::codec;
+use rustix::process::{Resource, Rlimit, setrlimit};
+use sha2::{Digest, Sha256};
+use std::{
+    fmt::Write as _,
+    io::{Read, Write},
+    path::PathBuf,
+    process::Stdio,
+    sync::Arc,
+};
+use tokio::{io::AsyncWriteExt, process::Command, time::timeout};
+use wasmtime::{Engine, component::Component};
+use wit_component::ComponentEncoder;
+
+/// The hidden command that runs the child.
+pub const CHILD_COMMAND: &str = "compile-module";
+
+/// Compiles modules.
+pub struct Compiler {
+    engine: Engine,
+    clock: Arc<Clock>,
+    program: PathBuf,
+    limits: Limits,
+}
+
+/// A compiled module.
+#[derive(Clone)]
+pub struct Compiled {
+    pub(super) component: Component,
+    pub(super) clock: Arc<Clock>,
+    pub(super) limits: Limits,
+    /// SHA-256 of the module, in hexadecimal.
+    pub sha256: String,
+}
+
+impl std::fmt::Debug for Compiled {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(out, "Compiled({})", self.sha256)
+    }
+}
+
+/// SHA-256 of a module, in hexadecimal.
+#[must_use]
+pub fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+impl Compiler {
+    /// A compiler whose child is `program`, which is hostd.
+    ///
+    /// # Errors
+    ///
+    /// Where the machine can't run wasm.
+    pub fn new(program: PathBuf, limits: Limits) -> Result<Self, WasmError> {
+        let engine = engine()?;
+        Ok(Self {
+            clock: Arc::new(Clock::new(engine.clone())),
+            engine,
+            program,
+            limits,
+        })
+    }
+
+    /// Compiles a component, or a core module with the bindings' section in it, and checks what it imports and
+    /// exports.
+    ///
+    /// # Errors
+    ///
+    /// Why the module is refused.
+    pub async fn compile(&self, module: &[u8]) -> Result<Compiled, WasmError> {
+        if module.len() > self.limits.module_bytes {
+            return Err(WasmError::TooLarge {
+                found: module.len(),
+                limit: self.limits.module_bytes,
+            });
+        }
+        let artifact = timeout(self.limits.compile, self.in_child(module))
+            .await
+            .map_err(|_| WasmError::CompileTime(self.limits.compile))??;
+        // SAFETY: the bytes come from our own program, started by us, over a pipe that nobody else can write to; and
+        // it compiled them for the same engine settings, which wasmtime checks once more.
+        let component = unsafe { Component::deserialize(&self.engine, &artifact) }
+            .map_err(|error| WasmError::CompileCrash(format!("{error:#}")))?;
+        check_interface(&self.engine, &component)?;
+        Ok(Compiled {
+            component,
+            clock: Arc::clone(&self.clock),
+            limits: self.limits,
+            sha256: sha256(module),
+        })
+    }
+
+    async fn in_child(&self, module: &[u8]) -> Result<Vec<u8>, WasmError> {
+        let crash = |error: std::io::Error| WasmError::CompileCrash(format!("{}: {error}", self.program.display()));
+        let mut child = Command::new(&self.program)
+            .arg(CHILD_COMMAND)
+            .arg(self.limits.compile_memory.to_string())
+            .env_clear()
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .map_err(crash)?;
+        if let Some(mut stdin) = child.stdin.take() {
+            // A child that ends early has said why.
+            let _ = stdin.write_all(module).await;
+        }
+        let output = child.wait_with_output().await.map_err(crash)?;
+        match codec::decode::<Result<Vec<u8>, String>>(&output.stdout) {
+            Ok(Ok(artifact)) => Ok(artifact),
+            Ok(Err(problem)) => Err(WasmError::Invalid(problem)),
+            Err(_) => {
+                let said = String::from_utf8_lossy(&output.stderr);
+                let last = said.lines().last().unwrap_or("it said nothing");
+                Err(WasmError::CompileCrash(format!(
+                    "the compiler ended with {}: {last} (is `wasm.compile_memory_mib` too small?)",
+                    output.status
+                )))
+            }
+        }
+    }
+}
+
+/// The child: module on stdin, artifact or error on stdout.
+///
+/// # Errors
+///
+/// Where stdin or stdout fail, or the limits can't be set.
+pub fn child_main(memory: u64) -> anyhow::Result<()> {
+    let limit = |most| Rlimit {
+        current: Some(most),
+        maximum: Some(most),
+    };
+    setrlimit(Resource::As, limit(memory))?;
+    setrlimit(Resource::Core, limit(0))?;
+    setrlimit(Resource::Fsize, limit(0))?;
+    let mut module = Vec::new();
+    std::io::stdin().read_to_end(&mut module)?;
+    let result: Result<Vec<u8>, String> = to_component(module).and_then(|component| {
+        engine()
+            .map_err(|error| error.to_string())?
+            .precompile_component(&component)
+            .map_err(|error| format!("{error:#}"))
+    });
+    let mut stdout = std::io::stdout().lock();
+    stdout.write_all(&codec::encode(&result)?)?;
+    stdout.flush()?;
+    Ok(())
+}
+
+/// A core module becomes a component; the answer tells the two apart by the header's layer field (component model
+/// binary format).
+fn to_component(module: Vec<u8>) -> Result<Vec<u8>, String> {
+    match module.get(..8) {
+        Some([0, b'a', b's', b'm', _, _, 1, 0]) => Ok(module),
+        Some([0, b'a', b's', b'm', _, _, 0, 0]) => ComponentEncoder::default()
+            .module(&module)
+            .and_then(|encoder| encoder.validate(true).encode())
+            .map_err(|error| format!("{error:#}")),
+        _ => Err("it is no WebAssembly (it does not begin with `\\0asm`)".to_owned()),
+    }
+}
+
+fn check_interface(engine: &Engine, component: &Component) -> Result<(), WasmError> {
+    let ty = component.component_type();
+    if let Some((name, _)) = ty.imports(engine).next() {
+        return Err(WasmError::Import(name.to_owned()));
+    }
+    let unversioned = INTERFACE.split('@').next().unwrap_or(INTERFACE);
+    let mut other = None;
+    for (name, _) in ty.exports(engine) {
+        if name == INTERFACE {
+            return Ok(());
+        }
+        if name.split('@').next() == Some(unversioned) {
+            other = Some(name.to_owned());
+        }
+    }
+    Err(other.map_or(WasmError::NoExport, |found| WasmError::Version { found }))
+}

@@ -1,0 +1,111 @@
+//! Policy modules: compiled in a process of their own, run with fuel, a deadline and bounded memory, and believed only
+//! after what they answer was checked.
+
+mod clock;
+mod compile;
+mod runtime;
+
+pub use compile::{Compiled, Compiler, child_main};
+pub use runtime::Runtime;
+
+use crate::config;
+use std::time::Duration;
+use wasmtime::{Config, Engine};
+
+/// The interface that a module must export.
+pub const INTERFACE: &str = "wasmgate:policy/policy@0.1.0";
+
+/// Why a module was refused, or what it did wrong.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum WasmError {
+    /// Larger than the limit.
+    #[error("the module has {found} bytes; `wasm.max_module_bytes` allows {limit}")]
+    TooLarge {
+        /// Its size.
+        found: usize,
+        /// The limit.
+        limit: usize,
+    },
+    /// Neither a component nor a core module that can be made one.
+    #[error("not a policy module: {0}")]
+    Invalid(String),
+    /// The compiler was stopped.
+    #[error("the module takes longer than {} ms to compile (`wasm.compile_ms`)", .0.as_millis())]
+    CompileTime(Duration),
+    /// The compiler ended by itself.
+    #[error("compiling the module failed: {0}")]
+    CompileCrash(String),
+    /// It wants something of the host.
+    #[error("the module imports `{0}`; a policy module may import nothing (no WASI: no clock, no files, no randomness)")]
+    Import(String),
+    /// It exports another version of the interface.
+    #[error("the module exports `{found}`; this hostd speaks `{INTERFACE}`: build it with the policy-sdk of this release")]
+    Version {
+        /// What it exports.
+        found: String,
+    },
+    /// It does not export the interface.
+    #[error("the module does not export `{INTERFACE}`: does it call `policy_sdk::export!`?")]
+    NoExport,
+    /// It refused its configuration.
+    #[error("the module refuses its configuration: {0}")]
+    Configuration(String),
+    /// It trapped or hit a limit.
+    #[error("{call}: {problem}")]
+    Call {
+        /// What was asked.
+        call: String,
+        /// What happened.
+        problem: String,
+    },
+    /// It answered nonsense.
+    #[error("{call}: the module answered {problem}")]
+    Answer {
+        /// What was asked.
+        call: String,
+        /// What is wrong with the answer.
+        problem: String,
+    },
+}
+
+/// Limits of modules, from the configuration.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Size of a module, in bytes.
+    pub module_bytes: usize,
+    /// Time to compile one.
+    pub compile: Duration,
+    /// Memory to compile one, in bytes.
+    pub compile_memory: u64,
+    /// Time for all that one load or one change asks of a module.
+    pub evaluate: Duration,
+    /// Memory of a module, in bytes.
+    pub memory: usize,
+    /// Fuel for one call.
+    pub fuel: u64,
+}
+
+impl From<config::Wasm> for Limits {
+    fn from(config: config::Wasm) -> Self {
+        Self {
+            module_bytes: config.max_module_bytes,
+            compile: Duration::from_millis(config.compile_ms),
+            compile_memory: config.compile_memory_mib << 20,
+            evaluate: Duration::from_millis(config.evaluate_ms),
+            memory: config.memory_mib << 20,
+            fuel: config.fuel_per_call,
+        }
+    }
+}
+
+/// The engine that modules are compiled for and run on: the same settings in both processes, and nothing in them that
+/// would let two runs differ.
+fn engine() -> Result<Engine, WasmError> {
+    let mut config = Config::new();
+    config
+        .consume_fuel(true)
+        .epoch_interruption(true)
+        .cranelift_nan_canonicalization(true)
+        .wasm_relaxed_simd(false);
+    Engine::new(&config).map_err(|error| WasmError::CompileCrash(format!("{error:#}")))
+}
