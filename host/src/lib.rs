@@ -7,8 +7,10 @@
 
 pub mod codec;
 pub mod config;
+pub mod datapath;
 pub mod endpoint;
 pub mod identity;
+pub mod net;
 pub mod plan;
 pub mod store;
 pub mod wasm;

@@ -1,0 +1,160 @@
+//! Pods of this node: connected, disconnected, relabelled.
+
+use super::{Daemon, DaemonError, Local};
+use crate::{
+    api::{EndpointAdd, EndpointLabel, EndpointView, PodName},
+    endpoint::{self, LocalEndpoint},
+    net::{self, Netns},
+    store::{
+        Collection, Expect, Key,
+        records::{self, PodRecord},
+    },
+};
+use abi::{AddressKey, Hook};
+use std::net::{IpAddr, Ipv4Addr};
+use tokio::task::block_in_place;
+
+fn pod_key(address: IpAddr) -> Key {
+    Key::new(Collection::Pods, address)
+}
+
+impl Daemon {
+    /// Connects a pod; traffic can flow when this returns. On an error nothing is left.
+    pub(super) async fn endpoint_add(&mut self, request: EndpointAdd) -> Result<EndpointView, DaemonError> {
+        let EndpointAdd {
+            pod,
+            netns,
+            labels,
+            address,
+        } = request;
+        let wrong = DaemonError::Request;
+        endpoint::check_name(&pod.namespace).map_err(|problem| wrong(format!("namespace {problem}")))?;
+        endpoint::check_name(&pod.name).map_err(|problem| wrong(format!("pod {problem}")))?;
+        endpoint::check_labels(&labels).map_err(wrong)?;
+        if let Some(known) = self.pods.values().find(|known| known.record.full_name() == pod.to_string()) {
+            return Err(wrong(format!("pod {pod} exists already, on node {}", known.record.node)));
+        }
+        let netns = Netns::open(&netns)?;
+        let address = endpoint::choose_address(&self.config.pod_cidrs, address, |address| {
+            self.pods.get(&address.into()).map(|pod| pod.record.full_name())
+        })?;
+        let IpAddr::V4(v4) = address else {
+            return Err(wrong(format!("{address}: IPv6 is not carried yet")));
+        };
+        let endpoint = LocalEndpoint {
+            interface: endpoint::interface_name(&pod.namespace, &pod.name),
+            netns: netns.path().to_owned(),
+            pod: PodRecord {
+                namespace: pod.namespace.clone(),
+                name: pod.name.clone(),
+                labels,
+                address,
+                node: self.config.node.clone(),
+            },
+        };
+        let connected = self.connect(&pod, endpoint, &netns, v4).await;
+        if connected.is_err()
+            && let Err(error) = self.disconnect(&pod, address).await
+        {
+            tracing::error!("undoing what was done for {pod}: {error}");
+        }
+        connected?;
+        tracing::info!("connected {pod} at {address}");
+        self.endpoint_view(&pod)
+    }
+
+    async fn connect(
+        &mut self,
+        pod: &PodName,
+        endpoint: LocalEndpoint,
+        netns: &Netns,
+        address: Ipv4Addr,
+    ) -> Result<(), DaemonError> {
+        let name = endpoint.interface.clone();
+        let record = endpoint.pod.clone();
+        let mtu = self.underlay_mtu;
+        let veth = block_in_place(|| net::make_pod_link(&name, netns, address, mtu))?;
+        self.locals.insert(pod.clone(), Local { endpoint, veth });
+        self.upsert_pod(record.clone()).await?;
+        self.datapath.attach(Hook::FromPod, &name)?;
+        self.datapath.attach(Hook::ToPod, &name)?;
+        let underlay = self.config.underlay;
+        block_in_place(|| net::prepare_node(&name, &veth, address, underlay))?;
+        records::put(&*self.store, &pod_key(record.address), &record, Expect::Absent).await?;
+        self.save()
+    }
+
+    fn save(&self) -> Result<(), DaemonError> {
+        Ok(block_in_place(|| self.file.save(self.locals.values().map(|local| &local.endpoint)))?)
+    }
+
+    /// Takes away everything of a pod of this node, as far as it is there: attachment, endpoint, ipcache, policy.
+    async fn disconnect(&mut self, pod: &PodName, address: IpAddr) -> Result<(), DaemonError> {
+        let interface = endpoint::interface_name(&pod.namespace, &pod.name);
+        // A pod whose namespace was occupied has no link of ours.
+        if self.locals.contains_key(pod) {
+            block_in_place(|| net::delete_link(&interface))?;
+            self.datapath.detach(&interface)?;
+            self.remove_pod(&AddressKey::from(address))?;
+            self.locals.remove(pod);
+            self.save()?;
+        }
+        let ours = records::get::<PodRecord>(&*self.store, &pod_key(address)).await?;
+        if let Some((record, revision)) = ours
+            && record.node == self.config.node
+            && record.full_name() == pod.to_string()
+        {
+            self.store.delete(&pod_key(address), Expect::Revision(revision)).await?;
+        }
+        Ok(())
+    }
+
+    /// Disconnects a pod; false where there is none.
+    pub(super) async fn endpoint_delete(&mut self, pod: &PodName) -> Result<bool, DaemonError> {
+        let Some(local) = self.locals.get(pod) else {
+            return match self.pods.values().find(|known| known.record.full_name() == pod.to_string()) {
+                Some(known) => Err(DaemonError::Request(format!(
+                    "pod {pod} is on node {}: delete it there",
+                    known.record.node
+                ))),
+                None => Ok(false),
+            };
+        };
+        let address = local.endpoint.pod.address;
+        self.disconnect(pod, address).await?;
+        tracing::info!("disconnected {pod}");
+        Ok(true)
+    }
+
+    /// Changes a pod's labels, and with them its identity.
+    pub(super) async fn endpoint_label(&mut self, request: EndpointLabel) -> Result<EndpointView, DaemonError> {
+        let EndpointLabel { pod, set, remove } = request;
+        let local = self
+            .locals
+            .get(&pod)
+            .ok_or_else(|| DaemonError::Request(format!("there is no pod {pod} on this node")))?;
+        let before = local.endpoint.pod.clone();
+        let mut record = before.clone();
+        for key in remove {
+            if record.labels.remove(&key).is_none() {
+                return Err(DaemonError::Request(format!("pod {pod} has no label {key}")));
+            }
+        }
+        record.labels.extend(set);
+        endpoint::check_labels(&record.labels).map_err(DaemonError::Request)?;
+        if record.labels != before.labels {
+            self.upsert_pod(record.clone()).await?;
+            let stored = records::put(&*self.store, &pod_key(record.address), &record, Expect::Any).await;
+            if let Err(error) = stored {
+                // Other nodes know the old labels: so does this one again.
+                self.upsert_pod(before).await?;
+                return Err(error.into());
+            }
+            if let Some(local) = self.locals.get_mut(&pod) {
+                local.endpoint.pod = record;
+            }
+            self.save()?;
+        }
+        self.endpoint_view(&pod)
+    }
+}

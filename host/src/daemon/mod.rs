@@ -1,0 +1,193 @@
+//! The daemon: one task owns the node's state, and everything that changes it is a message to that task.
+
+mod endpoints;
+mod evaluate;
+mod load;
+mod names;
+mod node;
+mod policy;
+mod pods;
+mod serve;
+mod start;
+mod views;
+
+pub use start::{cleanup, run};
+
+use crate::{
+    api::{EndpointAdd, EndpointLabel, PodName, Response},
+    config::Config,
+    datapath::{Datapath, DatapathError},
+    endpoint::{AddressError, EndpointFile, LocalEndpoint},
+    identity::{Exhausted, Registry},
+    net::{NetError, Veth},
+    plan::PlanError,
+    store::{
+        Change, Store, StoreError,
+        records::{NodeRecord, PodRecord, PolicyRecord},
+    },
+    wasm::{Compiled, Compiler, WasmError},
+};
+use abi::AddressKey;
+use names::Names;
+use policy::Side;
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, RwLock},
+    time::{Duration, Instant},
+};
+use tokio::sync::{mpsc, oneshot};
+
+/// Why something was not done. Nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// The request itself is wrong.
+    #[error("{0}")]
+    Request(String),
+    /// No address for the pod.
+    #[error(transparent)]
+    Address(#[from] AddressError),
+    /// The network.
+    #[error(transparent)]
+    Net(#[from] NetError),
+    /// The kernel's maps and programs.
+    #[error(transparent)]
+    Datapath(#[from] DatapathError),
+    /// The cluster's state.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The policy module.
+    #[error(transparent)]
+    Wasm(#[from] WasmError),
+    /// The plan.
+    #[error(transparent)]
+    Plan(#[from] PlanError<WasmError>),
+    /// No identity left.
+    #[error(transparent)]
+    Identity(#[from] Exhausted),
+}
+
+/// A message to the daemon's task.
+enum Command {
+    Status(oneshot::Sender<Response>),
+    EndpointAdd(EndpointAdd, oneshot::Sender<Response>),
+    EndpointDelete(PodName, oneshot::Sender<Response>),
+    EndpointList(oneshot::Sender<Response>),
+    EndpointLabel(EndpointLabel, oneshot::Sender<Response>),
+    IdentityList(oneshot::Sender<Response>),
+    IpcacheList(oneshot::Sender<Response>),
+    PolicyShow(oneshot::Sender<Response>),
+    NodeDelete(String, oneshot::Sender<Response>),
+    Evaluate(evaluate::Candidate, oneshot::Sender<Result<evaluate::Evaluation, DaemonError>>),
+    /// A monitor has come or gone: how many want drops, and how many flows, more than before.
+    Report { drops: i32, flows: i32 },
+}
+
+/// A node of the cluster.
+struct Node {
+    record: NodeRecord,
+    /// Since when its lease has been expired; `None` while it is alive.
+    stale_since: Option<Instant>,
+}
+
+/// An address of the cluster.
+struct Pod {
+    record: PodRecord,
+    slot: u32,
+    epoch: u32,
+}
+
+/// A pod of this node with its veth pair.
+struct Local {
+    endpoint: LocalEndpoint,
+    veth: Veth,
+}
+
+/// The node's state.
+struct Daemon {
+    config: Config,
+    store: Arc<dyn Store>,
+    datapath: Datapath,
+    compiler: Compiler,
+    /// The module compiled last: the coordinator of a load validates it before its own node prepares it.
+    compiled: Option<Compiled>,
+    registry: Registry,
+    nodes: BTreeMap<String, Node>,
+    pods: BTreeMap<AddressKey, Pod>,
+    locals: BTreeMap<PodName, Local>,
+    next_slot: u32,
+    active: Side,
+    /// During a load: the next side until the flip, the last one from there until all nodes have flipped.
+    aside: Option<Side>,
+    /// The policy of the cluster as last seen, with its revision.
+    policy: Option<(PolicyRecord, u64)>,
+    out_of_step: Option<String>,
+    file: EndpointFile,
+    underlay_mtu: u32,
+    names: Arc<RwLock<Names>>,
+    monitors: (i32, i32),
+}
+
+/// How often the daemon looks at its lease and at stale nodes.
+const TICK: Duration = Duration::from_millis(500);
+
+impl Daemon {
+    /// Serves commands and follows the store until the channel of commands closes.
+    async fn serve(mut self, mut commands: mpsc::Receiver<Command>, mut changes: mpsc::Receiver<Change>) {
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                command = commands.recv() => match command {
+                    Some(command) => self.command(command).await,
+                    None => return,
+                },
+                change = changes.recv() => match change {
+                    Some(change) => self.follow(change).await,
+                    None => {
+                        tracing::error!("the store's watch has ended: stopping, the datapath goes on");
+                        return;
+                    }
+                },
+                _ = tick.tick() => self.tick().await,
+            }
+        }
+    }
+
+    async fn command(&mut self, command: Command) {
+        match command {
+            Command::Status(reply) => answer(reply, self.status().map(|status| Response::Status(Box::new(status)))),
+            Command::EndpointAdd(request, reply) => {
+                answer(reply, self.endpoint_add(request).await.map(Response::Endpoint));
+            }
+            Command::EndpointDelete(pod, reply) => answer(reply, self.endpoint_delete(&pod).await.map(Response::Deleted)),
+            Command::EndpointList(reply) => answer(reply, Ok(Response::Endpoints(self.endpoint_list()))),
+            Command::EndpointLabel(request, reply) => {
+                answer(reply, self.endpoint_label(request).await.map(Response::Endpoint));
+            }
+            Command::IdentityList(reply) => answer(reply, Ok(Response::Identities(self.identity_list()))),
+            Command::IpcacheList(reply) => answer(reply, Ok(Response::Ipcache(self.ipcache_list()))),
+            Command::PolicyShow(reply) => {
+                answer(reply, self.policy_show().map(|policy| Response::Policy(Box::new(policy))));
+            }
+            Command::NodeDelete(name, reply) => answer(reply, self.node_delete(&name).await.map(Response::Deleted)),
+            Command::Evaluate(candidate, reply) => {
+                // Nobody waits any more: then the answer is not needed.
+                let _ = reply.send(self.evaluate(&candidate).await);
+            }
+            Command::Report { drops, flows } => {
+                self.monitors.0 += drops;
+                self.monitors.1 += flows;
+                let flag = |count: i32, flag: u32| if count > 0 { flag } else { 0 };
+                let report = flag(self.monitors.0, abi::node::REPORT_DROPS) | flag(self.monitors.1, abi::node::REPORT_FLOWS);
+                if let Err(error) = self.datapath.set_report(report) {
+                    tracing::error!("{error}");
+                }
+            }
+        }
+    }
+}
+
+fn answer(reply: oneshot::Sender<Response>, result: Result<Response, DaemonError>) {
+    // A caller that has gone does not want the answer.
+    let _ = reply.send(result.unwrap_or_else(|error| Response::Error(error.to_string())));
+}

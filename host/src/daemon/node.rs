@@ -1,0 +1,195 @@
+//! Following the cluster: nodes come and go, pods of other nodes come and go, leases expire.
+
+use super::{Daemon, DaemonError, Node};
+use crate::store::{
+    Change, Collection, Expect, Key, StoreError,
+    records::{self, IdentityRecord, NodeRecord, PodRecord, PolicyRecord, TenantRecord},
+};
+use abi::{AddressKey, Identity};
+use std::{
+    net::IpAddr,
+    time::{Duration, Instant},
+};
+
+impl Daemon {
+    /// Takes in a change of the store. What can't be taken in is reported, and stays as it was.
+    pub(super) async fn follow(&mut self, change: Change) {
+        let what = match &change {
+            Change::Put(key, _) | Change::Delete(key) => key.to_string(),
+            Change::Synced => return,
+        };
+        if let Err(error) = self.try_follow(change).await {
+            tracing::error!("{what}: {error}");
+        }
+    }
+
+    async fn try_follow(&mut self, change: Change) -> Result<(), DaemonError> {
+        match change {
+            Change::Put(key, value) => match key.collection {
+                Collection::Nodes => self.node_seen(records::decode(&key, &value.value)?)?,
+                Collection::Alive => {
+                    if let Some(node) = self.nodes.get_mut(&key.name) {
+                        node.stale_since = None;
+                    }
+                }
+                Collection::Pods => self.pod_seen(records::decode(&key, &value.value)?).await?,
+                Collection::Tenants => {
+                    if let Ok(number) = key.name.parse() {
+                        let tenant: TenantRecord = records::decode(&key, &value.value)?;
+                        self.registry.insert_tenant(number, tenant.name);
+                    }
+                }
+                Collection::Identities => {
+                    if let Ok(number) = key.name.parse() {
+                        let identity: IdentityRecord = records::decode(&key, &value.value)?;
+                        self.note_identity(Identity(number), identity);
+                    }
+                }
+                Collection::Policy => {
+                    let record: PolicyRecord = records::decode(&key, &value.value)?;
+                    self.policy_seen(record, value.revision).await?;
+                }
+                Collection::Cluster | Collection::Modules | Collection::Answers => {}
+            },
+            Change::Delete(key) => match key.collection {
+                Collection::Nodes => self.node_gone(&key.name)?,
+                Collection::Alive => self.lease_expired(&key.name).await?,
+                Collection::Pods => self.pod_gone(&key)?,
+                _ => {}
+            },
+            Change::Synced => {}
+        }
+        Ok(())
+    }
+
+    pub(super) fn node_seen(&mut self, record: NodeRecord) -> Result<(), DaemonError> {
+        let local = record.name == self.config.node;
+        let before = self.nodes.get(&record.name).map(|node| node.record.underlay);
+        if before.is_some_and(|before| before != record.underlay) {
+            self.node_gone(&record.name)?;
+        }
+        self.datapath.add_node(record.underlay, local)?;
+        let name = record.name.clone();
+        // Alive until its lease is seen to be missing: the watch reports leases after nodes.
+        let stale_since = self.nodes.get(&name).and_then(|node| node.stale_since);
+        self.nodes.insert(name.clone(), Node { record, stale_since });
+        let its: Vec<AddressKey> = self.pods_of(&name);
+        for address in its {
+            self.place(&address)?;
+        }
+        Ok(())
+    }
+
+    fn pods_of(&self, node: &str) -> Vec<AddressKey> {
+        let its = self.pods.iter().filter(|(_, pod)| pod.record.node == node);
+        its.map(|(address, _)| *address).collect()
+    }
+
+    fn node_gone(&mut self, name: &str) -> Result<(), DaemonError> {
+        if name == self.config.node {
+            return Ok(());
+        }
+        for address in self.pods_of(name) {
+            self.datapath.remove(&address)?;
+        }
+        if let Some(node) = self.nodes.remove(name) {
+            self.datapath.remove_node(node.record.underlay)?;
+        }
+        Ok(())
+    }
+
+    async fn lease_expired(&mut self, name: &str) -> Result<(), DaemonError> {
+        if name == self.config.node {
+            // Somebody's clock ran ahead, or this node slept. It is alive.
+            return self.renew().await;
+        }
+        if let Some(node) = self.nodes.get_mut(name) {
+            tracing::warn!("node {name} is stale: its lease has expired. Its pods stay reachable");
+            node.stale_since = Some(Instant::now());
+        }
+        Ok(())
+    }
+
+    pub(super) async fn pod_seen(&mut self, record: PodRecord) -> Result<(), DaemonError> {
+        if record.node == self.config.node {
+            return Ok(()); // this node's own words
+        }
+        let address = AddressKey::from(record.address);
+        if let Some(known) = self.pods.get(&address)
+            && known.record.node == self.config.node
+        {
+            return Err(DaemonError::Request(format!(
+                "node {} says that {} is {}'s, but it is {}'s here",
+                record.node,
+                record.address,
+                record.full_name(),
+                known.record.full_name()
+            )));
+        }
+        self.upsert_pod(record).await
+    }
+
+    fn pod_gone(&mut self, key: &Key) -> Result<(), DaemonError> {
+        let Ok(address) = key.name.parse::<IpAddr>() else { return Ok(()) };
+        let address = AddressKey::from(address);
+        let remote = self.pods.get(&address).is_some_and(|pod| pod.record.node != self.config.node);
+        if remote { self.remove_pod(&address) } else { Ok(()) }
+    }
+
+    /// Renews this node's lease.
+    pub(super) async fn renew(&mut self) -> Result<(), DaemonError> {
+        let key = Key::new(Collection::Alive, &self.config.node);
+        if !self.store.keep(&key).await? {
+            self.store.put_leased(&key, Vec::new(), self.config.lease.ttl()).await?;
+        }
+        Ok(())
+    }
+
+    /// What is due from time to time.
+    pub(super) async fn tick(&mut self) {
+        if let Err(error) = self.renew().await {
+            tracing::warn!("renewing the lease: {error}");
+        }
+        let grace = Duration::from_secs(self.config.lease.grace_seconds);
+        let gone: Vec<String> = self
+            .nodes
+            .iter()
+            .filter(|(_, node)| node.stale_since.is_some_and(|since| !grace.is_zero() && since.elapsed() > grace))
+            .map(|(name, _)| name.clone())
+            .collect();
+        for name in gone {
+            tracing::warn!("node {name} has been stale for {} s: removing it with its pods", grace.as_secs());
+            if let Err(error) = self.forget_node(&name).await {
+                tracing::error!("removing node {name}: {error}");
+            }
+        }
+        self.abort_abandoned_load().await;
+    }
+
+    /// Removes a node that is gone, with its pods; false where there is none.
+    pub(super) async fn node_delete(&mut self, name: &str) -> Result<bool, DaemonError> {
+        let Some(node) = self.nodes.get(name) else { return Ok(false) };
+        if node.stale_since.is_none() {
+            return Err(DaemonError::Request(format!(
+                "node {name} is alive: stop its hostd first, and wait until its lease has expired"
+            )));
+        }
+        self.forget_node(name).await?;
+        Ok(true)
+    }
+
+    /// The store tells the other nodes, and this one.
+    async fn forget_node(&mut self, name: &str) -> Result<(), DaemonError> {
+        for (key, value) in self.store.list(Collection::Pods).await? {
+            let record: PodRecord = records::decode(&key, &value.value)?;
+            if record.node == name {
+                match self.store.delete(&key, Expect::Revision(value.revision)).await {
+                    // Changed meanwhile: somebody else has the address now.
+                    Ok(()) | Err(StoreError::Conflict { .. }) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+        }
+        Ok(self.store.delete(&Key::new(Collection::Nodes, name), Expect::Any).await?)
+    }
+}

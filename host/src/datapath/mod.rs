@@ -1,0 +1,494 @@
+//! The datapath: the only writer of BPF maps, and the one who loads, pins and attaches the programs.
+//!
+//! Everything is pinned under one folder per node, so that traffic flows and policy holds while hostd is down:
+//!
+//! | pin | what |
+//! | --- | --- |
+//! | `maps/NAME` | the maps that the attached programs use |
+//! | `links/INTERFACE-HOOK` | the tcx links; a clsact filter has no link, it stays by itself |
+//!
+//! A hostd that starts builds maps anew, but for conntrack, fills them, and then swaps the programs in the links: each
+//! packet meets the old programs with the old maps or the new ones with the new.
+
+mod attach;
+mod cells;
+mod events;
+mod object;
+
+pub use events::EventStream;
+pub use object::{Constants, load_programs};
+
+use crate::{
+    config::{Attach, Maps},
+    plan::{Change, Desired, Shape},
+};
+use abi::{
+    AddressKey, DropReason, Endpoint, IpcacheEntry, NodeConfig, NodeEntry, Path as ForwardPath, PortSet,
+    event::Counter, map,
+};
+use attach::Attacher;
+use aya::{
+    Ebpf,
+    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, of_maps::ArrayOfMaps},
+};
+use cells::Mapped;
+use std::{
+    collections::BTreeMap,
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+};
+
+/// Why the datapath could not be changed.
+#[derive(Debug, thiserror::Error)]
+pub enum DatapathError {
+    /// A map took no more entries.
+    #[error("map {map} is full; raise `{setting}` and restart hostd")]
+    Full {
+        /// The map.
+        map: &'static str,
+        /// The key in the configuration.
+        setting: &'static str,
+    },
+    /// A map operation failed.
+    #[error("map {map}: {source}")]
+    Map {
+        /// The map.
+        map: String,
+        /// Why.
+        source: Box<MapError>,
+    },
+    /// The object could not be loaded.
+    #[error("loading the tc programs: {0}")]
+    Load(String),
+    /// A program could not be attached.
+    #[error("attaching {program} to {interface}: {problem}")]
+    Attach {
+        /// The program.
+        program: &'static str,
+        /// The interface.
+        interface: String,
+        /// Why.
+        problem: String,
+    },
+    /// A pin, a mount or a memory map failed.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was being done.
+        what: String,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+}
+
+impl DatapathError {
+    fn map(name: &str) -> impl FnOnce(MapError) -> Self {
+        let map = name.to_owned();
+        move |source| Self::Map {
+            map,
+            source: Box::new(source),
+        }
+    }
+
+    fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
+        let what = what.into();
+        move |source| Self::Io { what, source }
+    }
+}
+
+/// What the datapath is opened with.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Folder of the pins.
+    pub bpffs: PathBuf,
+    /// Sizes of the maps.
+    pub maps: Maps,
+    /// How to attach.
+    pub attach: Attach,
+}
+
+/// The programs and the maps of one node.
+pub struct Datapath {
+    attacher: Attacher,
+    endpoints: HashMap<MapData, AddressKey, Endpoint>,
+    ipcache: HashMap<MapData, AddressKey, IpcacheEntry>,
+    nodes: HashMap<MapData, AddressKey, NodeEntry>,
+    port_sets: [Array<MapData, PortSet>; 2],
+    config: Array<MapData, NodeConfig>,
+    cells: [Mapped; 2],
+    generation: Mapped,
+    drops: PerCpuArray<MapData, Counter>,
+    forwarded: PerCpuArray<MapData, Counter>,
+    grace: ArrayOfMaps<MapData, Array<MapData, u32>>,
+    shape: Shape,
+    /// What the maps hold, so that what has not changed is not written.
+    placed: BTreeMap<AddressKey, Desired>,
+    node_config: NodeConfig,
+    bpffs: PathBuf,
+}
+
+fn take(ebpf: &mut Ebpf, name: &str) -> Result<Map, DatapathError> {
+    ebpf.take_map(name)
+        .ok_or_else(|| DatapathError::Load(format!("the object has no map {name}: built from other sources than hostd?")))
+}
+
+macro_rules! typed {
+    ($ebpf:expr, $name:expr) => {
+        take($ebpf, $name)?.try_into().map_err(DatapathError::map($name))?
+    };
+}
+
+/// Shape of the policy matrix for these map sizes.
+#[must_use]
+pub fn shape(maps: &Maps) -> Shape {
+    Shape {
+        rows: maps.local_identities + 1,
+        columns: maps.identities + abi::policy::FIRST_POD_COLUMN,
+        port_sets: maps.port_sets,
+    }
+}
+
+impl Datapath {
+    /// Loads programs and maps. Nothing is attached or pinned yet, and what an earlier hostd left goes on working.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses the programs, or a map can't be made.
+    pub fn load(settings: &Settings) -> Result<(Self, EventStream), DatapathError> {
+        object::mount_bpffs(&settings.bpffs)?;
+        let shape = shape(&settings.maps);
+        let before = object::leftovers(&settings.bpffs, &settings.maps)?;
+        let constants = Constants {
+            shape,
+            record_action: false,
+        };
+        let mut ebpf = load_programs(&settings.maps, &constants, before.conntrack.as_deref())?;
+        let ring: RingBuf<MapData> = typed!(&mut ebpf, map::EVENTS);
+        let datapath = Self::from_object(ebpf, settings, shape)?;
+        // Verdicts that conntrack carries over from an earlier hostd must not pass for this one's.
+        datapath.generation.store_u64(0, u64::from(before.generation) + 2);
+        Ok((datapath, EventStream::new(ring)?))
+    }
+
+    fn from_object(mut ebpf: Ebpf, settings: &Settings, shape: Shape) -> Result<Self, DatapathError> {
+        let generation: Array<MapData, u64> = typed!(&mut ebpf, map::GENERATION);
+        let even: Array<MapData, u64> = typed!(&mut ebpf, map::POLICY[0]);
+        let odd: Array<MapData, u64> = typed!(&mut ebpf, map::POLICY[1]);
+        let pins = settings.bpffs.join("maps.new");
+        object::remake(&pins)?;
+        let pin = |name: &str| pins.join(name);
+        // Pinned one by one: a typed map of aya does not give its data back.
+        generation.pin(pin(map::GENERATION)).map_err(pin_failed)?;
+        even.pin(pin(map::POLICY[0])).map_err(pin_failed)?;
+        odd.pin(pin(map::POLICY[1])).map_err(pin_failed)?;
+        for (name, map) in ebpf.maps() {
+            if name.contains('.') {
+                continue; // .rodata and its like
+            }
+            map.pin(pin(name)).map_err(pin_failed)?;
+        }
+        let mapped = |name: &str| Mapped::open(&pins.join(name));
+        let config: Array<MapData, NodeConfig> = typed!(&mut ebpf, map::CONFIG);
+        Ok(Self {
+            endpoints: typed!(&mut ebpf, map::ENDPOINTS),
+            ipcache: typed!(&mut ebpf, map::IPCACHE),
+            nodes: typed!(&mut ebpf, map::NODES),
+            port_sets: [typed!(&mut ebpf, map::PORT_SETS[0]), typed!(&mut ebpf, map::PORT_SETS[1])],
+            cells: [mapped(map::POLICY[0])?, mapped(map::POLICY[1])?],
+            generation: mapped(map::GENERATION)?,
+            drops: typed!(&mut ebpf, map::DROPS),
+            forwarded: typed!(&mut ebpf, map::FORWARDED),
+            grace: typed!(&mut ebpf, map::GRACE),
+            attacher: Attacher::new(ebpf, settings.attach, &settings.bpffs)?,
+            config,
+            shape,
+            placed: BTreeMap::new(),
+            node_config: NodeConfig {
+                vxlan_ifindex: 0,
+                report: 0,
+                tunnel_port: abi::node::TUNNEL_PORT,
+                zero: 0,
+                gateway: abi::node::GATEWAY_V4,
+            },
+            bpffs: settings.bpffs.clone(),
+        })
+    }
+
+    /// Makes this object's pins the ones that count, in place of an earlier hostd's.
+    ///
+    /// # Errors
+    ///
+    /// Where the pins can't be moved.
+    pub fn adopt_pins(&self) -> Result<(), DatapathError> {
+        object::swap_pins(&self.bpffs)
+    }
+
+    /// Shape of the policy matrix.
+    #[must_use]
+    pub const fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    /// The generation in force.
+    #[must_use]
+    pub fn generation(&self) -> u32 {
+        // The programs use the low half alone.
+        (self.generation.load_u64(0) & u64::from(u32::MAX)) as u32
+    }
+
+    /// Parity of the generation in force.
+    #[must_use]
+    pub fn parity(&self) -> usize {
+        (self.generation() & 1) as usize
+    }
+
+    /// Tells the programs of the vxlan device.
+    ///
+    /// # Errors
+    ///
+    /// Where the map can't be written.
+    pub fn set_vxlan(&mut self, ifindex: u32) -> Result<(), DatapathError> {
+        self.node_config.vxlan_ifindex = ifindex;
+        self.write_config()
+    }
+
+    /// What the programs report: [`abi::node::REPORT_DROPS`], [`abi::node::REPORT_FLOWS`].
+    ///
+    /// # Errors
+    ///
+    /// Where the map can't be written.
+    pub fn set_report(&mut self, report: u32) -> Result<(), DatapathError> {
+        self.node_config.report = report;
+        self.write_config()
+    }
+
+    fn write_config(&mut self) -> Result<(), DatapathError> {
+        self.config
+            .set(0, self.node_config, 0)
+            .map_err(DatapathError::map(map::CONFIG))
+    }
+
+    /// Makes an underlay address one of a node.
+    ///
+    /// # Errors
+    ///
+    /// Where the map is full.
+    pub fn add_node(&mut self, underlay: Ipv4Addr, local: bool) -> Result<(), DatapathError> {
+        let entry = NodeEntry {
+            local: u32::from(local),
+        };
+        self.nodes
+            .insert(AddressKey::v4(underlay.octets()), entry, 0)
+            .map_err(DatapathError::map(map::NODES))
+    }
+
+    /// Makes an underlay address no longer one of a node.
+    ///
+    /// # Errors
+    ///
+    /// Where the map can't be written.
+    pub fn remove_node(&mut self, underlay: Ipv4Addr) -> Result<(), DatapathError> {
+        gone(self.nodes.remove(&AddressKey::v4(underlay.octets())), map::NODES)
+    }
+
+    /// Writes port sets and cells of one side of the policy matrix.
+    ///
+    /// # Errors
+    ///
+    /// Where a map can't be written.
+    pub fn write(&mut self, parity: usize, change: &Change) -> Result<(), DatapathError> {
+        for (number, set) in &change.port_sets {
+            self.port_sets[parity]
+                .set(*number, set, 0)
+                .map_err(DatapathError::map(map::PORT_SETS[parity]))?;
+        }
+        for write in &change.cells {
+            self.cells[parity].store_u16(write.index as usize, write.cell);
+        }
+        Ok(())
+    }
+
+    /// Makes one side of the policy matrix deny everything.
+    pub fn clear(&mut self, parity: usize) {
+        self.cells[parity].zero();
+    }
+
+    /// Makes the maps hold this of an address: the ipcache first, then the endpoint map, so that a pod is never
+    /// reachable before its identity is known.
+    ///
+    /// # Errors
+    ///
+    /// Where a map is full.
+    pub fn place(&mut self, address: AddressKey, desired: Desired) -> Result<(), DatapathError> {
+        let before = self.placed.get(&address);
+        if before == Some(&desired) {
+            return Ok(());
+        }
+        let had_endpoint = before.is_some_and(|before| before.endpoint.is_some());
+        self.ipcache
+            .insert(address, desired.ipcache, 0)
+            .map_err(|error| full(error, map::IPCACHE, "maps.addresses"))?;
+        match desired.endpoint {
+            Some(endpoint) => {
+                let inserted = self.endpoints.insert(address, endpoint, 0);
+                if let Err(error) = inserted {
+                    if before.is_none() {
+                        gone(self.ipcache.remove(&address), map::IPCACHE)?;
+                    }
+                    return Err(full(error, map::ENDPOINTS, "maps.endpoints"));
+                }
+            }
+            None if had_endpoint => gone(self.endpoints.remove(&address), map::ENDPOINTS)?,
+            None => {}
+        }
+        self.placed.insert(address, desired);
+        Ok(())
+    }
+
+    /// Makes the maps hold nothing of an address: the endpoint map first, then the ipcache.
+    ///
+    /// # Errors
+    ///
+    /// Where a map can't be written.
+    pub fn remove(&mut self, address: &AddressKey) -> Result<(), DatapathError> {
+        if let Some(before) = self.placed.remove(address) {
+            if before.endpoint.is_some() {
+                gone(self.endpoints.remove(address), map::ENDPOINTS)?;
+            }
+            gone(self.ipcache.remove(address), map::IPCACHE)?;
+        }
+        Ok(())
+    }
+
+    /// What the maps hold, by address.
+    pub fn placed(&self) -> impl Iterator<Item = (&AddressKey, &Desired)> {
+        self.placed.iter()
+    }
+
+    /// Puts the other side in force, and returns once no packet is on its way under the old one.
+    ///
+    /// # Errors
+    ///
+    /// Where waiting fails; the other side is in force all the same.
+    pub fn flip(&mut self) -> Result<(), DatapathError> {
+        self.generation.store_u64(0, u64::from(self.generation()) + 1);
+        self.grace()
+    }
+
+    /// Waits until no program runs that began before the call. Replacing a map in a map makes the kernel wait for an
+    /// RCU grace period before it returns (`maybe_wait_bpf_programs`, `kernel/bpf/syscall.c`), and a tc program runs
+    /// inside one.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses.
+    pub fn grace(&mut self) -> Result<(), DatapathError> {
+        let inner = Array::<MapData, u32>::create(1, 0).map_err(DatapathError::map(map::GRACE))?;
+        self.grace.set(0, &inner, 0).map_err(DatapathError::map(map::GRACE))
+    }
+
+    /// Attaches a program, in front of all others, or swaps it into the link that is there.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses.
+    pub fn attach(&mut self, hook: abi::Hook, interface: &str) -> Result<(), DatapathError> {
+        self.attacher.attach(hook, interface)
+    }
+
+    /// Forgets the links of an interface that is about to go.
+    ///
+    /// # Errors
+    ///
+    /// Where a pin can't be removed.
+    pub fn detach(&mut self, interface: &str) -> Result<(), DatapathError> {
+        self.attacher.detach(interface)
+    }
+
+    /// Interfaces that an earlier hostd left links on, which are none of `known`.
+    ///
+    /// # Errors
+    ///
+    /// Where the pins can't be listed.
+    pub fn forget_links_except(&mut self, known: &[&str]) -> Result<(), DatapathError> {
+        self.attacher.forget_except(known)
+    }
+
+    /// How programs are attached: `tcx` or `clsact`.
+    #[must_use]
+    pub fn attach_mode(&self) -> &'static str {
+        self.attacher.mode()
+    }
+
+    /// Packets dropped, by reason, and forwarded, by path, on all CPUs.
+    ///
+    /// # Errors
+    ///
+    /// Where a map can't be read.
+    pub fn counters(&self) -> Result<Counters, DatapathError> {
+        let sum = |map: &PerCpuArray<MapData, Counter>, index: u32, name: &str| {
+            let values = map.get(&index, 0).map_err(DatapathError::map(name))?;
+            Ok::<_, DatapathError>(values.iter().fold(Counter::default(), |sum, one| Counter {
+                packets: sum.packets + one.packets,
+                bytes: sum.bytes + one.bytes,
+            }))
+        };
+        let mut counters = Counters::default();
+        for reason in DropReason::ALL {
+            counters.drops.push((*reason, sum(&self.drops, *reason as u32, map::DROPS)?));
+        }
+        for path in ForwardPath::ALL {
+            counters.forwarded.push((path, sum(&self.forwarded, path as u32, map::FORWARDED)?));
+        }
+        Ok(counters)
+    }
+}
+
+/// What was counted.
+#[derive(Clone, Debug, Default)]
+pub struct Counters {
+    /// Dropped, by reason.
+    pub drops: Vec<(DropReason, Counter)>,
+    /// Forwarded, by path.
+    pub forwarded: Vec<(ForwardPath, Counter)>,
+}
+
+/// An error with its causes.
+fn chain(error: &dyn std::error::Error) -> String {
+    match error.source() {
+        Some(source) => format!("{error}: {}", chain(source)),
+        None => error.to_string(),
+    }
+}
+
+/// Removing what is not there is as good.
+fn gone(result: Result<(), MapError>, name: &str) -> Result<(), DatapathError> {
+    match result {
+        Err(MapError::KeyNotFound) | Ok(()) => Ok(()),
+        Err(MapError::SyscallError(error)) if error.io_error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(DatapathError::map(name)(error)),
+    }
+}
+
+fn full(error: MapError, map: &'static str, setting: &'static str) -> DatapathError {
+    match &error {
+        // The kernel answers E2BIG where a hash has no room (`kernel/bpf/hashtab.c`).
+        MapError::SyscallError(call) if call.io_error.kind() == std::io::ErrorKind::ArgumentListTooLong => {
+            DatapathError::Full { map, setting }
+        }
+        _ => DatapathError::map(map)(error),
+    }
+}
+
+fn pin_failed(error: aya::pin::PinError) -> DatapathError {
+    DatapathError::Load(format!("pinning a map: {error}"))
+}
+
+
+/// Removes every pin and link of a node, so that nothing of it is attached any more.
+///
+/// # Errors
+///
+/// Where a pin can't be removed.
+pub fn cleanup(bpffs: &Path) -> Result<(), DatapathError> {
+    object::remove_all(bpffs)
+}

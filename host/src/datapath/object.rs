@@ -1,0 +1,162 @@
+//! The eBPF object: its constants, its map sizes, and the folder of its pins.
+
+use super::{DatapathError, chain};
+use crate::{config::Maps, plan::Shape};
+use abi::{map, policy::CELLS_PER_ELEMENT};
+use aya::{
+    Ebpf, EbpfLoader, include_bytes_aligned,
+    maps::{Array, Map, MapData},
+};
+use rustix::{
+    fs::statfs,
+    mount::{MountFlags, mount},
+};
+use std::{
+    ffi::CStr,
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/datapath.o"));
+
+/// Constants of the programs, fixed when they are loaded.
+#[derive(Clone, Copy, Debug)]
+pub struct Constants {
+    /// Shape of the policy matrix.
+    pub shape: Shape,
+    /// Leave path and target of each packet in `skb->cb`: for the packet table tests.
+    pub record_action: bool,
+}
+
+/// Loads the object into the kernel. Where `conntrack` is given, its map is used.
+///
+/// # Errors
+///
+/// Where the kernel refuses a map or a program; with the verifier's last words.
+pub fn load_programs(maps: &Maps, constants: &Constants, conntrack: Option<&Path>) -> Result<Ebpf, DatapathError> {
+    let shape = constants.shape;
+    let elements = u32::try_from(shape.cells().div_ceil(u64::from(CELLS_PER_ELEMENT))).map_err(|_| {
+        DatapathError::Load("`maps.identities` times `maps.local_identities` is too large for a policy map".to_owned())
+    })?;
+    let record = u32::from(constants.record_action);
+    let mut loader = EbpfLoader::new();
+    loader
+        .override_global("POLICY_ROWS", &shape.rows, true)
+        .override_global("POLICY_COLUMNS", &shape.columns, true)
+        .override_global("RECORD_ACTION", &record, true)
+        .map_max_entries(map::POLICY[0], elements)
+        .map_max_entries(map::POLICY[1], elements)
+        .map_max_entries(map::PORT_SETS[0], shape.port_sets)
+        .map_max_entries(map::PORT_SETS[1], shape.port_sets)
+        .map_max_entries(map::ENDPOINTS, maps.endpoints)
+        .map_max_entries(map::IPCACHE, maps.addresses)
+        .map_max_entries(map::CONNTRACK, maps.conntrack);
+    if let Some(pin) = conntrack {
+        loader.map_pin_path(map::CONNTRACK, pin.to_owned());
+    }
+    let mut ebpf = loader.load(OBJECT).map_err(|error| DatapathError::Load(chain(&error)))?;
+    for hook in abi::Hook::ALL {
+        let program: &mut aya::programs::SchedClassifier = ebpf
+            .program_mut(hook.name())
+            .ok_or_else(|| DatapathError::Load(format!("the object has no program {}", hook.name())))?
+            .try_into()
+            .map_err(|error| DatapathError::Load(chain(&error)))?;
+        program
+            .load()
+            .map_err(|error| DatapathError::Load(format!("{}: {}", hook.name(), chain(&error))))?;
+    }
+    Ok(ebpf)
+}
+
+/// What an earlier hostd left.
+pub struct Leftovers {
+    /// Pin of a conntrack map that can be used again.
+    pub conntrack: Option<PathBuf>,
+    /// The generation that was in force.
+    pub generation: u32,
+}
+
+const VERSION_FILE: &str = "abi-version";
+
+/// Looks at the pins of an earlier hostd. A conntrack map of another ABI version or another size is not used again:
+/// flows are then judged as if they were new.
+pub fn leftovers(bpffs: &Path, maps: &Maps) -> Result<Leftovers, DatapathError> {
+    let pins = bpffs.join("maps");
+    let conntrack = pins.join(map::CONNTRACK);
+    let same_abi = pins.join(format!("{VERSION_FILE}-{}", abi::VERSION)).exists();
+    let usable = same_abi
+        && MapData::from_pin(&conntrack)
+            .and_then(|data| data.info())
+            .is_ok_and(|info| info.max_entries() == maps.conntrack);
+    let generation = match MapData::from_pin(pins.join(map::GENERATION)) {
+        Ok(data) => Array::<MapData, u64>::try_from(Map::Array(data))
+            .and_then(|array| array.get(&0, 0))
+            .map_err(DatapathError::map(map::GENERATION))?,
+        Err(_) => 0,
+    };
+    Ok(Leftovers {
+        conntrack: usable.then_some(conntrack),
+        generation: (generation & u64::from(u32::MAX)) as u32,
+    })
+}
+
+/// Makes an empty folder, in place of what is there.
+pub fn remake(folder: &Path) -> Result<(), DatapathError> {
+    remove_folder(folder)?;
+    let version = folder.join(format!("{VERSION_FILE}-{}", abi::VERSION));
+    // A bpffs holds folders and pins, no files: a folder's name says the version.
+    fs::create_dir_all(&version).map_err(DatapathError::io(format!("create {}", version.display())))
+}
+
+/// Puts `maps.new` in the place of `maps`.
+pub fn swap_pins(bpffs: &Path) -> Result<(), DatapathError> {
+    let (old, new) = (bpffs.join("maps"), bpffs.join("maps.new"));
+    remove_folder(&old)?;
+    fs::rename(&new, &old).map_err(DatapathError::io(format!("rename {}", new.display())))
+}
+
+fn remove_folder(folder: &Path) -> Result<(), DatapathError> {
+    match fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(DatapathError::io(format!("remove {}", folder.display()))(error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Removes all pins of a node.
+pub fn remove_all(bpffs: &Path) -> Result<(), DatapathError> {
+    for folder in ["links", "maps", "maps.new"] {
+        remove_folder(&bpffs.join(folder))?;
+    }
+    Ok(())
+}
+
+/// `BPF_FS_MAGIC` (`include/uapi/linux/magic.h`).
+const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+
+/// Makes the folder, and mounts a bpffs on it unless it is inside one.
+pub fn mount_bpffs(folder: &Path) -> Result<(), DatapathError> {
+    let failed = |what: &str| DatapathError::io(format!("{what} {}", folder.display()));
+    // Beneath a bpffs that is mounted already, this makes a folder of it.
+    let standard = Path::new("/sys/fs/bpf");
+    if folder.starts_with(standard) && !is_bpffs(standard).map_err(failed("look at"))? {
+        mount_on(standard).map_err(failed("mount a bpffs for"))?;
+    }
+    fs::create_dir_all(folder).map_err(failed("create"))?;
+    if !is_bpffs(folder).map_err(failed("look at"))? {
+        mount_on(folder).map_err(failed("mount a bpffs on"))?;
+    }
+    let links = folder.join("links");
+    fs::create_dir_all(&links).map_err(failed("create links in"))
+}
+
+fn is_bpffs(folder: &Path) -> io::Result<bool> {
+    #[expect(clippy::unnecessary_cast, reason = "the type of a file system's magic differs by architecture")]
+    Ok(statfs(folder)?.f_type as i64 == BPF_FS_MAGIC)
+}
+
+fn mount_on(folder: &Path) -> io::Result<()> {
+    const NO_DATA: Option<&CStr> = None;
+    Ok(mount("bpf", folder, "bpf", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, NO_DATA)?)
+}

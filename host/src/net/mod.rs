@@ -1,0 +1,58 @@
+//! Interfaces, addresses and routes, by netlink; and work in other network namespaces.
+
+mod link;
+mod netns;
+
+pub use link::{Veth, delete_link, ensure_vxlan, find_pod_link, link_exists, make_pod_link, prepare_node, underlay_mtu};
+pub use netns::{Netns, in_netns};
+
+use std::{net::IpAddr, path::PathBuf};
+
+/// The vxlan device.
+pub const VXLAN_DEVICE: &str = "wasmgate.vxlan";
+
+/// What VXLAN over IPv4 adds to a packet, in bytes: ethernet 14, VXLAN 8, UDP 8, IPv4 20 (RFC 7348, section 5).
+pub const VXLAN_OVERHEAD: u32 = 50;
+
+/// The interface inside a pod.
+pub const POD_INTERFACE: &str = "eth0";
+
+/// Why the network could not be changed.
+#[derive(Debug, thiserror::Error)]
+pub enum NetError {
+    /// There is no such namespace, or it is none.
+    #[error("network namespace {path}: {problem}")]
+    Netns {
+        /// Its path.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
+    /// The pod has an interface already.
+    #[error("network namespace {0} has an interface `{POD_INTERFACE}` already: is it another pod's?")]
+    Occupied(PathBuf),
+    /// No interface has the underlay address.
+    #[error("no interface of this node has the address {0} (`underlay` in the configuration)")]
+    NoUnderlay(IpAddr),
+    /// The underlay's packets are too small.
+    #[error("the underlay's MTU of {0} leaves no room for a tunnel")]
+    SmallMtu(u32),
+    /// The kernel refused.
+    #[error("{what}: {problem}")]
+    Kernel {
+        /// What was being done.
+        what: String,
+        /// Why it failed.
+        problem: String,
+    },
+}
+
+impl NetError {
+    fn kernel<E: std::fmt::Display>(what: impl Into<String>) -> impl FnOnce(E) -> Self {
+        let what = what.into();
+        move |error| Self::Kernel {
+            what,
+            problem: error.to_string(),
+        }
+    }
+}
