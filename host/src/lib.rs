@@ -5,8 +5,11 @@
 //! only writer of BPF maps. [`store`] shares state between nodes, [`net`] speaks netlink, [`api`] is the control
 //! socket, [`cli`] the command, and [`daemon`] ties them together.
 
+pub mod api;
+pub mod cli;
 pub mod codec;
 pub mod config;
+pub mod daemon;
 pub mod datapath;
 pub mod endpoint;
 pub mod identity;

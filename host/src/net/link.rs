@@ -209,14 +209,29 @@ fn disable_ipv6(interface: &str) -> Result<(), NetError> {
     }
 }
 
-/// Whether an interface is there.
+/// What the names of the host's ends of pods' veth pairs begin with.
+const POD_LINK_PREFIX: &str = "wg-";
+
+/// Names of the host's ends of pods' veth pairs.
 ///
 /// # Errors
 ///
 /// Where netlink fails.
-pub fn link_exists(name: &str) -> Result<bool, NetError> {
-    let name = name.to_owned();
-    netlink_here(move |handle| async move { Ok(find(&handle, &name).await?.is_some()) }.boxed())
+pub fn pod_links() -> Result<Vec<String>, NetError> {
+    netlink_here(|handle| {
+        async move {
+            let mut links = handle.link().get().execute();
+            let mut names = Vec::new();
+            while let Some(link) = links.try_next().await.map_err(NetError::kernel("listing interfaces"))? {
+                names.extend(link.attributes.into_iter().filter_map(|attribute| match attribute {
+                    LinkAttribute::IfName(name) if name.starts_with(POD_LINK_PREFIX) => Some(name),
+                    _ => None,
+                }));
+            }
+            Ok(names)
+        }
+        .boxed()
+    })
 }
 
 /// Deletes an interface; that it is gone already is no error.

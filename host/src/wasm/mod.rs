@@ -5,7 +5,7 @@ mod clock;
 mod compile;
 mod runtime;
 
-pub use compile::{Compiled, Compiler, child_main};
+pub use compile::{CHILD_COMMAND, Compiled, Compiler, child_main, sha256};
 pub use runtime::Runtime;
 
 use crate::config;

@@ -1,0 +1,199 @@
+//! The command line.
+
+mod args;
+mod print;
+mod table;
+
+use crate::{
+    api::{self, ClientError, EndpointAdd, EndpointLabel, LoadPolicy, Monitor, Request, Response},
+    config::Config,
+    daemon, wasm,
+};
+use anyhow::Context;
+use args::{Arguments, Command, EndpointCommand, LoadArguments, MonitorArguments, NodeCommand};
+use clap::Parser;
+use std::{
+    fs,
+    io::Write,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+/// Runs the command that the process was started with. Status 1: refused or failed; 2: wrong usage.
+#[must_use]
+pub fn main() -> ExitCode {
+    match run(Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("hostd: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: Arguments) -> anyhow::Result<()> {
+    if let Command::CompileModule { memory } = arguments.command {
+        return wasm::child_main(memory);
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(async move {
+        match arguments.command {
+            Command::Run { config } => {
+                start_log();
+                daemon::run(Config::read(&config)?).await
+            }
+            Command::Cleanup { config } => daemon::cleanup(&Config::read(&config)?).await,
+            command => ask(&arguments.socket, arguments.json, command).await,
+        }
+    })
+}
+
+fn start_log() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("HOSTD_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .init();
+}
+
+async fn ask(socket: &Path, json: bool, command: Command) -> anyhow::Result<()> {
+    let request = match command {
+        Command::Monitor(arguments) => return monitor(socket, json, arguments).await,
+        Command::LoadPolicy(arguments) => Request::LoadPolicy(read_policy(arguments)?),
+        Command::Status => Request::Status,
+        Command::Identity(_) => Request::IdentityList,
+        Command::Ipcache(_) => Request::IpcacheList,
+        Command::Policy(_) => Request::PolicyShow,
+        Command::Node(NodeCommand::Delete { name }) => Request::NodeDelete(name),
+        Command::Endpoint(command) => endpoint(command)?,
+        Command::Run { .. } | Command::Cleanup { .. } | Command::CompileModule { .. } => {
+            anyhow::bail!("a command that asks no daemon")
+        }
+    };
+    let response = api::call(socket, &request).await?;
+    let mut stdout = std::io::stdout().lock();
+    if json {
+        print::json(&mut stdout, &response)?;
+    } else {
+        print::text(&mut stdout, &response)?;
+    }
+    let incomplete = match &response {
+        Response::Loaded(report) => report.nodes.iter().filter(|node| node.result.is_err()).count(),
+        _ => 0,
+    };
+    anyhow::ensure!(incomplete == 0, "the policy is loaded, but not on {incomplete} of the nodes (see above)");
+    Ok(())
+}
+
+fn endpoint(command: EndpointCommand) -> anyhow::Result<Request> {
+    Ok(match command {
+        EndpointCommand::Add {
+            pod,
+            netns,
+            labels,
+            address,
+        } => Request::EndpointAdd(EndpointAdd {
+            pod: pod.into(),
+            netns: absolute(netns)?,
+            labels: labels.into_iter().collect(),
+            address,
+        }),
+        EndpointCommand::Delete { pod } => Request::EndpointDelete(pod.into()),
+        EndpointCommand::List => Request::EndpointList,
+        EndpointCommand::Label { pod, changes } => {
+            let (set, remove) = args::split_label_changes(changes);
+            Request::EndpointLabel(EndpointLabel {
+                pod: pod.into(),
+                set,
+                remove,
+            })
+        }
+    })
+}
+
+/// hostd may have another working directory.
+fn absolute(netns: String) -> anyhow::Result<String> {
+    if !netns.contains('/') {
+        return Ok(netns);
+    }
+    let path = std::path::absolute(&netns)?;
+    path.into_os_string()
+        .into_string()
+        .map_err(|path| anyhow::anyhow!("{} is no UTF-8", path.display()))
+}
+
+fn read_policy(arguments: LoadArguments) -> anyhow::Result<LoadPolicy> {
+    let LoadArguments {
+        file,
+        config,
+        dry_run,
+        skip_unreachable,
+    } = arguments;
+    let module = fs::read(&file).with_context(|| format!("policy module {}", file.display()))?;
+    let name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    Ok(LoadPolicy {
+        name,
+        module,
+        config: config.map_or_else(|| Ok(String::new()), |path| policy_config(&path))?,
+        dry_run,
+        skip_unreachable,
+    })
+}
+
+/// A module gets its configuration as JSON, whatever the admin wrote it in.
+fn policy_config(path: &PathBuf) -> anyhow::Result<String> {
+    let text = fs::read_to_string(path).with_context(|| format!("policy configuration {}", path.display()))?;
+    let is_toml = path.extension().is_some_and(|extension| extension == "toml");
+    let value: serde_json::Value = if is_toml {
+        toml::from_str(&text).with_context(|| format!("policy configuration {}", path.display()))?
+    } else {
+        serde_json::from_str(&text)
+            .with_context(|| format!("policy configuration {}: JSON, or TOML in a file named .toml", path.display()))?
+    };
+    Ok(value.to_string())
+}
+
+async fn monitor(socket: &Path, json: bool, arguments: MonitorArguments) -> anyhow::Result<()> {
+    let what = Monitor {
+        drops: !arguments.flows,
+        flows: !arguments.drops,
+    };
+    let mut left = arguments.count;
+    let mut problem = None;
+    let ended = api::monitor(socket, what, |response| {
+        let mut stdout = std::io::stdout().lock();
+        let printed = if json {
+            print::json_line(&mut stdout, &response)
+        } else {
+            print::text(&mut stdout, &response)
+        };
+        // A reader that closes the pipe has seen enough.
+        if let Err(error) = printed.and_then(|()| Ok(stdout.flush()?)) {
+            problem = Some(error);
+            return false;
+        }
+        if matches!(response, Response::Packet(_)) {
+            left = left.map(|left| left.saturating_sub(1));
+        }
+        left != Some(0)
+    });
+    tokio::select! {
+        ended = ended => match ended {
+            Ok(()) | Err(ClientError::Closed) => {}
+            Err(error) => return Err(error.into()),
+        },
+        interrupted = tokio::signal::ctrl_c() => interrupted?,
+    }
+    match problem {
+        Some(error) if !is_broken_pipe(&error) => Err(error),
+        _ => Ok(()),
+    }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .downcast_ref::<std::io::Error>()
+        .is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+}

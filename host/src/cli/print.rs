@@ -1,0 +1,281 @@
+//! Answers, as text for people and as JSON for programs.
+
+use super::table::Table;
+use crate::api::{
+    CounterView, EndpointView, IdentityView, IpcacheView, LoadReport, PacketView, PolicyView, Response, Status,
+};
+use serde::Serialize;
+use std::{collections::BTreeMap, io::Write, net::IpAddr};
+
+/// Changed pairs that are printed, at the most; JSON has all.
+const MAX_PAIRS: usize = 40;
+
+/// The content of an answer as JSON, indented.
+pub fn json(out: &mut impl Write, response: &Response) -> anyhow::Result<()> {
+    serde_json::to_writer_pretty(&mut *out, &content(response)?)?;
+    Ok(writeln!(out)?)
+}
+
+/// The same on one line.
+pub fn json_line(out: &mut impl Write, response: &Response) -> anyhow::Result<()> {
+    if matches!(response, Response::Monitoring) {
+        return Ok(());
+    }
+    serde_json::to_writer(&mut *out, &content(response)?)?;
+    Ok(writeln!(out)?)
+}
+
+/// Without the enum's tag: a reader knows what it has asked for.
+fn content(response: &Response) -> serde_json::Result<serde_json::Value> {
+    #[derive(Serialize)]
+    struct Deleted {
+        deleted: bool,
+    }
+    #[derive(Serialize)]
+    struct Missed {
+        missed: u64,
+    }
+    match response {
+        Response::Error(problem) => serde_json::to_value(problem),
+        Response::Status(status) => serde_json::to_value(status),
+        Response::Endpoint(endpoint) => serde_json::to_value(endpoint),
+        Response::Endpoints(endpoints) => serde_json::to_value(endpoints),
+        Response::Deleted(deleted) => serde_json::to_value(Deleted { deleted: *deleted }),
+        Response::Identities(identities) => serde_json::to_value(identities),
+        Response::Ipcache(ipcache) => serde_json::to_value(ipcache),
+        Response::Policy(policy) => serde_json::to_value(policy),
+        Response::Loaded(report) => serde_json::to_value(report),
+        Response::Monitoring => Ok(serde_json::Value::Null),
+        Response::Packet(packet) => serde_json::to_value(packet),
+        Response::Missed(missed) => serde_json::to_value(Missed { missed: *missed }),
+    }
+}
+
+/// An answer as text.
+pub fn text(out: &mut impl Write, response: &Response) -> anyhow::Result<()> {
+    match response {
+        Response::Error(problem) => Ok(writeln!(out, "{problem}")?),
+        Response::Status(report) => status(out, report),
+        Response::Endpoint(one) => endpoints(out, std::slice::from_ref(one)),
+        Response::Endpoints(all) => endpoints(out, all),
+        Response::Deleted(true) => Ok(writeln!(out, "deleted")?),
+        Response::Deleted(false) => Ok(writeln!(out, "nothing to delete")?),
+        Response::Identities(all) => identities(out, all),
+        Response::Ipcache(all) => ipcache(out, all),
+        Response::Policy(shown) => policy(out, shown),
+        Response::Loaded(report) => load(out, report),
+        Response::Monitoring => Ok(()),
+        Response::Packet(one) => Ok(writeln!(out, "{}", packet(one))?),
+        Response::Missed(missed) => Ok(writeln!(out, "({missed} packets were not reported: too many at once)")?),
+    }
+}
+
+fn labels(labels: &BTreeMap<String, String>) -> String {
+    let labels: Vec<String> = labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
+    labels.join(",")
+}
+
+fn module(record: Option<&crate::store::records::ModuleRecord>) -> String {
+    match record {
+        Some(module) => format!("{} (sha256 {})", module.name, &module.sha256[..12.min(module.sha256.len())]),
+        None => "none: nothing passes between pods".to_owned(),
+    }
+}
+
+fn status(out: &mut impl Write, status: &Status) -> anyhow::Result<()> {
+    writeln!(out, "node        {} (hostd {})", status.node, status.version)?;
+    writeln!(out, "policy      {}", module(status.policy.as_ref()))?;
+    if let Some(problem) = &status.out_of_step {
+        writeln!(out, "OUT OF STEP {problem}")?;
+    }
+    writeln!(out, "generation  {}", status.generation)?;
+    writeln!(out, "attachment  {}", status.attach)?;
+    writeln!(out, "pod MTU     {}", status.pod_mtu)?;
+    writeln!(out, "endpoints   {}", status.endpoints)?;
+
+    writeln!(out)?;
+    let mut table = Table::new(["NODE", "UNDERLAY", "POD CIDRS", "PODS", "STATE"]);
+    for node in &status.nodes {
+        let state = if node.state == "alive" {
+            node.state.clone()
+        } else {
+            format!("{} for {} s", node.state, node.stale_seconds)
+        };
+        let cidrs = node.pod_cidrs.join(",");
+        table.row([node.name.clone(), node.underlay.to_string(), cidrs, node.pods.to_string(), state]);
+    }
+    table.print(out)?;
+
+    writeln!(out)?;
+    let mut table = Table::new(["MAP", "USED", "OF"]);
+    for map in &status.maps {
+        table.row([map.setting.clone(), map.used.to_string(), map.capacity.to_string()]);
+    }
+    table.print(out)?;
+
+    writeln!(out)?;
+    counters(out, "FORWARDED", &status.forwarded)?;
+    if !status.drops.is_empty() {
+        writeln!(out)?;
+        counters(out, "DROPPED", &status.drops)?;
+    }
+    Ok(())
+}
+
+fn counters(out: &mut impl Write, head: &str, counters: &[CounterView]) -> anyhow::Result<()> {
+    let mut table = Table::new([head, "PACKETS", "BYTES", ""]);
+    for counter in counters {
+        let count = (counter.packets.to_string(), counter.bytes.to_string());
+        table.row([counter.name.clone(), count.0, count.1, counter.text.clone()]);
+    }
+    Ok(table.print(out)?)
+}
+
+fn endpoints(out: &mut impl Write, endpoints: &[EndpointView]) -> anyhow::Result<()> {
+    let mut table = Table::new(["POD", "ADDRESS", "IDENTITY", "AS", "LABELS", "INTERFACE"]);
+    for one in endpoints {
+        table.row([
+            one.pod.to_string(),
+            one.address.to_string(),
+            one.identity.to_string(),
+            one.identity_name.clone(),
+            labels(&one.labels),
+            one.interface.clone(),
+        ]);
+    }
+    Ok(table.print(out)?)
+}
+
+fn identities(out: &mut impl Write, identities: &[IdentityView]) -> anyhow::Result<()> {
+    let mut table = Table::new(["IDENTITY", "TENANT", "NAME", "ADDRESSES"]);
+    for one in identities {
+        table.row([
+            one.identity.to_string(),
+            one.tenant.to_string(),
+            one.name.clone(),
+            one.addresses.to_string(),
+        ]);
+    }
+    Ok(table.print(out)?)
+}
+
+fn ipcache(out: &mut impl Write, entries: &[IpcacheView]) -> anyhow::Result<()> {
+    let mut table = Table::new(["ADDRESS", "IDENTITY", "AS", "TUNNEL ENDPOINT", "NAME"]);
+    for one in entries {
+        let other = one.other_identity.map_or(String::new(), |other| format!(" (or {other})"));
+        table.row([
+            one.address.to_string(),
+            format!("{}{other}", one.identity),
+            one.identity_name.clone(),
+            one.tunnel_endpoint.map_or("-".to_owned(), |address| address.to_string()),
+            one.name.clone(),
+        ]);
+    }
+    Ok(table.print(out)?)
+}
+
+fn policy(out: &mut impl Write, policy: &PolicyView) -> anyhow::Result<()> {
+    writeln!(out, "policy      {}", module(policy.module.as_ref()))?;
+    writeln!(out, "generation  {}", policy.generation)?;
+    writeln!(
+        out,
+        "compiled    {} identities, {} of them here; {} cells, {} port sets",
+        policy.identities, policy.local_identities, policy.cells, policy.port_sets
+    )?;
+    writeln!(out)?;
+    let mut table = Table::new(["FROM", "TO", "VERDICT"]);
+    for pair in &policy.pairs {
+        table.row([pair.from.clone(), pair.to.clone(), pair.verdict.to_string()]);
+    }
+    table.print(out)?;
+    Ok(writeln!(out, "Everything else is denied.")?)
+}
+
+fn milliseconds(micros: u64) -> String {
+    format!("{}.{:03} ms", micros / 1000, micros % 1000)
+}
+
+fn load(out: &mut impl Write, report: &LoadReport) -> anyhow::Result<()> {
+    let what = if report.dry_run { "would load" } else { "loaded" };
+    writeln!(out, "{what} {}", module(Some(&report.module)))?;
+    writeln!(
+        out,
+        "{} pods, {} identities, {} pairs, {} cells on this node",
+        report.pods, report.identities, report.pairs, report.cells
+    )?;
+    match &report.changed {
+        Some(changed) => {
+            let verb = if report.dry_run { "would change" } else { "changed" };
+            writeln!(out, "{} verdicts {verb}", changed.len())?;
+            if report.dry_run && !changed.is_empty() {
+                writeln!(out)?;
+                let mut table = Table::new(["FROM", "TO", "BEFORE", "AFTER"]);
+                for pair in changed.iter().take(MAX_PAIRS) {
+                    let verdicts = (pair.before.to_string(), pair.after.to_string());
+                    table.row([pair.from.clone(), pair.to.clone(), verdicts.0, verdicts.1]);
+                }
+                table.print(out)?;
+                if changed.len() > MAX_PAIRS {
+                    writeln!(out, "… and {} more; `--json` has all", changed.len() - MAX_PAIRS)?;
+                }
+            }
+        }
+        None => writeln!(out, "too many identities to compare every pair")?,
+    }
+    writeln!(out)?;
+    let mut table = Table::new(["STEP", "TIME"]);
+    for (step, micros) in &report.steps {
+        table.row([step.clone(), milliseconds(*micros)]);
+    }
+    table.print(out)?;
+    if report.nodes.is_empty() {
+        return Ok(());
+    }
+    writeln!(out)?;
+    let mut table = Table::new(["NODE", "IDENTITIES", "CELLS", "PREPARED IN", "SWITCHED AFTER"]);
+    for node in &report.nodes {
+        let switched = node.commit_micros.map_or("-".to_owned(), milliseconds);
+        match &node.result {
+            Ok(prepared) => table.row([
+                node.node.clone(),
+                format!("{} ({} here)", prepared.identities, prepared.local_identities),
+                prepared.cells.to_string(),
+                milliseconds(prepared.micros),
+                switched,
+            ]),
+            Err(problem) => table.row([node.node.clone(), problem.clone(), "-".into(), "-".into(), switched]),
+        }
+    }
+    Ok(table.print(out)?)
+}
+
+fn end(name: &str, address: Option<IpAddr>, port: u16) -> String {
+    let address = match (address, port) {
+        (None, _) => "?".to_owned(),
+        (Some(address), 0) => address.to_string(),
+        (Some(address), port) => format!("{address}:{port}"),
+    };
+    if name.is_empty() { address } else { format!("{name} ({address})") }
+}
+
+fn packet(packet: &PacketView) -> String {
+    let (seconds, millis) = (packet.time_ms / 1000 % 86400, packet.time_ms % 1000);
+    let time = format!(
+        "{:02}:{:02}:{:02}.{millis:03}",
+        seconds / 3600,
+        seconds / 60 % 60,
+        seconds % 60
+    );
+    let mut line = format!("{time} {:5} {} at {}", packet.verdict, packet.reason, packet.hook);
+    if packet.source.is_some() {
+        let source = end(&packet.source_name, packet.source, packet.source_port);
+        let destination = end(&packet.destination_name, packet.destination, packet.destination_port);
+        line.push_str(&format!(" {} {source} -> {destination}", packet.protocol));
+    }
+    if !packet.from.is_empty() {
+        let to = if packet.to.is_empty() { "?" } else { &packet.to };
+        line.push_str(&format!(" [{} -> {to}]", packet.from));
+    }
+    line.push_str(&format!(" {} bytes", packet.length));
+    line
+}

@@ -1,0 +1,397 @@
+//! Starting: everything is built and filled before anything is attached, so that what an earlier hostd left goes on
+//! working until the moment it is replaced.
+
+use super::{
+    Daemon, DaemonError, Local, Names, Node, Pod,
+    load::Coordinator,
+    policy::Side,
+    serve::{self, Front},
+};
+use crate::{
+    api::{self, PodName, Server},
+    config::Config,
+    datapath::{self, Datapath, Settings},
+    endpoint::{EndpointFile, LocalEndpoint},
+    identity::{Layout, Registry},
+    net::{self, Netns, VXLAN_DEVICE},
+    plan::{self, Facts, Stance},
+    store::{
+        self, Change, Collection, Expect, Key, Store, StoreError,
+        records::{self, CLUSTER, ClusterRecord, NodeRecord, Phase, PodRecord},
+    },
+    wasm::Compiler,
+};
+use abi::{AddressKey, Hook};
+use anyhow::Context;
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    net::IpAddr,
+    path::Path,
+    sync::{Arc, RwLock},
+    time::Instant,
+};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+    task::block_in_place,
+};
+
+/// What the daemon follows in the store.
+const WATCHED: [Collection; 6] = [
+    Collection::Tenants,
+    Collection::Identities,
+    Collection::Nodes,
+    Collection::Alive,
+    Collection::Pods,
+    Collection::Policy,
+];
+
+/// Runs hostd until it is told to stop. Its datapath stays.
+///
+/// # Errors
+///
+/// Where the node can't be started; what an earlier hostd left is then as it was.
+pub async fn run(config: Config) -> anyhow::Result<()> {
+    let _lock = lock(&config.state_dir)?;
+    let server = Server::bind(&config.socket).with_context(|| format!("control socket {}", config.socket.display()))?;
+    let store = store::open(&config.store)?;
+    let names = Arc::new(RwLock::new(Names::default()));
+    let started = start(config.clone(), Arc::clone(&store), Arc::clone(&names)).await?;
+    let Started {
+        daemon,
+        events,
+        changes,
+    } = started;
+
+    let (sender, commands) = mpsc::channel(64);
+    let channel = serve::event_channel();
+    let pump = tokio::spawn(serve::pump(events, channel.clone()));
+    let front = Arc::new(Front {
+        coordinator: Coordinator {
+            store,
+            node: config.node.clone(),
+            daemon: sender.clone(),
+        },
+        daemon: sender,
+        events: channel,
+        names,
+    });
+    tracing::info!("node {} is ready; control socket {}", config.node, config.socket.display());
+    let serving = api::serve(server, move |request, stream| {
+        let front = Arc::clone(&front);
+        async move { front.handle(request, stream).await }
+    });
+    let mut terminate = signal(SignalKind::terminate())?;
+    tokio::select! {
+        () = daemon.serve(commands, changes) => anyhow::bail!("the daemon's task has ended"),
+        result = serving => result.context("control socket")?,
+        _ = terminate.recv() => {}
+        result = tokio::signal::ctrl_c() => result?,
+    }
+    pump.abort();
+    tracing::info!("stopping; the datapath stays, and enforces the policy as it is (`hostd cleanup` removes it)");
+    Ok(())
+}
+
+/// Takes away all that hostd has made on this node: pods' interfaces, the vxlan device, pins.
+///
+/// # Errors
+///
+/// Where something can't be removed; everything else is.
+pub async fn cleanup(config: &Config) -> anyhow::Result<()> {
+    let _lock = lock(&config.state_dir).context("stop hostd first")?;
+    let mut problems = Vec::new();
+    let mut note = |result: Result<(), String>| problems.extend(result.err());
+    let file = EndpointFile::open(&config.state_dir)?;
+    let store = store::open(&config.store)?;
+    for endpoint in file.load()? {
+        note(net::delete_link(&endpoint.interface).map_err(|error| error.to_string()));
+        let key = Key::new(Collection::Pods, endpoint.pod.address);
+        note(store.delete(&key, Expect::Any).await.map_err(|error| error.to_string()));
+    }
+    note(net::delete_link(VXLAN_DEVICE).map_err(|error| error.to_string()));
+    note(datapath::cleanup(&config.bpffs).map_err(|error| error.to_string()));
+    for key in [
+        Key::new(Collection::Alive, &config.node),
+        Key::new(Collection::Nodes, &config.node),
+    ] {
+        note(store.delete(&key, Expect::Any).await.map_err(|error| error.to_string()));
+    }
+    note(file.save(std::iter::empty()).map_err(|error| error.to_string()));
+    anyhow::ensure!(problems.is_empty(), "not everything could be removed: {}", problems.join("; "));
+    Ok(())
+}
+
+/// One hostd for one state folder.
+fn lock(state_dir: &Path) -> anyhow::Result<File> {
+    fs::create_dir_all(state_dir).with_context(|| format!("create {}", state_dir.display()))?;
+    let path = state_dir.join("lock");
+    let file = File::create(&path).with_context(|| format!("open {}", path.display()))?;
+    file.try_lock()
+        .with_context(|| format!("{} is locked: another hostd uses this `state_dir`", path.display()))?;
+    Ok(file)
+}
+
+struct Started {
+    daemon: Daemon,
+    events: datapath::EventStream,
+    changes: mpsc::Receiver<Change>,
+}
+
+async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>) -> anyhow::Result<Started> {
+    let underlay_mtu = net::underlay_mtu(config.underlay)?;
+    let record = NodeRecord {
+        name: config.node.clone(),
+        underlay: config.underlay,
+        pod_cidrs: config.pod_cidrs.clone(),
+    };
+    let layout = Layout {
+        tenant_bits: config.vni.tenant_bits,
+    };
+    agree(&*store, layout).await?;
+    check_against_others(&*store, &record).await?;
+    let file = EndpointFile::open(&config.state_dir)?;
+    let compiler = Compiler::new(std::env::current_exe()?, config.wasm.into())?;
+    let settings = Settings {
+        bpffs: config.bpffs.clone(),
+        maps: config.maps,
+        attach: config.attach,
+    };
+    let (datapath, events) = Datapath::load(&settings)?;
+
+    let mut daemon = Daemon {
+        active: Side::empty(datapath.shape()),
+        aside: None,
+        config,
+        store,
+        datapath,
+        compiler,
+        compiled: None,
+        registry: Registry::new(layout),
+        nodes: BTreeMap::new(),
+        pods: BTreeMap::new(),
+        locals: BTreeMap::new(),
+        next_slot: 0,
+        policy: None,
+        out_of_step: None,
+        file,
+        underlay_mtu,
+        names,
+        monitors: (0, 0),
+    };
+    let vxlan = block_in_place(|| net::ensure_vxlan(abi::node::TUNNEL_PORT, underlay_mtu))?;
+    daemon.datapath.set_vxlan(vxlan)?;
+    daemon.restore()?;
+    let key = Key::new(Collection::Nodes, &record.name);
+    records::put(&*daemon.store, &key, &record, Expect::Any).await?;
+    daemon.renew().await?;
+    let mut changes = daemon.store.watch(&WATCHED).await?;
+    daemon.take_stock(&mut changes).await?;
+    daemon.place_host()?;
+    daemon.enforce_from_start().await.context("the policy in force")?;
+    daemon.attach_all()?;
+    daemon.announce().await?;
+    if let Some((record, revision)) = daemon.policy.clone()
+        && record.phase == Phase::Prepare
+    {
+        // A load that waits for this node's answer.
+        daemon.policy_seen(record, revision).await?;
+    }
+    Ok(Started {
+        daemon,
+        events,
+        changes,
+    })
+}
+
+/// The first node of a cluster fixes what all must agree on.
+async fn agree(store: &dyn Store, layout: Layout) -> anyhow::Result<()> {
+    let key = Key::new(Collection::Cluster, CLUSTER);
+    let found: ClusterRecord = match records::put(store, &key, &ClusterRecord { layout }, Expect::Absent).await {
+        Ok(_) => return Ok(()),
+        Err(StoreError::Conflict { found: Some(found), .. }) => records::decode(&key, &found.value)?,
+        Err(error) => return Err(error.into()),
+    };
+    anyhow::ensure!(
+        found.layout == layout,
+        "`vni.tenant_bits` is {} here but {} in this cluster: make them the same",
+        layout.tenant_bits,
+        found.layout.tenant_bits
+    );
+    Ok(())
+}
+
+async fn check_against_others(store: &dyn Store, record: &NodeRecord) -> anyhow::Result<()> {
+    for (key, value) in store.list(Collection::Nodes).await? {
+        let other: NodeRecord = records::decode(&key, &value.value)?;
+        if other.name == record.name {
+            anyhow::ensure!(
+                other.underlay == record.underlay
+                    || store.get(&Key::new(Collection::Alive, &other.name)).await?.is_none(),
+                "another node named {} is alive at {}: names are unique",
+                other.name,
+                other.underlay
+            );
+            continue;
+        }
+        anyhow::ensure!(
+            other.underlay != record.underlay,
+            "node {} has the underlay address {} already",
+            other.name,
+            other.underlay
+        );
+        for ours in &record.pod_cidrs {
+            for theirs in &other.pod_cidrs {
+                anyhow::ensure!(
+                    !ours.contains(&theirs.network()) && !theirs.contains(&ours.network()),
+                    "pod CIDR {ours} overlaps {theirs} of node {}",
+                    other.name
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+impl Daemon {
+    /// Finds the pods that an earlier hostd connected. Those whose namespace or interface is gone are forgotten.
+    fn restore(&mut self) -> anyhow::Result<()> {
+        let endpoints = self.file.load()?;
+        let known: Vec<String> = endpoints.iter().map(|endpoint| endpoint.interface.clone()).collect();
+        for endpoint in endpoints {
+            let pod = PodName {
+                namespace: endpoint.pod.namespace.clone(),
+                name: endpoint.pod.name.clone(),
+            };
+            match find_link(&endpoint) {
+                Ok(Some(veth)) => {
+                    self.locals.insert(pod, Local { endpoint, veth });
+                }
+                Ok(None) => tracing::warn!("pod {pod} is gone: its interface is no longer there"),
+                Err(error) => tracing::warn!("pod {pod} is gone: {error}"),
+            }
+        }
+        // What an addition that was cut short has left.
+        for name in block_in_place(net::pod_links)? {
+            if !known.contains(&name) {
+                tracing::warn!("removing {name}: no pod is known to have it");
+                block_in_place(|| net::delete_link(&name))?;
+            }
+        }
+        for local in self.locals.values() {
+            let record = local.endpoint.pod.clone();
+            self.next_slot += 1;
+            let pod = Pod {
+                slot: self.next_slot,
+                epoch: 1,
+                record,
+            };
+            let name = pod.record.full_name();
+            let address = AddressKey::from(pod.record.address);
+            self.names_mut().set_address(address, name);
+            self.pods.insert(address, pod);
+        }
+        Ok(())
+    }
+
+    /// Reads what the store holds, without asking any policy yet.
+    async fn take_stock(&mut self, changes: &mut mpsc::Receiver<Change>) -> Result<(), DaemonError> {
+        let mut alive = Vec::new();
+        while let Some(change) = changes.recv().await {
+            match change {
+                Change::Synced => break,
+                Change::Put(key, value) if key.collection == Collection::Pods => {
+                    self.stock_pod(&key, records::decode(&key, &value.value)?).await?;
+                }
+                Change::Put(key, value) if key.collection == Collection::Policy => {
+                    self.policy = Some((records::decode(&key, &value.value)?, value.revision));
+                }
+                Change::Put(key, _) if key.collection == Collection::Alive => alive.push(key.name),
+                Change::Put(key, value) if key.collection == Collection::Nodes => {
+                    let record: NodeRecord = records::decode(&key, &value.value)?;
+                    self.datapath.add_node(record.underlay, record.name == self.config.node)?;
+                    let node = Node {
+                        record,
+                        stale_since: Some(Instant::now()),
+                    };
+                    self.nodes.insert(key.name, node);
+                }
+                other => self.follow(other).await,
+            }
+        }
+        for name in alive {
+            if let Some(node) = self.nodes.get_mut(&name) {
+                node.stale_since = None;
+            }
+        }
+        Ok(())
+    }
+
+    async fn stock_pod(&mut self, key: &Key, record: PodRecord) -> Result<(), DaemonError> {
+        let address = AddressKey::from(record.address);
+        if record.node == self.config.node {
+            if !self.pods.contains_key(&address) {
+                // A pod of this node that is not here any more.
+                self.store.delete(key, Expect::Any).await?;
+            }
+            return Ok(());
+        }
+        self.names_mut().set_address(address, record.full_name());
+        let slot = self.fresh_slot();
+        self.pods.insert(address, Pod { record, slot, epoch: 1 });
+        Ok(())
+    }
+
+    /// The node's own address is in the ipcache, whatever the policy.
+    fn place_host(&mut self) -> Result<(), DaemonError> {
+        let address = AddressKey::v4(self.config.underlay.octets());
+        let facts = Facts {
+            slot: 0,
+            epoch: 0,
+            stance: Stance::Host,
+        };
+        self.names_mut().set_address(address, "host".to_owned());
+        let parity = self.datapath.parity();
+        match plan::entry(&address, &facts, parity, &self.active.generation, None) {
+            Some(desired) => Ok(self.datapath.place(address, desired)?),
+            None => Ok(()),
+        }
+    }
+
+    /// From here on packets meet this hostd's programs and maps.
+    fn attach_all(&mut self) -> Result<(), DaemonError> {
+        self.datapath.attach(Hook::FromOverlay, VXLAN_DEVICE)?;
+        let names: Vec<String> = self.locals.values().map(|local| local.endpoint.interface.clone()).collect();
+        for name in &names {
+            self.datapath.attach(Hook::FromPod, name)?;
+            self.datapath.attach(Hook::ToPod, name)?;
+        }
+        for local in self.locals.values() {
+            if let IpAddr::V4(address) = local.endpoint.pod.address {
+                let underlay = self.config.underlay;
+                block_in_place(|| net::prepare_node(&local.endpoint.interface, &local.veth, address, underlay))?;
+            }
+        }
+        self.datapath.adopt_pins()?;
+        let mut known: Vec<&str> = names.iter().map(String::as_str).collect();
+        known.push(VXLAN_DEVICE);
+        Ok(self.datapath.forget_links_except(&known)?)
+    }
+
+    /// Tells the cluster of this node's pods, where it has forgotten them.
+    async fn announce(&mut self) -> Result<(), DaemonError> {
+        for local in self.locals.values() {
+            let record = &local.endpoint.pod;
+            records::put(&*self.store, &Key::new(Collection::Pods, record.address), record, Expect::Any).await?;
+        }
+        Ok(block_in_place(|| self.file.save(self.locals.values().map(|local| &local.endpoint)))?)
+    }
+}
+
+fn find_link(endpoint: &LocalEndpoint) -> Result<Option<net::Veth>, net::NetError> {
+    block_in_place(|| {
+        let netns = Netns::open_path(&endpoint.netns)?;
+        net::find_pod_link(&endpoint.interface, &netns)
+    })
+}

@@ -1,0 +1,188 @@
+//! What the daemon shows of itself, read from the same tables as what the kernel enforces.
+
+use super::{Daemon, DaemonError};
+use crate::{
+    api::{CounterView, EndpointView, IdentityView, IpcacheView, NodeView, PairView, PodName, PolicyView, Status, Usage},
+    identity::IdentityKey,
+    net::VXLAN_OVERHEAD,
+    plan::{Verdict, survey},
+};
+use abi::{AddressKey, Identity, event::Counter};
+use std::{collections::BTreeMap, net::IpAddr};
+use tokio::task::block_in_place;
+
+/// Identities whose pairs `policy show` lists, at the most.
+const MAX_SHOWN: usize = 512;
+
+fn usage(setting: &str, used: usize, capacity: u32) -> Usage {
+    Usage {
+        setting: setting.to_owned(),
+        used: used as u64,
+        capacity: u64::from(capacity),
+    }
+}
+
+fn counter(name: &str, text: &str, counter: Counter) -> CounterView {
+    CounterView {
+        name: name.to_owned(),
+        text: text.to_owned(),
+        packets: counter.packets,
+        bytes: counter.bytes,
+    }
+}
+
+fn mac_text(mac: [u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+impl Daemon {
+    pub(super) fn status(&self) -> Result<Status, DaemonError> {
+        let counters = self.datapath.counters()?;
+        let (identities, local) = self.active.generation.counts();
+        let maps = &self.config.maps;
+        Ok(Status {
+            node: self.config.node.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            attach: self.datapath.attach_mode().to_owned(),
+            pod_mtu: self.underlay_mtu - VXLAN_OVERHEAD,
+            generation: self.datapath.generation(),
+            policy: self.active.module.clone(),
+            out_of_step: self.out_of_step.clone(),
+            endpoints: self.locals.len(),
+            maps: vec![
+                usage("maps.endpoints", self.locals.len(), maps.endpoints),
+                usage("maps.addresses", self.datapath.placed().count(), maps.addresses),
+                usage("maps.identities", identities, maps.identities),
+                usage("maps.local_identities", local, maps.local_identities),
+                usage("maps.port_sets", self.active.generation.port_set_count(), maps.port_sets),
+            ],
+            nodes: self.node_list(),
+            forwarded: counters
+                .forwarded
+                .iter()
+                .map(|(path, count)| counter(path.name(), "", *count))
+                .collect(),
+            drops: counters
+                .drops
+                .iter()
+                .filter(|(_, count)| count.packets > 0)
+                .map(|(reason, count)| counter(reason.name(), reason.text(), *count))
+                .collect(),
+        })
+    }
+
+    fn node_list(&self) -> Vec<NodeView> {
+        let view = |(name, node): (&String, &super::Node)| NodeView {
+            name: name.clone(),
+            underlay: IpAddr::V4(node.record.underlay),
+            pod_cidrs: node.record.pod_cidrs.iter().map(ToString::to_string).collect(),
+            pods: self.pods.values().filter(|pod| pod.record.node == *name).count(),
+            state: if node.stale_since.is_some() { "stale" } else { "alive" }.to_owned(),
+            stale_seconds: node.stale_since.map_or(0, |since| since.elapsed().as_secs()),
+        };
+        self.nodes.iter().map(view).collect()
+    }
+
+    fn identity_of(&self, address: &AddressKey) -> Identity {
+        let place = self.active.generation.place(address);
+        place.map_or(Identity::NONE, |place| place.identity)
+    }
+
+    pub(super) fn endpoint_view(&self, pod: &PodName) -> Result<EndpointView, DaemonError> {
+        let local = self
+            .locals
+            .get(pod)
+            .ok_or_else(|| DaemonError::Request(format!("there is no pod {pod} on this node")))?;
+        let record = &local.endpoint.pod;
+        let identity = self.identity_of(&record.address.into());
+        Ok(EndpointView {
+            pod: pod.clone(),
+            address: record.address,
+            labels: record.labels.clone(),
+            identity: identity.0,
+            identity_name: self.registry.name(identity),
+            netns: local.endpoint.netns.display().to_string(),
+            interface: local.endpoint.interface.clone(),
+            ifindex: local.veth.ifindex,
+            mac: mac_text(local.veth.pod_mac),
+        })
+    }
+
+    pub(super) fn endpoint_list(&self) -> Vec<EndpointView> {
+        self.locals.keys().filter_map(|pod| self.endpoint_view(pod).ok()).collect()
+    }
+
+    pub(super) fn identity_list(&self) -> Vec<IdentityView> {
+        let reserved = Identity::RESERVED
+            .iter()
+            .map(|(identity, name)| (*identity, (*name).to_owned()));
+        let pods = self.registry.iter().map(|(identity, key): (_, &IdentityKey)| (identity, key.to_string()));
+        reserved
+            .chain(pods)
+            .map(|(identity, name)| IdentityView {
+                identity: identity.0,
+                tenant: self.registry.layout().tenant(identity),
+                name,
+                addresses: self.active.generation.users(identity),
+            })
+            .collect()
+    }
+
+    pub(super) fn ipcache_list(&self) -> Vec<IpcacheView> {
+        let parity = self.datapath.parity();
+        let names = self.names.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        self.datapath
+            .placed()
+            .map(|(address, desired)| {
+                let entry = &desired.ipcache;
+                let (now, other) = (entry.identity[parity], entry.identity[1 - parity]);
+                IpcacheView {
+                    address: address.ip(),
+                    identity: now.0,
+                    identity_name: self.registry.name(now),
+                    other_identity: (other != now).then_some(other.0),
+                    tunnel_endpoint: (entry.tunnel_family != 0)
+                        .then(|| abi::address::ip(entry.tunnel_family, entry.tunnel_endpoint)),
+                    name: names.address(address),
+                }
+            })
+            .collect()
+    }
+
+    pub(super) fn policy_show(&mut self) -> Result<PolicyView, DaemonError> {
+        let (count, local) = self.active.generation.counts();
+        let mut ends: BTreeMap<Identity, String> = self
+            .pods
+            .keys()
+            .map(|address| self.identity_of(address))
+            .filter(|identity| *identity != Identity::NONE)
+            .map(|identity| (identity, self.registry.name(identity)))
+            .collect();
+        ends.insert(Identity::HOST, self.registry.name(Identity::HOST));
+        let mut pairs = Vec::new();
+        if ends.len() <= MAX_SHOWN {
+            let identities: Vec<Identity> = ends.keys().copied().collect();
+            self.active.asked.begin();
+            let verdicts = block_in_place(|| survey(&identities, &mut self.active.asked))?;
+            for ((from, to), verdict) in verdicts {
+                let node_to_itself = from == Identity::HOST && to == Identity::HOST;
+                if verdict != Verdict::Deny && !node_to_itself {
+                    pairs.push(PairView {
+                        from: ends[&from].clone(),
+                        to: ends[&to].clone(),
+                        verdict,
+                    });
+                }
+            }
+        }
+        Ok(PolicyView {
+            module: self.active.module.clone(),
+            generation: self.datapath.generation(),
+            identities: count,
+            local_identities: local,
+            cells: self.active.generation.cell_count(),
+            port_sets: self.active.generation.port_set_count(),
+            pairs,
+        })
+    }
+}
