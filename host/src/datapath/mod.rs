@@ -173,7 +173,7 @@ impl Datapath {
         let generation: Array<MapData, u64> = typed!(&mut ebpf, map::GENERATION);
         let even: Array<MapData, u64> = typed!(&mut ebpf, map::POLICY[0]);
         let odd: Array<MapData, u64> = typed!(&mut ebpf, map::POLICY[1]);
-        let pins = settings.bpffs.join("maps.new");
+        let pins = settings.bpffs.join("maps-new");
         object::remake(&pins)?;
         let pin = |name: &str| pins.join(name);
         // Pinned one by one: a typed map of aya does not give its data back.

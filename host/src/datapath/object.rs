@@ -108,9 +108,9 @@ pub fn remake(folder: &Path) -> Result<(), DatapathError> {
     fs::create_dir_all(&version).map_err(DatapathError::io(format!("create {}", version.display())))
 }
 
-/// Puts `maps.new` in the place of `maps`.
+/// Puts `maps-new` in the place of `maps`.
 pub fn swap_pins(bpffs: &Path) -> Result<(), DatapathError> {
-    let (old, new) = (bpffs.join("maps"), bpffs.join("maps.new"));
+    let (old, new) = (bpffs.join("maps"), bpffs.join("maps-new"));
     remove_folder(&old)?;
     fs::rename(&new, &old).map_err(DatapathError::io(format!("rename {}", new.display())))
 }
@@ -126,7 +126,7 @@ fn remove_folder(folder: &Path) -> Result<(), DatapathError> {
 
 /// Removes all pins of a node.
 pub fn remove_all(bpffs: &Path) -> Result<(), DatapathError> {
-    for folder in ["links", "maps", "maps.new"] {
+    for folder in ["links", "maps", "maps-new"] {
         remove_folder(&bpffs.join(folder))?;
     }
     Ok(())

@@ -9,7 +9,7 @@ pub use netns::{Netns, in_netns};
 use std::{net::IpAddr, path::PathBuf};
 
 /// The vxlan device.
-pub const VXLAN_DEVICE: &str = "wasmgate.vxlan";
+pub const VXLAN_DEVICE: &str = "wasmgate_vxlan";
 
 /// What VXLAN over IPv4 adds to a packet, in bytes: ethernet 14, VXLAN 8, UDP 8, IPv4 20 (RFC 7348, section 5).
 pub const VXLAN_OVERHEAD: u32 = 50;

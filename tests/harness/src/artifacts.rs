@@ -1,0 +1,38 @@
+//! What was built: hostd, and the policies.
+
+use anyhow::{Context, ensure};
+use std::{env, path::PathBuf};
+
+/// The folder of the profile that the running program was built with.
+fn profile_folder() -> anyhow::Result<PathBuf> {
+    let program = env::current_exe()?;
+    let folder = program.parent().context("a program without a folder")?;
+    // Tests are one level deeper.
+    let folder = if folder.ends_with("deps") { folder.parent().unwrap_or(folder) } else { folder };
+    Ok(folder.to_owned())
+}
+
+/// The hostd of the same build.
+///
+/// # Errors
+///
+/// Where it was not built.
+pub fn hostd() -> anyhow::Result<PathBuf> {
+    let path = match env::var_os("WASMGATE_HOSTD") {
+        Some(path) => PathBuf::from(path),
+        None => profile_folder()?.join("hostd"),
+    };
+    ensure!(path.is_file(), "{} is missing: run `cargo xtask build`", path.display());
+    Ok(path)
+}
+
+/// A policy module by name.
+///
+/// # Errors
+///
+/// Where it was not built.
+pub fn policy(name: &str) -> anyhow::Result<PathBuf> {
+    let path = toolchain::target_dir().join("policies").join(format!("{name}.wasm"));
+    ensure!(path.is_file(), "{} is missing: run `cargo xtask build`", path.display());
+    Ok(path)
+}

@@ -1,0 +1,415 @@
+//! A cluster: nodes joined by an underlay, a hostd on each, pods on them.
+
+use crate::{Namespace, artifacts, probe::wait_until, run};
+use anyhow::{Context, bail, ensure};
+use serde_json::Value;
+use std::{
+    fmt::Write as _,
+    fs::{self, File},
+    net::IpAddr,
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+    time::Duration,
+};
+
+/// How a cluster is made.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Nodes, 1 to 200.
+    pub nodes: u8,
+    /// Lines for the end of every node's configuration, before its tables.
+    pub keys: String,
+    /// Tables for the end of every node's configuration.
+    pub tables: String,
+    /// Pod CIDR of node `n`, from 1, with `{n}` for the number.
+    pub pod_cidr: String,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            nodes: 2,
+            keys: String::new(),
+            tables: String::new(),
+            pod_cidr: "10.{n}.0.0/24".to_owned(),
+        }
+    }
+}
+
+/// A pod: a namespace that hostd has connected.
+#[derive(Debug)]
+pub struct Pod {
+    /// Its namespace.
+    pub netns: Namespace,
+    /// `NAMESPACE/NAME`.
+    pub name: String,
+    /// Its address.
+    pub address: IpAddr,
+    /// Index of its node.
+    pub node: usize,
+}
+
+/// A node: a namespace with a hostd in it.
+#[derive(Debug)]
+pub struct Node {
+    /// Its namespace.
+    pub netns: Namespace,
+    /// Its name.
+    pub name: String,
+    /// Its underlay address.
+    pub underlay: IpAddr,
+    folder: PathBuf,
+    hostd: Option<Child>,
+}
+
+/// Nodes and pods, removed when dropped.
+pub struct Cluster {
+    // Dropped in this order: pods, then nodes with their hostd, then what joins them, then the files.
+    /// The pods.
+    pub pods: Vec<Pod>,
+    /// The nodes.
+    pub nodes: Vec<Node>,
+    _underlay: Option<Namespace>,
+    folder: tempfile::TempDir,
+}
+
+/// The network between the nodes: TEST-NET-1 (RFC 5737).
+const UNDERLAY: &str = "192.0.2";
+
+/// hostd has to be ready within this time, also on a busy machine.
+const START: Duration = Duration::from_secs(30);
+
+impl Cluster {
+    /// Two nodes with hostd on them.
+    ///
+    /// # Errors
+    ///
+    /// Where something can't be made.
+    pub fn new() -> anyhow::Result<Self> {
+        Self::with(&Options::default())
+    }
+
+    /// Nodes with hostd on them.
+    ///
+    /// # Errors
+    ///
+    /// Where something can't be made.
+    pub fn with(options: &Options) -> anyhow::Result<Self> {
+        let mut cluster = Self::without_hostd(options)?;
+        for node in &mut cluster.nodes {
+            node.start()?;
+        }
+        // Every node knows every other one.
+        let count = cluster.nodes.len();
+        for node in &cluster.nodes {
+            let met = wait_until(START, || {
+                node.json(&["status"])
+                    .is_ok_and(|status| status["nodes"].as_array().is_some_and(|nodes| nodes.len() == count))
+            });
+            ensure!(met, "node {} does not see all others: {}", node.name, node.log());
+        }
+        Ok(cluster)
+    }
+
+    /// Nodes that are configured, on which hostd does not run yet.
+    ///
+    /// # Errors
+    ///
+    /// Where something can't be made.
+    pub fn without_hostd(options: &Options) -> anyhow::Result<Self> {
+        let folder = tempfile::Builder::new().prefix("wasmgate-").tempdir()?;
+        let mut nodes = Vec::new();
+        for number in 1..=options.nodes {
+            let name = format!("node{number}");
+            let node = Node {
+                netns: Namespace::new(&name)?,
+                underlay: format!("{UNDERLAY}.{number}").parse()?,
+                folder: folder.path().join(&name),
+                hostd: None,
+                name,
+            };
+            fs::create_dir(&node.folder)?;
+            node.configure(options, number, folder.path())?;
+            nodes.push(node);
+        }
+        let underlay = join(&nodes)?;
+        for node in &nodes {
+            node.netns
+                .ip(&["addr", "add", &format!("{}/24", node.underlay), "dev", "underlay"])?;
+            node.netns.ip(&["link", "set", "underlay", "up"])?;
+        }
+        Ok(Self {
+            pods: Vec::new(),
+            nodes,
+            _underlay: underlay,
+            folder,
+        })
+    }
+
+    /// Folder of the cluster's files.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Connects a new pod, given as `NAMESPACE/NAME`; the answer is its index.
+    ///
+    /// # Errors
+    ///
+    /// Where hostd refuses.
+    pub fn add_pod(&mut self, node: usize, name: &str, labels: &[(&str, &str)]) -> anyhow::Result<usize> {
+        let netns = Namespace::new(&name.replace('/', "-"))?;
+        let (namespace, pod) = name.split_once('/').context("a pod is NAMESPACE/NAME")?;
+        let mut arguments = vec!["endpoint", "add", "--netns", netns.name(), "--namespace", namespace, "--name", pod];
+        let labels: Vec<String> = labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
+        for label in &labels {
+            arguments.extend(["--label", label]);
+        }
+        let added = self.nodes[node].json(&arguments)?;
+        let address = added["address"].as_str().context("hostd names no address")?.parse()?;
+        self.pods.push(Pod {
+            netns,
+            name: name.to_owned(),
+            address,
+            node,
+        });
+        Ok(self.pods.len() - 1)
+    }
+
+    /// A pod by name.
+    ///
+    /// # Panics
+    ///
+    /// Where there is none.
+    #[must_use]
+    pub fn pod(&self, name: &str) -> &Pod {
+        let found = self.pods.iter().find(|pod| pod.name == name);
+        found.unwrap_or_else(|| panic!("no pod {name}"))
+    }
+
+    /// Waits until every node's ipcache has an entry for every pod: what one node does others learn a moment later.
+    ///
+    /// # Errors
+    ///
+    /// Where they do not in time.
+    pub fn settle(&self) -> anyhow::Result<()> {
+        let expected = self.pods.len() + 1;
+        for node in &self.nodes {
+            let settled = wait_until(START, || {
+                node.json(&["ipcache", "list"])
+                    .is_ok_and(|entries| entries.as_array().is_some_and(|entries| entries.len() == expected))
+            });
+            ensure!(settled, "node {} does not know all pods: {}", node.name, node.log());
+        }
+        Ok(())
+    }
+
+    /// Loads a policy by its name among those built, on the first node.
+    ///
+    /// # Errors
+    ///
+    /// Where hostd refuses.
+    pub fn load(&self, policy: &str) -> anyhow::Result<Value> {
+        let path = artifacts::policy(policy)?;
+        self.nodes[0].json(&["load-policy", &path.display().to_string()])
+    }
+}
+
+/// Joins the nodes: two by a veth pair, more by a bridge in a namespace of its own.
+fn join(nodes: &[Node]) -> anyhow::Result<Option<Namespace>> {
+    if let [one, other] = nodes {
+        let (one, other) = (one.netns.name(), other.netns.name());
+        let pair = ["link", "add", "underlay", "netns", one, "type", "veth", "peer", "name", "underlay", "netns", other];
+        run("ip", &pair)?;
+        return Ok(None);
+    }
+    let bridge = Namespace::new("underlay")?;
+    bridge.ip(&["link", "add", "bridge", "type", "bridge"])?;
+    bridge.ip(&["link", "set", "bridge", "up"])?;
+    for (index, node) in nodes.iter().enumerate() {
+        let port = format!("port{index}");
+        let (here, there) = (bridge.name(), node.netns.name());
+        let pair = ["link", "add", &port, "netns", here, "type", "veth", "peer", "name", "underlay", "netns", there];
+        run("ip", &pair)?;
+        bridge.ip(&["link", "set", &port, "master", "bridge", "up"])?;
+    }
+    Ok(Some(bridge))
+}
+
+impl Node {
+    fn configure(&self, options: &Options, number: u8, cluster: &Path) -> anyhow::Result<()> {
+        let mut text = String::new();
+        writeln!(text, "node = {:?}", self.name)?;
+        writeln!(text, "underlay = \"{}\"", self.underlay)?;
+        writeln!(text, "pod_cidrs = [{:?}]", options.pod_cidr.replace("{n}", &number.to_string()))?;
+        writeln!(text, "store = \"file:{}\"", cluster.join("store").display())?;
+        writeln!(text, "state_dir = {:?}", self.folder.join("state"))?;
+        writeln!(text, "socket = {:?}", self.socket())?;
+        writeln!(text, "bpffs = {:?}", self.bpffs())?;
+        writeln!(text, "{}\n{}", options.keys, options.tables)?;
+        Ok(fs::write(self.config(), text)?)
+    }
+
+    /// Its configuration file.
+    #[must_use]
+    pub fn config(&self) -> PathBuf {
+        self.folder.join("node.toml")
+    }
+
+    /// Its control socket.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.folder.join("hostd.sock")
+    }
+
+    /// Its folder of pins.
+    #[must_use]
+    pub fn bpffs(&self) -> PathBuf {
+        self.folder.join("bpf")
+    }
+
+    fn log_file(&self) -> PathBuf {
+        self.folder.join("hostd.log")
+    }
+
+    /// What hostd has logged.
+    #[must_use]
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.log_file()).unwrap_or_default()
+    }
+
+    /// Process number of its hostd.
+    #[must_use]
+    pub fn pid(&self) -> Option<u32> {
+        self.hostd.as_ref().map(Child::id)
+    }
+
+    /// Starts hostd, and waits until it is ready.
+    ///
+    /// # Errors
+    ///
+    /// Where it ends, or is not ready in time; with its log.
+    pub fn start(&mut self) -> anyhow::Result<()> {
+        let log = File::options().create(true).append(true).open(self.log_file())?;
+        let child = self
+            .netns
+            .command(artifacts::hostd()?)
+            .args(["run", "--config"])
+            .arg(self.config())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()?;
+        let child = self.hostd.insert(child);
+        let mut ended = None;
+        let socket = self.folder.join("hostd.sock");
+        let ready = wait_until(START, || {
+            ended = child.try_wait().ok().flatten();
+            ended.is_some() || query(&socket, &["status"]).is_ok_and(|output| output.status.success())
+        });
+        if let Some(status) = ended {
+            self.hostd = None;
+            bail!("hostd on {} ended with {status}:\n{}", self.name, self.log());
+        }
+        ensure!(ready, "hostd on {} is not ready:\n{}", self.name, self.log());
+        Ok(())
+    }
+
+    /// Ends hostd: by SIGTERM, or by SIGKILL. Its datapath stays.
+    ///
+    /// # Errors
+    ///
+    /// Where it does not run.
+    pub fn stop(&mut self, kill: bool) -> anyhow::Result<()> {
+        let mut child = self.hostd.take().context("hostd does not run")?;
+        if kill {
+            child.kill()?;
+        } else {
+            let pid = rustix::process::Pid::from_child(&child);
+            rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
+        }
+        child.wait()?;
+        Ok(())
+    }
+
+    /// Runs a command of hostd against this node.
+    ///
+    /// # Errors
+    ///
+    /// Where it can't be run.
+    pub fn hostd(&self, arguments: &[&str]) -> anyhow::Result<Output> {
+        query(&self.socket(), arguments)
+    }
+
+    /// The same; the answer is the JSON that it prints.
+    ///
+    /// # Errors
+    ///
+    /// Where hostd refuses; with what it said.
+    pub fn json(&self, arguments: &[&str]) -> anyhow::Result<Value> {
+        let output = self.hostd(&[&["--json"], arguments].concat())?;
+        if !output.status.success() {
+            bail!("{}", String::from_utf8_lossy(&output.stderr).trim());
+        }
+        Ok(serde_json::from_slice(&output.stdout)?)
+    }
+
+    /// What hostd says when it refuses a command.
+    ///
+    /// # Errors
+    ///
+    /// Where it does not refuse.
+    pub fn refusal(&self, arguments: &[&str]) -> anyhow::Result<String> {
+        let output = self.hostd(arguments)?;
+        ensure!(!output.status.success(), "hostd {} was not refused", arguments.join(" "));
+        Ok(String::from_utf8_lossy(&output.stderr).into_owned())
+    }
+
+    /// Packets dropped for this reason so far.
+    ///
+    /// # Errors
+    ///
+    /// Where hostd does not answer.
+    pub fn drops(&self, reason: &str) -> anyhow::Result<u64> {
+        Ok(counter(&self.json(&["status"])?["drops"], reason))
+    }
+
+    /// Packets forwarded on this path so far.
+    ///
+    /// # Errors
+    ///
+    /// Where hostd does not answer.
+    pub fn forwarded(&self, path: &str) -> anyhow::Result<u64> {
+        Ok(counter(&self.json(&["status"])?["forwarded"], path))
+    }
+}
+
+fn counter(counters: &Value, name: &str) -> u64 {
+    let find = |counter: &&Value| counter["name"] == name;
+    let found = counters.as_array().and_then(|counters| counters.iter().find(find));
+    found.and_then(|counter| counter["packets"].as_u64()).unwrap_or(0)
+}
+
+fn query(socket: &Path, arguments: &[&str]) -> anyhow::Result<Output> {
+    Ok(Command::new(artifacts::hostd()?).arg("--socket").arg(socket).args(arguments).output()?)
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.hostd.take() {
+            // It may have ended already; then there is nothing to end.
+            let _ = child.kill();
+            if let Err(error) = child.wait() {
+                eprintln!("ending hostd on {}: {error}", self.name);
+            }
+        }
+        if self.bpffs().exists()
+            && let Err(error) = run("umount", &[&self.bpffs().display().to_string()])
+        {
+            eprintln!("{error:#}");
+        }
+        if std::thread::panicking() {
+            eprintln!("--- log of {}:\n{}", self.name, self.log());
+        }
+    }
+}

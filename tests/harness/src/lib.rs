@@ -1,0 +1,30 @@
+//! Nodes and pods as network namespaces, with a real hostd on each node: for the kernel tests and the demo.
+//!
+//! Everything is made under names of its own and removed when the [`Cluster`] is dropped, also after a failure.
+
+mod artifacts;
+mod cluster;
+mod netns;
+mod probe;
+mod support;
+
+pub use artifacts::{hostd, policy};
+pub use cluster::{Cluster, Node, Options, Pod};
+pub use netns::{Namespace, in_netns, run};
+pub use probe::{Listener, Stream, TcpOutcome, tcp_exchange, tcp_open, udp_exchange, wait_until};
+pub use support::{Unsupported, check as check_support};
+
+/// Begins a kernel test: on a machine that can't run it the test is skipped, but never in CI.
+#[macro_export]
+macro_rules! kernel_test {
+    () => {
+        if let Err(unsupported) = $crate::check_support() {
+            assert!(
+                std::env::var_os("CI").is_none() && std::env::var_os("WASMGATE_REQUIRE_KERNEL").is_none(),
+                "this machine can't run kernel tests: {unsupported}"
+            );
+            eprintln!("skipped: {unsupported}");
+            return;
+        }
+    };
+}

@@ -1,0 +1,205 @@
+//! Real connections between namespaces.
+
+use crate::in_netns;
+use anyhow::Context;
+use std::{
+    io::{self, ErrorKind, Read, Write},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+/// What came of an attempt to open a TCP connection and exchange a line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TcpOutcome {
+    /// The line came back.
+    Open,
+    /// No answer: what a policy that denies looks like.
+    Silence,
+    /// A reset: nobody listens.
+    Refused,
+}
+
+/// Opens a TCP connection from a namespace, sends a line and waits for it to come back.
+///
+/// # Errors
+///
+/// Where the attempt could not be made, or ended in any other way.
+pub fn tcp_exchange(namespace: &str, to: IpAddr, port: u16, wait: Duration) -> anyhow::Result<TcpOutcome> {
+    in_netns(namespace, || -> anyhow::Result<TcpOutcome> {
+        let mut stream = match TcpStream::connect_timeout(&SocketAddr::new(to, port), wait) {
+            Ok(stream) => stream,
+            Err(error) => return outcome(&error).with_context(|| format!("connecting to {to}:{port}: {error}")),
+        };
+        stream.set_read_timeout(Some(wait))?;
+        stream.write_all(b"hello\n")?;
+        let mut answer = [0; 6];
+        match stream.read_exact(&mut answer) {
+            Ok(()) => Ok(TcpOutcome::Open),
+            Err(error) => outcome(&error).with_context(|| format!("reading from {to}:{port}: {error}")),
+        }
+    })?
+}
+
+fn outcome(error: &io::Error) -> Option<TcpOutcome> {
+    match error.kind() {
+        ErrorKind::TimedOut | ErrorKind::WouldBlock => Some(TcpOutcome::Silence),
+        ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset => Some(TcpOutcome::Refused),
+        _ => None,
+    }
+}
+
+/// Opens a TCP connection from a namespace, and keeps it.
+///
+/// # Errors
+///
+/// Where it does not open.
+pub fn tcp_open(namespace: &str, to: IpAddr, port: u16, wait: Duration) -> anyhow::Result<Stream> {
+    let stream = in_netns(namespace, || TcpStream::connect_timeout(&SocketAddr::new(to, port), wait))?
+        .with_context(|| format!("connecting to {to}:{port}"))?;
+    Ok(Stream(stream))
+}
+
+/// An open TCP connection to a [`Listener`].
+pub struct Stream(TcpStream);
+
+impl Stream {
+    /// Sends a line and waits for it to come back; false where it does not in time.
+    ///
+    /// # Errors
+    ///
+    /// Where the connection ends.
+    pub fn exchange(&mut self, wait: Duration) -> anyhow::Result<bool> {
+        self.0.set_read_timeout(Some(wait))?;
+        self.0.write_all(b"again\n")?;
+        let mut answer = [0; 6];
+        match self.0.read_exact(&mut answer) {
+            Ok(()) => Ok(true),
+            Err(error) if outcome(&error) == Some(TcpOutcome::Silence) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// Sends a UDP datagram from a namespace and waits for it to come back; false where it does not in time.
+///
+/// # Errors
+///
+/// Where it can't be sent.
+pub fn udp_exchange(namespace: &str, to: IpAddr, port: u16, wait: Duration) -> anyhow::Result<bool> {
+    in_netns(namespace, || -> anyhow::Result<bool> {
+        let socket = UdpSocket::bind("0.0.0.0:0")?;
+        socket.connect(SocketAddr::new(to, port))?;
+        socket.set_read_timeout(Some(wait))?;
+        socket.send(b"hello")?;
+        let mut answer = [0; 16];
+        match socket.recv(&mut answer) {
+            Ok(_) => Ok(true),
+            Err(error) if outcome(&error).is_some() => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    })?
+}
+
+/// Sends back what it gets, over TCP and UDP, until it is dropped.
+pub struct Listener {
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// How often a listener looks whether it should stop.
+const PAUSE: Duration = Duration::from_millis(5);
+
+impl Listener {
+    /// Listens on a port, by TCP and UDP, in a namespace.
+    ///
+    /// # Errors
+    ///
+    /// Where the port is taken.
+    pub fn new(namespace: &str, port: u16) -> anyhow::Result<Self> {
+        let (tcp, udp) = in_netns(namespace, || -> io::Result<_> {
+            Ok((TcpListener::bind(("0.0.0.0", port))?, UdpSocket::bind(("0.0.0.0", port))?))
+        })?
+        .with_context(|| format!("listening on port {port} in {namespace}"))?;
+        tcp.set_nonblocking(true)?;
+        udp.set_read_timeout(Some(Duration::from_millis(100)))?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let (for_tcp, for_udp) = (Arc::clone(&stop), Arc::clone(&stop));
+        let threads = vec![
+            thread::spawn(move || serve_tcp(&tcp, &for_tcp)),
+            thread::spawn(move || serve_udp(&udp, &for_udp)),
+        ];
+        Ok(Self { stop, threads })
+    }
+}
+
+fn serve_tcp(listener: &TcpListener, stop: &Arc<AtomicBool>) {
+    while !stop.load(Ordering::Relaxed) {
+        match listener.accept() {
+            Ok((stream, _)) => {
+                let stop = Arc::clone(stop);
+                thread::spawn(move || echo(stream, &stop));
+            }
+            Err(_) => thread::sleep(PAUSE),
+        }
+    }
+}
+
+/// Ends with the connection, at the latest a while after the listener: nobody waits for it.
+fn echo(mut stream: TcpStream, stop: &AtomicBool) {
+    if stream.set_nonblocking(false).is_err() || stream.set_read_timeout(Some(Duration::from_millis(100))).is_err() {
+        return;
+    }
+    let mut buffer = [0; 4096];
+    while !stop.load(Ordering::Relaxed) {
+        match stream.read(&mut buffer) {
+            Ok(0) => return,
+            Ok(length) => {
+                if stream.write_all(&buffer[..length]).is_err() {
+                    return;
+                }
+            }
+            Err(error) if outcome(&error) == Some(TcpOutcome::Silence) => {}
+            Err(_) => return,
+        }
+    }
+}
+
+fn serve_udp(socket: &UdpSocket, stop: &AtomicBool) {
+    let mut buffer = [0; 65536];
+    while !stop.load(Ordering::Relaxed) {
+        if let Ok((length, from)) = socket.recv_from(&mut buffer) {
+            // A sender that has gone does not want its answer.
+            let _ = socket.send_to(&buffer[..length], from);
+        }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                eprintln!("a listener's thread has panicked");
+            }
+        }
+    }
+}
+
+/// Waits until `done` says so; false where it does not in time.
+pub fn wait_until(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + limit;
+    loop {
+        if done() {
+            return true;
+        }
+        if Instant::now() > deadline {
+            return false;
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+}

@@ -1,0 +1,1 @@
+//! Kernel tests: everything for real, in network namespaces. They need root; see `tests/`.
