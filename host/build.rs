@@ -13,6 +13,9 @@ fn main() {
             fs::copy(folder.join("datapath"), Path::new(&out).join("datapath.o")).map_err(|error| error.to_string())
         });
     if let Err(error) = built {
-        println!("cargo::error=the tc programs: {}", error.replace('\n', "\ncargo::error="));
+        println!(
+            "cargo::error=the tc programs: {}",
+            error.replace('\n', "\ncargo::error=")
+        );
     }
 }

@@ -5,6 +5,9 @@ fn main() {
         println!("cargo::rerun-if-changed={path}");
     }
     if let Err(error) = toolchain::build_policies() {
-        println!("cargo::error=the policies: {}", error.to_string().replace('\n', "\ncargo::error="));
+        println!(
+            "cargo::error=the policies: {}",
+            error.to_string().replace('\n', "\ncargo::error=")
+        );
     }
 }

@@ -4,6 +4,10 @@
 //! crosses the border is `repr(C)` without padding, and its size is asserted here, so that neither side can drift.
 //! [`VERSION`] is written beside the pinned maps and checked before they are used again.
 #![cfg_attr(not(feature = "user"), no_std)]
+#![expect(
+    clippy::inline_always,
+    reason = "the verifier follows what a program knows of a value only within one function"
+)]
 
 pub mod address;
 pub mod conntrack;

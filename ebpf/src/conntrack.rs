@@ -58,10 +58,7 @@ pub fn place(flow: &Flow) -> Place {
 /// Whether (source, port) is above (destination, port).
 #[inline(always)]
 fn is_above(flow: &Flow) -> bool {
-    let (source, destination) = (
-        u128::from_ne_bytes(flow.source),
-        u128::from_ne_bytes(flow.destination),
-    );
+    let (source, destination) = (u128::from_ne_bytes(flow.source), u128::from_ne_bytes(flow.destination));
     if source == destination {
         flow.source_port > flow.destination_port
     } else {

@@ -24,8 +24,8 @@ pub enum Action {
     Overlay { ifindex: u32 },
     /// Back into the pod that asked.
     AnswerArp { ifindex: u32 },
-    /// Out of the vxlan device; the tunnel key is set.
-    Encap { ifindex: u32 },
+    /// Out of the vxlan device, to the node with this IPv4 address (in host byte order); the tunnel key is set.
+    Encap { ifindex: u32, vni: Identity, remote: u32 },
     /// Up the node's own stack.
     ToHost,
     /// On its way, into the pod.
@@ -47,9 +47,12 @@ pub fn deliver(ctx: &TcContext, sender: Identity, receiver: &Receiver) -> Result
             let config = maps::config().ok_or(DropReason::Internal)?;
             decrement_ttl(ctx)?;
             let [a, b, c, d, ..] = tunnel_endpoint;
-            set_tunnel_key(ctx, [a, b, c, d], sender)?;
+            let remote = u32::from_be_bytes([a, b, c, d]);
+            set_tunnel_key(ctx, remote, sender)?;
             Ok(Action::Encap {
                 ifindex: config.vxlan_ifindex,
+                vni: sender,
+                remote,
             })
         }
     }
@@ -89,12 +92,12 @@ fn decrement_ttl(ctx: &TcContext) -> Result<(), DropReason> {
 }
 
 #[inline(always)]
-fn set_tunnel_key(ctx: &TcContext, remote: [u8; 4], vni: Identity) -> Result<(), DropReason> {
+fn set_tunnel_key(ctx: &TcContext, remote: u32, vni: Identity) -> Result<(), DropReason> {
     // SAFETY: all zero is a value of this plain C struct.
     let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
     key.tunnel_id = vni.0;
     key.tunnel_ttl = 64;
-    key.__bindgen_anon_1.remote_ipv4 = u32::from_be_bytes(remote);
+    key.__bindgen_anon_1.remote_ipv4 = remote;
     // SAFETY: the context and the key are valid, and the size is the key's own.
     let failed = unsafe {
         bpf_skb_set_tunnel_key(

@@ -177,14 +177,7 @@ pub fn outer_source(ctx: &TcContext) -> Result<Outer, DropReason> {
     // SAFETY: all zero is a value of this plain C struct.
     let mut tunnel: bpf_tunnel_key = unsafe { core::mem::zeroed() };
     // SAFETY: the context and the key are valid, and the size is the key's own.
-    let failed = unsafe {
-        bpf_skb_get_tunnel_key(
-            ctx.skb.skb,
-            &raw mut tunnel,
-            size_of::<bpf_tunnel_key>() as u32,
-            0,
-        )
-    };
+    let failed = unsafe { bpf_skb_get_tunnel_key(ctx.skb.skb, &raw mut tunnel, size_of::<bpf_tunnel_key>() as u32, 0) };
     if failed != 0 {
         return Err(DropReason::NoTunnelKey);
     }

@@ -33,7 +33,7 @@ pub fn packet_table(ctx: TcContext) -> i32 {
             }
         }
         // Returns only where there is no program.
-        let _ = TARGET.tail_call(&ctx, 0);
+        TARGET.tail_call(&ctx, 0);
     }
     TC_ACT_SHOT
 }

@@ -8,6 +8,8 @@ use aya_ebpf::programs::TcContext;
 pub const ETHERTYPE_IPV4: u16 = 0x0800;
 pub const ETHERTYPE_ARP: u16 = 0x0806;
 const ETHERTYPE_IPV6: u16 = 0x86dd;
+const ETHERTYPE_VLAN: u16 = 0x8100;
+const ETHERTYPE_SERVICE_VLAN: u16 = 0x88a8;
 
 pub const ETHERNET_LEN: usize = 14;
 const IPV4_LEN: usize = 20;
@@ -74,6 +76,7 @@ fn pull(ctx: &TcContext, len: usize) {
 #[inline(always)]
 pub fn frame(ctx: &TcContext) -> Result<Frame, DropReason> {
     pull(ctx, L4 + 20);
+    // The kernel takes the outermost tag out of the frame before the hook; more stay in it.
     // SAFETY: the context is the kernel's `__sk_buff`, valid as long as the program runs.
     if unsafe { (*ctx.skb.skb).vlan_present } != 0 {
         return Err(DropReason::VlanTag);
@@ -86,6 +89,7 @@ pub fn frame(ctx: &TcContext) -> Result<Frame, DropReason> {
     match frame.ethertype {
         ETHERTYPE_IPV4 | ETHERTYPE_ARP => Ok(frame),
         ETHERTYPE_IPV6 => Err(DropReason::Ipv6),
+        ETHERTYPE_VLAN | ETHERTYPE_SERVICE_VLAN => Err(DropReason::VlanTag),
         _ => Err(DropReason::UnknownEthertype),
     }
 }

@@ -47,7 +47,7 @@ fn carry_out(action: Action) -> i32 {
             Action::Local { ifindex } | Action::Overlay { ifindex } | Action::AnswerArp { ifindex } => {
                 bpf_redirect_peer(ifindex, 0) as i32
             }
-            Action::Encap { ifindex } => bpf_redirect(ifindex, 0) as i32,
+            Action::Encap { ifindex, .. } => bpf_redirect(ifindex, 0) as i32,
             Action::ToHost | Action::IntoPod => TC_ACT_UNSPEC,
         }
     }
@@ -104,22 +104,23 @@ fn report(ctx: &TcContext, hook: Hook, flow: &Flow, wanted: u32, reason: u8, pat
     slot.submit(0);
 }
 
-/// Leaves path and target in `skb->cb`, where a test run hands them back. Compiled away by the verifier otherwise.
+/// Leaves path, target and tunnel key in `skb->cb`, where a test run hands them back. Otherwise the verifier sees that
+/// the condition is false, and removes this.
 #[inline(always)]
 fn record(ctx: &TcContext, action: Action) {
     if !maps::record_action() {
         return;
     }
-    let ifindex = match action {
-        Action::Local { ifindex }
-        | Action::Overlay { ifindex }
-        | Action::AnswerArp { ifindex }
-        | Action::Encap { ifindex } => ifindex,
-        Action::ToHost | Action::IntoPod => 0,
+    let (ifindex, vni, remote) = match action {
+        Action::Local { ifindex } | Action::Overlay { ifindex } | Action::AnswerArp { ifindex } => (ifindex, 0, 0),
+        Action::Encap { ifindex, vni, remote } => (ifindex, vni.0, remote),
+        Action::ToHost | Action::IntoPod => (0, 0, 0),
     };
     // SAFETY: the context is the kernel's `__sk_buff`, whose `cb` a tc program may write.
     unsafe {
         (*ctx.skb.skb).cb[0] = path(action) as u32 + 1;
         (*ctx.skb.skb).cb[1] = ifindex;
+        (*ctx.skb.skb).cb[2] = vni;
+        (*ctx.skb.skb).cb[3] = remote;
     }
 }

@@ -188,23 +188,35 @@ mod tests {
     #[test]
     fn a_torn_or_changed_file_is_noticed() {
         let bytes = encode(&"some text").unwrap();
-        assert!(matches!(decode::<String>(&bytes[..bytes.len() - 1]), Err(CodecError::Length { .. })));
+        assert!(matches!(
+            decode::<String>(&bytes[..bytes.len() - 1]),
+            Err(CodecError::Length { .. })
+        ));
         assert!(matches!(decode::<String>(&bytes[..7]), Err(CodecError::Magic)));
         let mut changed = bytes.clone();
         *changed.last_mut().unwrap() ^= 1;
         assert!(matches!(decode::<String>(&changed), Err(CodecError::Checksum)));
         let mut newer = bytes;
         newer[4] = 9;
-        assert!(matches!(decode::<String>(&newer), Err(CodecError::Version { found: 9 })));
+        assert!(matches!(
+            decode::<String>(&newer),
+            Err(CodecError::Version { found: 9 })
+        ));
     }
 
     #[tokio::test]
     async fn a_hostile_length_allocates_nothing() {
         let mut bytes = encode(&"x").unwrap();
         bytes[8..12].copy_from_slice(&u32::MAX.to_le_bytes());
-        assert!(matches!(read::<String>(&mut bytes.as_slice()).await, Err(CodecError::TooLong { .. })));
+        assert!(matches!(
+            read::<String>(&mut bytes.as_slice()).await,
+            Err(CodecError::TooLong { .. })
+        ));
         bytes[8..12].copy_from_slice(&u32::try_from(MAX_CONTENT).unwrap().to_le_bytes());
-        assert!(matches!(read::<String>(&mut bytes.as_slice()).await, Err(CodecError::Length { .. })));
+        assert!(matches!(
+            read::<String>(&mut bytes.as_slice()).await,
+            Err(CodecError::Length { .. })
+        ));
     }
 
     #[tokio::test]

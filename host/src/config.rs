@@ -323,14 +323,37 @@ mod tests {
             })
             .collect();
         let plain = parse(example).unwrap();
-        assert_eq!(parse(&uncommented).unwrap(), plain, "a default in node.example.toml is not the default");
+        assert_eq!(
+            parse(&uncommented).unwrap(),
+            plain,
+            "a default in node.example.toml is not the default"
+        );
         // Every key of every table is there.
         for key in [
-            "state_dir", "socket", "bpffs", "attach", "tenant_bits", "ttl_seconds", "grace_seconds",
-            "max_module_bytes", "compile_ms", "compile_memory_mib", "evaluate_ms", "memory_mib", "fuel_per_call",
-            "endpoints", "addresses", "identities", "local_identities", "port_sets", "conntrack",
+            "state_dir",
+            "socket",
+            "bpffs",
+            "attach",
+            "tenant_bits",
+            "ttl_seconds",
+            "grace_seconds",
+            "max_module_bytes",
+            "compile_ms",
+            "compile_memory_mib",
+            "evaluate_ms",
+            "memory_mib",
+            "fuel_per_call",
+            "endpoints",
+            "addresses",
+            "identities",
+            "local_identities",
+            "port_sets",
+            "conntrack",
         ] {
-            assert!(example.contains(&format!("#:{key} = ")), "node.example.toml does not show `{key}`");
+            assert!(
+                example.contains(&format!("#:{key} = ")),
+                "node.example.toml does not show `{key}`"
+            );
         }
     }
 
@@ -338,14 +361,20 @@ mod tests {
     fn wrong_values_are_named() {
         for (text, expected) in [
             ("nod = 1", "unknown field `nod`"),
-            ("[vni]\ntenant_bits = 17", "`vni.tenant_bits`: 17 is not between 1 and 16"),
+            (
+                "[vni]\ntenant_bits = 17",
+                "`vni.tenant_bits`: 17 is not between 1 and 16",
+            ),
             ("[vni]\ntenant_bits = \"x\"", "invalid type"),
             ("[lease]\nttl_seconds = 0", "lease.ttl_seconds"),
             ("[maps]\nidentities = 1", "`maps.identities`: 1 is not between"),
             ("attach = \"xdp\"", "unknown variant `xdp`"),
         ] {
             let error = parse(&format!("{GOOD}\n{text}")).unwrap_err();
-            assert!(error.contains(expected) && error.contains("node.toml"), "{text}: {error}");
+            assert!(
+                error.contains(expected) && error.contains("node.toml"),
+                "{text}: {error}"
+            );
         }
         for (from, to, expected) in [
             ("192.0.2.1", "127.0.0.1", "`underlay`"),

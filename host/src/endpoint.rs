@@ -63,7 +63,9 @@ pub fn check_labels(labels: &BTreeMap<String, String>) -> Result<(), String> {
     }
     for (key, value) in labels {
         if key.is_empty() || key.len() > MAX_KEY || key.chars().any(|c| c.is_control() || c.is_whitespace()) {
-            return Err(format!("label {key:?}: a key has 1 to {MAX_KEY} bytes and no white space"));
+            return Err(format!(
+                "label {key:?}: a key has 1 to {MAX_KEY} bytes and no white space"
+            ));
         }
         if value.len() > MAX_NAME || value.chars().any(char::is_control) {
             return Err(format!("label {key}={value:?}: a value has at most {MAX_NAME} bytes"));
@@ -76,8 +78,8 @@ pub fn check_labels(labels: &BTreeMap<String, String>) -> Result<(), String> {
 #[must_use]
 pub fn interface_name(namespace: &str, name: &str) -> String {
     let digest = Sha256::digest(format!("{namespace}/{name}").as_bytes());
-    let hex: String = digest.iter().take(6).map(|byte| format!("{byte:02x}")).collect();
-    format!("wg-{hex}")
+    let [a, b, c, d, e, f, ..] = digest.as_slice() else { unreachable!("a digest has 32 bytes") };
+    format!("wg-{a:02x}{b:02x}{c:02x}{d:02x}{e:02x}{f:02x}")
 }
 
 /// Why a pod got no address.

@@ -29,7 +29,11 @@ impl fmt::Display for IdentityKey {
         if self.labels.is_empty() {
             return Ok(());
         }
-        let labels: Vec<String> = self.labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
+        let labels: Vec<String> = self
+            .labels
+            .iter()
+            .map(|(key, value)| format!("{key}={value}"))
+            .collect();
         write!(out, "{{{}}}", labels.join(","))
     }
 }
@@ -50,12 +54,21 @@ impl IdentityKey {
             return Err("the tenant is empty".to_owned());
         }
         if self.labels.len() > MAX_LABELS {
-            return Err(format!("{} labels; at most {MAX_LABELS} are allowed", self.labels.len()));
+            return Err(format!(
+                "{} labels; at most {MAX_LABELS} are allowed",
+                self.labels.len()
+            ));
         }
-        let texts = self.labels.iter().flat_map(|(key, value)| [("a label's key", key), ("a label's value", value)]);
+        let texts = self
+            .labels
+            .iter()
+            .flat_map(|(key, value)| [("a label's key", key), ("a label's value", value)]);
         for (what, text) in std::iter::once(("the tenant", &self.tenant)).chain(texts) {
             if text.len() > MAX_TEXT {
-                return Err(format!("{what} has {} bytes; at most {MAX_TEXT} are allowed", text.len()));
+                return Err(format!(
+                    "{what} has {} bytes; at most {MAX_TEXT} are allowed",
+                    text.len()
+                ));
             }
             if text.chars().any(char::is_control) {
                 return Err(format!("{what} has a control character: {text:?}"));
@@ -291,7 +304,10 @@ mod tests {
             registry.assign(&key("red", &n.to_string())).unwrap();
         }
         let error = registry.assign(&key("red", "more")).unwrap_err();
-        assert!(error.to_string().contains("all 255 identity numbers of tenant red"), "{error}");
+        assert!(
+            error.to_string().contains("all 255 identity numbers of tenant red"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -101,7 +101,7 @@ macro_rules! export {
                 }
             }
 
-            bindings::export!(Module with_types_in $crate::guest::bindings);
+    bindings::export!(Module with_types_in $crate::guest::bindings);
         };
     };
 }

@@ -51,7 +51,9 @@ impl<P: Policy> Cluster<P> {
     /// Where the name has no slash, or the policy can't identify the pod.
     #[must_use]
     pub fn pod(mut self, name: &str, labels: &[(&str, &str)]) -> Self {
-        let identity = self.identity(name, labels).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let identity = self
+            .identity(name, labels)
+            .unwrap_or_else(|error| panic!("{name}: {error}"));
         self.peers.insert(name.to_owned(), Peer::Pod(identity));
         self
     }
@@ -118,7 +120,11 @@ impl<P: Policy> Cluster<P> {
     ///
     /// That is what it is for; with the whole matrix.
     pub fn assert_allowed(&self, from: &str, to: &str, port: PortRange) {
-        assert!(self.allows(from, to, port), "{from} may not reach {to}:\n{}", self.matrix(port));
+        assert!(
+            self.allows(from, to, port),
+            "{from} may not reach {to}:\n{}",
+            self.matrix(port)
+        );
     }
 
     /// Fails the test if the connection may be opened.
@@ -127,7 +133,11 @@ impl<P: Policy> Cluster<P> {
     ///
     /// That is what it is for; with the whole matrix.
     pub fn assert_denied(&self, from: &str, to: &str, port: PortRange) {
-        assert!(!self.allows(from, to, port), "{from} may reach {to}:\n{}", self.matrix(port));
+        assert!(
+            !self.allows(from, to, port),
+            "{from} may reach {to}:\n{}",
+            self.matrix(port)
+        );
     }
 
     /// Who reaches whom at that port: a row for each sender, `X` for allowed and `.` for denied.

@@ -13,7 +13,11 @@ fn allow_all_lets_everybody_talk_on_one_node_and_across() {
         cluster.add_pod(node, name, &[]).unwrap();
     }
     cluster.settle().unwrap();
-    let _listeners: Vec<_> = cluster.pods.iter().map(|pod| Listener::new(pod.netns.name(), 80).unwrap()).collect();
+    let _listeners: Vec<_> = cluster
+        .pods
+        .iter()
+        .map(|pod| Listener::new(pod.netns.name(), 80).unwrap())
+        .collect();
     let exchange = |from: &str, to: &str| {
         let (from, to) = (cluster.pod(from), cluster.pod(to));
         let tcp = tcp_exchange(from.netns.name(), to.address, 80, WAIT).unwrap();
@@ -21,10 +25,18 @@ fn allow_all_lets_everybody_talk_on_one_node_and_across() {
         (tcp, udp)
     };
     for (from, to) in [("red/a", "red/b"), ("red/a", "blue/c"), ("blue/c", "red/b")] {
-        assert_eq!(exchange(from, to), (TcpOutcome::Silence, false), "{from} -> {to} before any policy");
+        assert_eq!(
+            exchange(from, to),
+            (TcpOutcome::Silence, false),
+            "{from} -> {to} before any policy"
+        );
     }
     cluster.load("allow-all").unwrap();
     for (from, to) in [("red/a", "red/b"), ("red/a", "blue/c"), ("blue/c", "red/b")] {
-        assert_eq!(exchange(from, to), (TcpOutcome::Open, true), "{from} -> {to} under allow-all");
+        assert_eq!(
+            exchange(from, to),
+            (TcpOutcome::Open, true),
+            "{from} -> {to} under allow-all"
+        );
     }
 }

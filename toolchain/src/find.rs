@@ -45,6 +45,12 @@ impl Compiler {
         let mut command = match self {
             Self::Distro => {
                 let mut command = Command::new("/usr/bin/cargo");
+                // Its own clippy and linker come before those of a rustup.
+                let path = env::var_os("PATH").unwrap_or_default();
+                let path = env::join_paths(std::iter::once("/usr/bin".into()).chain(env::split_paths(&path)));
+                if let Ok(path) = path {
+                    command.env("PATH", path);
+                }
                 command.env("RUSTC", "/usr/bin/rustc").env("RUSTC_BOOTSTRAP", "1");
                 command.env_remove("RUSTUP_TOOLCHAIN");
                 command
@@ -57,7 +63,9 @@ impl Compiler {
         };
         for (key, _) in env::vars_os() {
             let name = key.to_string_lossy();
-            let ours = name.starts_with("CARGO_") && name != "CARGO_HOME" && !name.starts_with("CARGO_NET")
+            let ours = name.starts_with("CARGO_")
+                && name != "CARGO_HOME"
+                && !name.starts_with("CARGO_NET")
                 && !name.starts_with("CARGO_HTTP")
                 && !name.starts_with("CARGO_REGISTR")
                 && !name.starts_with("CARGO_SOURCE");

@@ -28,10 +28,12 @@ pub enum ClientError {
 }
 
 async fn ask(socket: &Path, request: &Request) -> Result<UnixStream, ClientError> {
-    let mut stream = UnixStream::connect(socket).await.map_err(|source| ClientError::Connect {
-        socket: socket.to_owned(),
-        source,
-    })?;
+    let mut stream = UnixStream::connect(socket)
+        .await
+        .map_err(|source| ClientError::Connect {
+            socket: socket.to_owned(),
+            source,
+        })?;
     // A server that refuses the caller closes at once; what it said first is still there to be read.
     match codec::write(&mut stream, request).await {
         Ok(()) => {}
@@ -63,11 +65,7 @@ pub async fn call(socket: &Path, request: &Request) -> Result<Response, ClientEr
 /// # Errors
 ///
 /// Where hostd can't be reached or refuses.
-pub async fn monitor(
-    socket: &Path,
-    what: Monitor,
-    mut sink: impl FnMut(Response) -> bool,
-) -> Result<(), ClientError> {
+pub async fn monitor(socket: &Path, what: Monitor, mut sink: impl FnMut(Response) -> bool) -> Result<(), ClientError> {
     let mut stream = ask(socket, &Request::Monitor(what)).await?;
     while sink(answer(&mut stream).await?) {}
     Ok(())

@@ -80,7 +80,9 @@ where
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
         let (stream, _) = server.listener.accept().await?;
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return Ok(()) };
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else {
+            return Ok(());
+        };
         let handle = Arc::clone(&handle);
         tokio::spawn(async move {
             if let Err(error) = connection(stream, &*handle).await {

@@ -22,7 +22,7 @@ pub struct Arguments {
 pub enum Command {
     /// Run the daemon of this node.
     ///
-    /// It logs to stderr; HOSTD_LOG sets the level, as in `HOSTD_LOG=debug`. When it is stopped, traffic goes on under
+    /// It logs to stderr; `HOSTD_LOG` sets the level, as in `HOSTD_LOG=debug`. When it is stopped, traffic goes on under
     /// the policy that is in force.
     Run {
         /// The node's configuration; `node.example.toml` documents every key.
@@ -220,7 +220,12 @@ mod tests {
     fn every_command_and_argument_has_a_help_text() {
         fn check(command: &clap::Command) {
             for argument in command.get_arguments() {
-                assert!(argument.get_help().is_some(), "{} {}", command.get_name(), argument.get_id());
+                assert!(
+                    argument.get_help().is_some(),
+                    "{} {}",
+                    command.get_name(),
+                    argument.get_id()
+                );
             }
             for sub in command.get_subcommands() {
                 assert!(sub.get_about().is_some(), "{}", sub.get_name());
@@ -236,7 +241,10 @@ mod tests {
         assert_eq!(parse_label_change("app=web").unwrap(), set("app", "web"));
         assert_eq!(parse_label_change("app=").unwrap(), set("app", ""));
         assert_eq!(parse_label_change("a=b-").unwrap(), set("a", "b-"));
-        assert_eq!(parse_label_change("app-").unwrap(), LabelChange::Remove("app".to_owned()));
+        assert_eq!(
+            parse_label_change("app-").unwrap(),
+            LabelChange::Remove("app".to_owned())
+        );
         assert!(parse_label_change("app").is_err());
     }
 }

@@ -83,7 +83,10 @@ async fn ask(socket: &Path, json: bool, command: Command) -> anyhow::Result<()> 
         Response::Loaded(report) => report.nodes.iter().filter(|node| node.result.is_err()).count(),
         _ => 0,
     };
-    anyhow::ensure!(incomplete == 0, "the policy is loaded, but not on {incomplete} of the nodes (see above)");
+    anyhow::ensure!(
+        incomplete == 0,
+        "the policy is loaded, but not on {incomplete} of the nodes (see above)"
+    );
     Ok(())
 }
 
@@ -149,8 +152,12 @@ fn policy_config(path: &PathBuf) -> anyhow::Result<String> {
     let value: serde_json::Value = if is_toml {
         toml::from_str(&text).with_context(|| format!("policy configuration {}", path.display()))?
     } else {
-        serde_json::from_str(&text)
-            .with_context(|| format!("policy configuration {}: JSON, or TOML in a file named .toml", path.display()))?
+        serde_json::from_str(&text).with_context(|| {
+            format!(
+                "policy configuration {}: JSON, or TOML in a file named .toml",
+                path.display()
+            )
+        })?
     };
     Ok(value.to_string())
 }

@@ -77,7 +77,11 @@ fn labels(labels: &BTreeMap<String, String>) -> String {
 
 fn module(record: Option<&crate::store::records::ModuleRecord>) -> String {
     match record {
-        Some(module) => format!("{} (sha256 {})", module.name, &module.sha256[..12.min(module.sha256.len())]),
+        Some(module) => format!(
+            "{} (sha256 {})",
+            module.name,
+            &module.sha256[..12.min(module.sha256.len())]
+        ),
         None => "none: nothing passes between pods".to_owned(),
     }
 }
@@ -102,7 +106,13 @@ fn status(out: &mut impl Write, status: &Status) -> anyhow::Result<()> {
             format!("{} for {} s", node.state, node.stale_seconds)
         };
         let cidrs = node.pod_cidrs.join(",");
-        table.row([node.name.clone(), node.underlay.to_string(), cidrs, node.pods.to_string(), state]);
+        table.row([
+            node.name.clone(),
+            node.underlay.to_string(),
+            cidrs,
+            node.pods.to_string(),
+            state,
+        ]);
     }
     table.print(out)?;
 
@@ -162,12 +172,15 @@ fn identities(out: &mut impl Write, identities: &[IdentityView]) -> anyhow::Resu
 fn ipcache(out: &mut impl Write, entries: &[IpcacheView]) -> anyhow::Result<()> {
     let mut table = Table::new(["ADDRESS", "IDENTITY", "AS", "TUNNEL ENDPOINT", "NAME"]);
     for one in entries {
-        let other = one.other_identity.map_or(String::new(), |other| format!(" (or {other})"));
+        let other = one
+            .other_identity
+            .map_or(String::new(), |other| format!(" (or {other})"));
         table.row([
             one.address.to_string(),
             format!("{}{other}", one.identity),
             one.identity_name.clone(),
-            one.tunnel_endpoint.map_or("-".to_owned(), |address| address.to_string()),
+            one.tunnel_endpoint
+                .map_or("-".to_owned(), |address| address.to_string()),
             one.name.clone(),
         ]);
     }
@@ -255,7 +268,11 @@ fn end(name: &str, address: Option<IpAddr>, port: u16) -> String {
         (Some(address), 0) => address.to_string(),
         (Some(address), port) => format!("{address}:{port}"),
     };
-    if name.is_empty() { address } else { format!("{name} ({address})") }
+    if name.is_empty() {
+        address
+    } else {
+        format!("{name} ({address})")
+    }
 }
 
 fn packet(packet: &PacketView) -> String {
@@ -270,12 +287,11 @@ fn packet(packet: &PacketView) -> String {
     if packet.source.is_some() {
         let source = end(&packet.source_name, packet.source, packet.source_port);
         let destination = end(&packet.destination_name, packet.destination, packet.destination_port);
-        line.push_str(&format!(" {} {source} -> {destination}", packet.protocol));
+        line = format!("{line} {} {source} -> {destination}", packet.protocol);
     }
     if !packet.from.is_empty() {
         let to = if packet.to.is_empty() { "?" } else { &packet.to };
-        line.push_str(&format!(" [{} -> {to}]", packet.from));
+        line = format!("{line} [{} -> {to}]", packet.from);
     }
-    line.push_str(&format!(" {} bytes", packet.length));
-    line
+    format!("{line} {} bytes", packet.length)
 }

@@ -31,8 +31,15 @@ impl Daemon {
         endpoint::check_name(&pod.namespace).map_err(|problem| wrong(format!("namespace {problem}")))?;
         endpoint::check_name(&pod.name).map_err(|problem| wrong(format!("pod {problem}")))?;
         endpoint::check_labels(&labels).map_err(wrong)?;
-        if let Some(known) = self.pods.values().find(|known| known.record.full_name() == pod.to_string()) {
-            return Err(wrong(format!("pod {pod} exists already, on node {}", known.record.node)));
+        if let Some(known) = self
+            .pods
+            .values()
+            .find(|known| known.record.full_name() == pod.to_string())
+        {
+            return Err(wrong(format!(
+                "pod {pod} exists already, on node {}",
+                known.record.node
+            )));
         }
         let netns = Netns::open(&netns)?;
         let address = endpoint::choose_address(&self.config.pod_cidrs, address, |address| {
@@ -85,7 +92,9 @@ impl Daemon {
     }
 
     fn save(&self) -> Result<(), DaemonError> {
-        Ok(block_in_place(|| self.file.save(self.locals.values().map(|local| &local.endpoint)))?)
+        Ok(block_in_place(|| {
+            self.file.save(self.locals.values().map(|local| &local.endpoint))
+        })?)
     }
 
     /// Takes away everything of a pod of this node, as far as it is there: attachment, endpoint, ipcache, policy.
@@ -112,7 +121,11 @@ impl Daemon {
     /// Disconnects a pod; false where there is none.
     pub(super) async fn endpoint_delete(&mut self, pod: &PodName) -> Result<bool, DaemonError> {
         let Some(local) = self.locals.get(pod) else {
-            return match self.pods.values().find(|known| known.record.full_name() == pod.to_string()) {
+            return match self
+                .pods
+                .values()
+                .find(|known| known.record.full_name() == pod.to_string())
+            {
                 Some(known) => Err(DaemonError::Request(format!(
                     "pod {pod} is on node {}: delete it there",
                     known.record.node

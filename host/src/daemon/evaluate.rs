@@ -45,7 +45,10 @@ pub struct Compilation {
     pub change: Change,
 }
 
-fn micros(since: Instant) -> u64 {
+/// What a policy has made of each address; `None` for `init`.
+pub type Keys = Vec<(AddressKey, Option<IdentityKey>)>;
+
+pub fn micros(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
 }
 
@@ -67,7 +70,7 @@ impl Daemon {
         &self,
         compiled: &Compiled,
         record: &ModuleRecord,
-    ) -> Result<(Asked, Vec<(AddressKey, Option<IdentityKey>)>), DaemonError> {
+    ) -> Result<(Asked, Keys), DaemonError> {
         block_in_place(|| {
             let mut asked = Asked::module(Runtime::start(compiled, &record.config)?);
             let keys = self
@@ -89,7 +92,10 @@ impl Daemon {
             asked.learn_reserved()?;
             asked.learn(identified.iter().map(|(_, identity, key)| (*identity, key.clone())))?;
             let members = identified.into_iter().map(|(address, identity, _)| {
-                let local = self.pods.get(&address).is_some_and(|pod| pod.record.node == self.config.node);
+                let local = self
+                    .pods
+                    .get(&address)
+                    .is_some_and(|pod| pod.record.node == self.config.node);
                 (address, identity, local)
             });
             let (generation, change) = Generation::compile_all(self.datapath.shape(), members, &mut asked)?;
@@ -123,8 +129,10 @@ impl Daemon {
         steps.push(("identify".to_owned(), micros(began)));
 
         let began = Instant::now();
-        let next: BTreeMap<AddressKey, Identity> =
-            identified.iter().map(|(address, identity, _)| (*address, *identity)).collect();
+        let next: BTreeMap<AddressKey, Identity> = identified
+            .iter()
+            .map(|(address, identity, _)| (*address, *identity))
+            .collect();
         let mut compilation = self.compile_matrix(asked, identified)?;
         steps.push(("evaluate".to_owned(), micros(began)));
 
@@ -159,8 +167,10 @@ impl Daemon {
             let place = self.active.generation.place(address);
             place.map_or(Identity::INIT, |place| place.identity)
         };
-        let mut classes: BTreeSet<(Identity, Identity)> =
-            next.iter().map(|(address, identity)| (now(address), *identity)).collect();
+        let mut classes: BTreeSet<(Identity, Identity)> = next
+            .iter()
+            .map(|(address, identity)| (now(address), *identity))
+            .collect();
         classes.insert((Identity::HOST, Identity::HOST));
         let olds: BTreeSet<Identity> = classes.iter().map(|(old, _)| *old).collect();
         let news: BTreeSet<Identity> = classes.iter().map(|(_, new)| *new).collect();

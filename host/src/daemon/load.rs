@@ -10,7 +10,7 @@
 
 use super::{
     Command, Daemon, DaemonError,
-    evaluate::{Candidate, Evaluation},
+    evaluate::{Candidate, Evaluation, micros},
     policy::Side,
 };
 use crate::{
@@ -37,10 +37,6 @@ fn policy_key() -> Key {
 fn now_ms() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
-}
-
-fn micros(since: Instant) -> u64 {
-    u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
 }
 
 // What each node does.
@@ -140,11 +136,10 @@ impl Daemon {
         if self.active.serial == record.serial {
             return Ok(Prepared::default());
         }
-        if self.aside.as_ref().is_none_or(|aside| aside.serial != record.serial) {
-            if let Err(error) = self.prepare(record).await {
-                self.out_of_step = Some(format!("policy {} can't be enforced here: {error}", record.module.name));
-                return Err(error);
-            }
+        let prepared = self.aside.as_ref().is_some_and(|aside| aside.serial == record.serial);
+        if !prepared && let Err(error) = self.prepare(record).await {
+            self.out_of_step = Some(format!("policy {} can't be enforced here: {error}", record.module.name));
+            return Err(error);
         }
         if let Some(next) = self.aside.take() {
             let last = std::mem::replace(&mut self.active, next);
@@ -152,7 +147,11 @@ impl Daemon {
             self.datapath.flip()?;
         }
         self.out_of_step = None;
-        tracing::info!("generation {} enforces {}", self.datapath.generation(), record.module.name);
+        tracing::info!(
+            "generation {} enforces {}",
+            self.datapath.generation(),
+            record.module.name
+        );
         Ok(Prepared {
             micros: micros(began),
             ..Prepared::default()
@@ -186,7 +185,11 @@ impl Daemon {
             };
         }
         let mut identified = Vec::new();
-        let addresses: Vec<_> = self.pods.iter().map(|(address, pod)| (*address, pod.record.clone())).collect();
+        let addresses: Vec<_> = self
+            .pods
+            .iter()
+            .map(|(address, pod)| (*address, pod.record.clone()))
+            .collect();
         for (address, record) in addresses {
             let key = self.active.asked.identify(&record)?;
             identified.push((address, self.number(key.as_ref()).await?, key));
@@ -268,7 +271,9 @@ impl Coordinator {
             None => (None, Expect::Absent),
         };
         let busy = |coordinator: &str| {
-            DaemonError::Request(format!("node {coordinator} is loading a policy; try again when it is done"))
+            DaemonError::Request(format!(
+                "node {coordinator} is loading a policy; try again when it is done"
+            ))
         };
         if let Some(last) = last
             && last.phase == Phase::Prepare
@@ -329,14 +334,16 @@ impl Coordinator {
         for node in nodes.all {
             let result = match (prepared.get(&node), committed.get(&node)) {
                 (None, _) => Err("skipped: it did not answer; it switches when it is back".to_owned()),
-                (Some(_), None) => Err("prepared, but did not answer the commit; it switches when it is back".to_owned()),
+                (Some(_), None) => {
+                    Err("prepared, but did not answer the commit; it switches when it is back".to_owned())
+                }
                 (Some(_), Some((Err(problem), _))) => Err(format!("could not switch: {problem}")),
                 (Some((prepared, _)), Some(_)) => prepared.clone(),
             };
             report.nodes.push(NodeReport {
-                commit_micros: committed.get(&node).map(|(_, at)| {
-                    u64::try_from(at.saturating_duration_since(began).as_micros()).unwrap_or(u64::MAX)
-                }),
+                commit_micros: committed
+                    .get(&node)
+                    .map(|(_, at)| u64::try_from(at.saturating_duration_since(began).as_micros()).unwrap_or(u64::MAX)),
                 node,
                 result,
             });
@@ -369,7 +376,11 @@ impl Coordinator {
             all.insert(record.name);
         }
         let alive = self.store.list(Collection::Alive).await?;
-        let alive = alive.into_iter().map(|(key, _)| key.name).filter(|name| all.contains(name)).collect();
+        let alive = alive
+            .into_iter()
+            .map(|(key, _)| key.name)
+            .filter(|name| all.contains(name))
+            .collect();
         Ok(Nodes { all, alive })
     }
 
@@ -423,9 +434,8 @@ impl Load {
         let mut answers = Answers::new();
         let deadline = tokio::time::Instant::now() + PHASE_TIME;
         while !wanted.iter().all(|node| answers.contains_key(node)) {
-            let change = match tokio::time::timeout_at(deadline, self.answers.recv()).await {
-                Ok(Some(change)) => change,
-                Ok(None) | Err(_) => break,
+            let Ok(Some(change)) = tokio::time::timeout_at(deadline, self.answers.recv()).await else {
+                break;
             };
             let Change::Put(key, value) = change else { continue };
             let answer: AnswerRecord = records::decode(&key, &value.value)?;

@@ -5,8 +5,8 @@ mod evaluate;
 mod load;
 mod names;
 mod node;
-mod policy;
 mod pods;
+mod policy;
 mod serve;
 mod start;
 mod views;
@@ -77,9 +77,15 @@ enum Command {
     IpcacheList(oneshot::Sender<Response>),
     PolicyShow(oneshot::Sender<Response>),
     NodeDelete(String, oneshot::Sender<Response>),
-    Evaluate(evaluate::Candidate, oneshot::Sender<Result<evaluate::Evaluation, DaemonError>>),
+    Evaluate(
+        evaluate::Candidate,
+        oneshot::Sender<Result<evaluate::Evaluation, DaemonError>>,
+    ),
     /// A monitor has come or gone: how many want drops, and how many flows, more than before.
-    Report { drops: i32, flows: i32 },
+    Report {
+        drops: i32,
+        flows: i32,
+    },
 }
 
 /// A node of the cluster.
@@ -141,13 +147,13 @@ impl Daemon {
                     Some(command) => self.command(command).await,
                     None => return,
                 },
-                change = changes.recv() => match change {
-                    Some(change) => self.follow(change).await,
-                    None => {
-                        tracing::error!("the store's watch has ended: stopping, the datapath goes on");
+                change = changes.recv() => {
+                    let Some(change) = change else {
+                        tracing::error!("the store's watch has ended: stopping; the datapath goes on");
                         return;
-                    }
-                },
+                    };
+                    self.follow(change).await;
+                }
                 _ = tick.tick() => self.tick().await,
             }
         }
@@ -159,7 +165,9 @@ impl Daemon {
             Command::EndpointAdd(request, reply) => {
                 answer(reply, self.endpoint_add(request).await.map(Response::Endpoint));
             }
-            Command::EndpointDelete(pod, reply) => answer(reply, self.endpoint_delete(&pod).await.map(Response::Deleted)),
+            Command::EndpointDelete(pod, reply) => {
+                answer(reply, self.endpoint_delete(&pod).await.map(Response::Deleted));
+            }
             Command::EndpointList(reply) => answer(reply, Ok(Response::Endpoints(self.endpoint_list()))),
             Command::EndpointLabel(request, reply) => {
                 answer(reply, self.endpoint_label(request).await.map(Response::Endpoint));
@@ -167,7 +175,10 @@ impl Daemon {
             Command::IdentityList(reply) => answer(reply, Ok(Response::Identities(self.identity_list()))),
             Command::IpcacheList(reply) => answer(reply, Ok(Response::Ipcache(self.ipcache_list()))),
             Command::PolicyShow(reply) => {
-                answer(reply, self.policy_show().map(|policy| Response::Policy(Box::new(policy))));
+                answer(
+                    reply,
+                    self.policy_show().map(|policy| Response::Policy(Box::new(policy))),
+                );
             }
             Command::NodeDelete(name, reply) => answer(reply, self.node_delete(&name).await.map(Response::Deleted)),
             Command::Evaluate(candidate, reply) => {
@@ -178,7 +189,8 @@ impl Daemon {
                 self.monitors.0 += drops;
                 self.monitors.1 += flows;
                 let flag = |count: i32, flag: u32| if count > 0 { flag } else { 0 };
-                let report = flag(self.monitors.0, abi::node::REPORT_DROPS) | flag(self.monitors.1, abi::node::REPORT_FLOWS);
+                let report =
+                    flag(self.monitors.0, abi::node::REPORT_DROPS) | flag(self.monitors.1, abi::node::REPORT_FLOWS);
                 if let Err(error) = self.datapath.set_report(report) {
                     tracing::error!("{error}");
                 }

@@ -130,9 +130,14 @@ impl Daemon {
     }
 
     fn pod_gone(&mut self, key: &Key) -> Result<(), DaemonError> {
-        let Ok(address) = key.name.parse::<IpAddr>() else { return Ok(()) };
+        let Ok(address) = key.name.parse::<IpAddr>() else {
+            return Ok(());
+        };
         let address = AddressKey::from(address);
-        let remote = self.pods.get(&address).is_some_and(|pod| pod.record.node != self.config.node);
+        let remote = self
+            .pods
+            .get(&address)
+            .is_some_and(|pod| pod.record.node != self.config.node);
         if remote { self.remove_pod(&address) } else { Ok(()) }
     }
 
@@ -154,11 +159,17 @@ impl Daemon {
         let gone: Vec<String> = self
             .nodes
             .iter()
-            .filter(|(_, node)| node.stale_since.is_some_and(|since| !grace.is_zero() && since.elapsed() > grace))
+            .filter(|(_, node)| {
+                node.stale_since
+                    .is_some_and(|since| !grace.is_zero() && since.elapsed() > grace)
+            })
             .map(|(name, _)| name.clone())
             .collect();
         for name in gone {
-            tracing::warn!("node {name} has been stale for {} s: removing it with its pods", grace.as_secs());
+            tracing::warn!(
+                "node {name} has been stale for {} s: removing it with its pods",
+                grace.as_secs()
+            );
             if let Err(error) = self.forget_node(&name).await {
                 tracing::error!("removing node {name}: {error}");
             }
@@ -168,7 +179,9 @@ impl Daemon {
 
     /// Removes a node that is gone, with its pods; false where there is none.
     pub(super) async fn node_delete(&mut self, name: &str) -> Result<bool, DaemonError> {
-        let Some(node) = self.nodes.get(name) else { return Ok(false) };
+        let Some(node) = self.nodes.get(name) else {
+            return Ok(false);
+        };
         if node.stale_since.is_none() {
             return Err(DaemonError::Request(format!(
                 "node {name} is alive: stop its hostd first, and wait until its lease has expired"
@@ -190,6 +203,9 @@ impl Daemon {
                 }
             }
         }
-        Ok(self.store.delete(&Key::new(Collection::Nodes, name), Expect::Any).await?)
+        Ok(self
+            .store
+            .delete(&Key::new(Collection::Nodes, name), Expect::Any)
+            .await?)
     }
 }

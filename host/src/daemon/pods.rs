@@ -18,7 +18,10 @@ impl Daemon {
     /// Where an address is, as far as this node knows; `None` while its node is unknown.
     fn stance(&self, record: &PodRecord) -> Option<Stance> {
         if record.node == self.config.node {
-            let local = self.locals.values().find(|local| local.endpoint.pod.address == record.address)?;
+            let local = self
+                .locals
+                .values()
+                .find(|local| local.endpoint.pod.address == record.address)?;
             return Some(Stance::Local {
                 ifindex: local.veth.ifindex,
                 mac: local.veth.pod_mac,
@@ -95,8 +98,12 @@ impl Daemon {
 
     /// Makes the maps say of an address what both sides make of it.
     pub(super) fn place(&mut self, address: &AddressKey) -> Result<(), DaemonError> {
-        let Some(pod) = self.pods.get(address) else { return Ok(()) };
-        let Some(stance) = self.stance(&pod.record) else { return Ok(()) };
+        let Some(pod) = self.pods.get(address) else {
+            return Ok(());
+        };
+        let Some(stance) = self.stance(&pod.record) else {
+            return Ok(());
+        };
         let facts = Facts {
             slot: pod.slot,
             epoch: pod.epoch,

@@ -98,7 +98,9 @@ impl Front {
         events: &mut broadcast::Receiver<Event>,
         stream: &mut UnixStream,
     ) -> io::Result<()> {
-        codec::write(stream, &Response::Monitoring).await.map_err(io::Error::other)?;
+        codec::write(stream, &Response::Monitoring)
+            .await
+            .map_err(io::Error::other)?;
         let mut nothing = [0; 1];
         loop {
             let response = tokio::select! {
@@ -122,10 +124,24 @@ impl Front {
     fn view(&self, event: &Event) -> PacketView {
         let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
         let known = event.family != 0;
-        let key = |address| AddressKey::new(if event.family == Family::V6 as u8 { Family::V6 } else { Family::V4 }, address);
+        let key = |address| {
+            AddressKey::new(
+                if event.family == Family::V6 as u8 {
+                    Family::V6
+                } else {
+                    Family::V4
+                },
+                address,
+            )
+        };
         let address = |address| known.then(|| key(address).ip());
         let allowed = event.reason == ALLOWED;
-        let path = || Path::ALL.iter().find(|path| **path as u8 == event.path).map(|path| path.name());
+        let path = || {
+            Path::ALL
+                .iter()
+                .find(|path| **path as u8 == event.path)
+                .map(|path| path.name())
+        };
         let reason = || DropReason::from_number(event.reason).map(DropReason::name);
         let hook = Hook::ALL.iter().find(|hook| **hook as u8 == event.hook);
         PacketView {
@@ -133,7 +149,11 @@ impl Front {
             verdict: if allowed { "allow" } else { "drop" }.to_owned(),
             reason: if allowed { path() } else { reason() }.unwrap_or("unknown").to_owned(),
             hook: hook.map_or("unknown", |hook| hook.name()).to_owned(),
-            protocol: if known { protocol_name(event.protocol) } else { String::new() },
+            protocol: if known {
+                protocol_name(event.protocol)
+            } else {
+                String::new()
+            },
             source: address(event.source),
             source_port: event.source_port,
             source_name: names.address(&key(event.source)),

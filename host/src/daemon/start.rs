@@ -77,7 +77,11 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         events: channel,
         names,
     });
-    tracing::info!("node {} is ready; control socket {}", config.node, config.socket.display());
+    tracing::info!(
+        "node {} is ready; control socket {}",
+        config.node,
+        config.socket.display()
+    );
     let serving = api::serve(server, move |request, stream| {
         let front = Arc::clone(&front);
         async move { front.handle(request, stream).await }
@@ -119,7 +123,11 @@ pub async fn cleanup(config: &Config) -> anyhow::Result<()> {
         note(store.delete(&key, Expect::Any).await.map_err(|error| error.to_string()));
     }
     note(file.save(std::iter::empty()).map_err(|error| error.to_string()));
-    anyhow::ensure!(problems.is_empty(), "not everything could be removed: {}", problems.join("; "));
+    anyhow::ensure!(
+        problems.is_empty(),
+        "not everything could be removed: {}",
+        problems.join("; ")
+    );
     Ok(())
 }
 
@@ -310,7 +318,8 @@ impl Daemon {
                 Change::Put(key, _) if key.collection == Collection::Alive => alive.push(key.name),
                 Change::Put(key, value) if key.collection == Collection::Nodes => {
                     let record: NodeRecord = records::decode(&key, &value.value)?;
-                    self.datapath.add_node(record.underlay, record.name == self.config.node)?;
+                    self.datapath
+                        .add_node(record.underlay, record.name == self.config.node)?;
                     let node = Node {
                         record,
                         stale_since: Some(Instant::now()),
@@ -362,7 +371,11 @@ impl Daemon {
     /// From here on packets meet this hostd's programs and maps.
     fn attach_all(&mut self) -> Result<(), DaemonError> {
         self.datapath.attach(Hook::FromOverlay, VXLAN_DEVICE)?;
-        let names: Vec<String> = self.locals.values().map(|local| local.endpoint.interface.clone()).collect();
+        let names: Vec<String> = self
+            .locals
+            .values()
+            .map(|local| local.endpoint.interface.clone())
+            .collect();
         for name in &names {
             self.datapath.attach(Hook::FromPod, name)?;
             self.datapath.attach(Hook::ToPod, name)?;
@@ -383,9 +396,17 @@ impl Daemon {
     async fn announce(&mut self) -> Result<(), DaemonError> {
         for local in self.locals.values() {
             let record = &local.endpoint.pod;
-            records::put(&*self.store, &Key::new(Collection::Pods, record.address), record, Expect::Any).await?;
+            records::put(
+                &*self.store,
+                &Key::new(Collection::Pods, record.address),
+                record,
+                Expect::Any,
+            )
+            .await?;
         }
-        Ok(block_in_place(|| self.file.save(self.locals.values().map(|local| &local.endpoint)))?)
+        Ok(block_in_place(|| {
+            self.file.save(self.locals.values().map(|local| &local.endpoint))
+        })?)
     }
 }
 

@@ -2,7 +2,9 @@
 
 use super::{Daemon, DaemonError};
 use crate::{
-    api::{CounterView, EndpointView, IdentityView, IpcacheView, NodeView, PairView, PodName, PolicyView, Status, Usage},
+    api::{
+        CounterView, EndpointView, IdentityView, IpcacheView, NodeView, PairView, PodName, PolicyView, Status, Usage,
+    },
     identity::IdentityKey,
     net::VXLAN_OVERHEAD,
     plan::{Verdict, survey},
@@ -54,7 +56,11 @@ impl Daemon {
                 usage("maps.addresses", self.datapath.placed().count(), maps.addresses),
                 usage("maps.identities", identities, maps.identities),
                 usage("maps.local_identities", local, maps.local_identities),
-                usage("maps.port_sets", self.active.generation.port_set_count(), maps.port_sets),
+                usage(
+                    "maps.port_sets",
+                    self.active.generation.port_set_count(),
+                    maps.port_sets,
+                ),
             ],
             nodes: self.node_list(),
             forwarded: counters
@@ -109,14 +115,20 @@ impl Daemon {
     }
 
     pub(super) fn endpoint_list(&self) -> Vec<EndpointView> {
-        self.locals.keys().filter_map(|pod| self.endpoint_view(pod).ok()).collect()
+        self.locals
+            .keys()
+            .filter_map(|pod| self.endpoint_view(pod).ok())
+            .collect()
     }
 
     pub(super) fn identity_list(&self) -> Vec<IdentityView> {
         let reserved = Identity::RESERVED
             .iter()
             .map(|(identity, name)| (*identity, (*name).to_owned()));
-        let pods = self.registry.iter().map(|(identity, key): (_, &IdentityKey)| (identity, key.to_string()));
+        let pods = self
+            .registry
+            .iter()
+            .map(|(identity, key): (_, &IdentityKey)| (identity, key.to_string()));
         reserved
             .chain(pods)
             .map(|(identity, name)| IdentityView {

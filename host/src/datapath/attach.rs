@@ -92,7 +92,11 @@ impl Attacher {
         for pin in listed.map_err(DatapathError::io(format!("list {}", self.links.display())))? {
             let name = pin.file_name();
             let name = name.to_string_lossy();
-            let is_known = |interface: &&str| Hook::ALL.iter().any(|hook| name == format!("{interface}-{}", hook.name()));
+            let is_known = |interface: &&str| {
+                Hook::ALL
+                    .iter()
+                    .any(|hook| name == format!("{interface}-{}", hook.name()))
+            };
             if !known.iter().any(is_known) {
                 remove_pin(&pin.path())?;
             }
@@ -124,7 +128,10 @@ fn attach_tcx(program: &mut SchedClassifier, interface: &str, hook: Hook, pin: &
                 return Ok(());
             }
             Err(problem) => {
-                tracing::info!("the link pinned at {} is of no use ({problem}); making another", pin.display());
+                tracing::info!(
+                    "the link pinned at {} is of no use ({problem}); making another",
+                    pin.display()
+                );
                 fs::remove_file(pin).map_err(|error| error.to_string())?;
             }
         }
@@ -134,7 +141,9 @@ fn attach_tcx(program: &mut SchedClassifier, interface: &str, hook: Hook, pin: &
         .attach_with_options(interface, attach_type(hook), options)
         .map_err(|error| chain(&error))?;
     let link = program.take_link(id).map_err(|error| error.to_string())?;
-    let link: FdLink = link.try_into().map_err(|error: aya::programs::links::LinkError| error.to_string())?;
+    let link: FdLink = link
+        .try_into()
+        .map_err(|error: aya::programs::links::LinkError| error.to_string())?;
     link.pin(pin).map_err(|error| chain(&error))?;
     Ok(())
 }

@@ -27,7 +27,11 @@ impl Mapped {
     pub fn open(pin: &Path) -> Result<Self, DatapathError> {
         let what = || format!("mapping {} into memory", pin.display());
         let data = MapData::from_pin(pin).map_err(|error| DatapathError::Load(format!("{}: {error}", what())))?;
-        let fd = data.fd().as_fd().try_clone_to_owned().map_err(DatapathError::io(what()))?;
+        let fd = data
+            .fd()
+            .as_fd()
+            .try_clone_to_owned()
+            .map_err(DatapathError::io(what()))?;
         let array = Array::<MapData, u64>::try_from(Map::Array(data))
             .map_err(|error| DatapathError::Load(format!("{}: {error}", what())))?;
         let elements = array.len() as usize;
@@ -46,8 +50,8 @@ impl Mapped {
             )
         }
         .map_err(|error| DatapathError::io(what())(error.into()))?;
-        let memory = NonNull::new(memory.cast())
-            .ok_or_else(|| DatapathError::Load(format!("{}: at address 0", what())))?;
+        let memory =
+            NonNull::new(memory.cast()).ok_or_else(|| DatapathError::Load(format!("{}: at address 0", what())))?;
         Ok(Self {
             memory,
             elements,

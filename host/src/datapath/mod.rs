@@ -127,8 +127,11 @@ pub struct Datapath {
 }
 
 fn take(ebpf: &mut Ebpf, name: &str) -> Result<Map, DatapathError> {
-    ebpf.take_map(name)
-        .ok_or_else(|| DatapathError::Load(format!("the object has no map {name}: built from other sources than hostd?")))
+    ebpf.take_map(name).ok_or_else(|| {
+        DatapathError::Load(format!(
+            "the object has no map {name}: built from other sources than hostd?"
+        ))
+    })
 }
 
 macro_rules! typed {
@@ -192,7 +195,10 @@ impl Datapath {
             endpoints: typed!(&mut ebpf, map::ENDPOINTS),
             ipcache: typed!(&mut ebpf, map::IPCACHE),
             nodes: typed!(&mut ebpf, map::NODES),
-            port_sets: [typed!(&mut ebpf, map::PORT_SETS[0]), typed!(&mut ebpf, map::PORT_SETS[1])],
+            port_sets: [
+                typed!(&mut ebpf, map::PORT_SETS[0]),
+                typed!(&mut ebpf, map::PORT_SETS[1]),
+            ],
             cells: [mapped(map::POLICY[0])?, mapped(map::POLICY[1])?],
             generation: mapped(map::GENERATION)?,
             drops: typed!(&mut ebpf, map::DROPS),
@@ -231,8 +237,7 @@ impl Datapath {
     /// The generation in force.
     #[must_use]
     pub fn generation(&self) -> u32 {
-        // The programs use the low half alone.
-        (self.generation.load_u64(0) & u64::from(u32::MAX)) as u32
+        object::low_half(self.generation.load_u64(0))
     }
 
     /// Parity of the generation in force.
@@ -434,10 +439,14 @@ impl Datapath {
         };
         let mut counters = Counters::default();
         for reason in DropReason::ALL {
-            counters.drops.push((*reason, sum(&self.drops, *reason as u32, map::DROPS)?));
+            counters
+                .drops
+                .push((*reason, sum(&self.drops, *reason as u32, map::DROPS)?));
         }
         for path in ForwardPath::ALL {
-            counters.forwarded.push((path, sum(&self.forwarded, path as u32, map::FORWARDED)?));
+            counters
+                .forwarded
+                .push((path, sum(&self.forwarded, path as u32, map::FORWARDED)?));
         }
         Ok(counters)
     }
@@ -479,10 +488,10 @@ fn full(error: MapError, map: &'static str, setting: &'static str) -> DatapathEr
     }
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "for `map_err`")]
 fn pin_failed(error: aya::pin::PinError) -> DatapathError {
     DatapathError::Load(format!("pinning a map: {error}"))
 }
-
 
 /// Removes every pin and link of a node, so that nothing of it is attached any more.
 ///

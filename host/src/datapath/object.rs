@@ -54,7 +54,9 @@ pub fn load_programs(maps: &Maps, constants: &Constants, conntrack: Option<&Path
     if let Some(pin) = conntrack {
         loader.map_pin_path(map::CONNTRACK, pin.to_owned());
     }
-    let mut ebpf = loader.load(OBJECT).map_err(|error| DatapathError::Load(chain(&error)))?;
+    let mut ebpf = loader
+        .load(OBJECT)
+        .map_err(|error| DatapathError::Load(chain(&error)))?;
     for hook in abi::Hook::ALL {
         let program: &mut aya::programs::SchedClassifier = ebpf
             .program_mut(hook.name())
@@ -66,6 +68,12 @@ pub fn load_programs(maps: &Maps, constants: &Constants, conntrack: Option<&Path
             .map_err(|error| DatapathError::Load(format!("{}: {}", hook.name(), chain(&error))))?;
     }
     Ok(ebpf)
+}
+
+/// The part of the generation word that the programs use.
+#[expect(clippy::cast_possible_truncation, reason = "the high half is not used")]
+pub const fn low_half(word: u64) -> u32 {
+    word as u32
 }
 
 /// What an earlier hostd left.
@@ -96,7 +104,7 @@ pub fn leftovers(bpffs: &Path, maps: &Maps) -> Result<Leftovers, DatapathError> 
     };
     Ok(Leftovers {
         conntrack: usable.then_some(conntrack),
-        generation: (generation & u64::from(u32::MAX)) as u32,
+        generation: low_half(generation),
     })
 }
 
@@ -152,11 +160,20 @@ pub fn mount_bpffs(folder: &Path) -> Result<(), DatapathError> {
 }
 
 fn is_bpffs(folder: &Path) -> io::Result<bool> {
-    #[expect(clippy::unnecessary_cast, reason = "the type of a file system's magic differs by architecture")]
+    #[expect(
+        clippy::unnecessary_cast,
+        reason = "the type of a file system's magic differs by architecture"
+    )]
     Ok(statfs(folder)?.f_type as i64 == BPF_FS_MAGIC)
 }
 
 fn mount_on(folder: &Path) -> io::Result<()> {
     const NO_DATA: Option<&CStr> = None;
-    Ok(mount("bpf", folder, "bpf", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, NO_DATA)?)
+    Ok(mount(
+        "bpf",
+        folder,
+        "bpf",
+        MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC,
+        NO_DATA,
+    )?)
 }

@@ -54,7 +54,14 @@ fn netlink_here<T: Send>(
 }
 
 async fn find(handle: &Handle, name: &str) -> Result<Option<LinkMessage>, NetError> {
-    match handle.link().get().match_name(name.to_owned()).execute().try_next().await {
+    match handle
+        .link()
+        .get()
+        .match_name(name.to_owned())
+        .execute()
+        .try_next()
+        .await
+    {
         Ok(link) => Ok(link),
         Err(rtnetlink::Error::NetlinkError(error)) if error.to_io().kind() == io::ErrorKind::NotFound => Ok(None),
         // ENODEV has no kind of its own in the standard library.
@@ -104,9 +111,10 @@ pub fn underlay_mtu(underlay: Ipv4Addr) -> Result<u32, NetError> {
                 .await
                 .map_err(NetError::kernel("listing addresses"))?
             {
-                let has_it = message.attributes.iter().any(
-                    |attribute| matches!(attribute, AddressAttribute::Local(address) if *address == wanted),
-                );
+                let has_it = message
+                    .attributes
+                    .iter()
+                    .any(|attribute| matches!(attribute, AddressAttribute::Local(address) if *address == wanted));
                 if has_it {
                     let link = handle
                         .link()
@@ -189,11 +197,17 @@ fn is_ours(link: &LinkMessage, port: u16) -> bool {
     let mut external = false;
     let mut same_port = false;
     for attribute in &link.attributes {
-        let LinkAttribute::LinkInfo(infos) = attribute else { continue };
+        let LinkAttribute::LinkInfo(infos) = attribute else {
+            continue;
+        };
         for info in infos {
-            let LinkInfo::Data(InfoData::Vxlan(data)) = info else { continue };
+            let LinkInfo::Data(InfoData::Vxlan(data)) = info else {
+                continue;
+            };
             external |= data.iter().any(|info| matches!(info, InfoVxlan::CollectMetadata(true)));
-            same_port |= data.iter().any(|info| matches!(info, InfoVxlan::Port(found) if *found == port));
+            same_port |= data
+                .iter()
+                .any(|info| matches!(info, InfoVxlan::Port(found) if *found == port));
         }
     }
     external && same_port
@@ -243,7 +257,9 @@ pub fn delete_link(name: &str) -> Result<(), NetError> {
     let name = name.to_owned();
     netlink_here(move |handle| {
         async move {
-            let Some(link) = find(&handle, &name).await? else { return Ok(()) };
+            let Some(link) = find(&handle, &name).await? else {
+                return Ok(());
+            };
             match handle.link().del(link.header.index).execute().await {
                 Err(rtnetlink::Error::NetlinkError(error)) if error.to_io().raw_os_error() == Some(19) => Ok(()),
                 other => other.map_err(NetError::kernel(format!("deleting {name}"))),
@@ -261,12 +277,18 @@ pub fn delete_link(name: &str) -> Result<(), NetError> {
 /// Where the namespace has an `eth0`, or the kernel refuses.
 pub fn make_pod_link(name: &str, netns: &Netns, address: Ipv4Addr, underlay_mtu: u32) -> Result<Veth, NetError> {
     let mtu = pod_mtu(underlay_mtu)?;
-    if in_netns(netns, || netlink(|handle| async move { find(&handle, POD_INTERFACE).await }.boxed()))??.is_some() {
+    if in_netns(netns, || {
+        netlink(|handle| async move { find(&handle, POD_INTERFACE).await }.boxed())
+    })??
+    .is_some()
+    {
         return Err(NetError::Occupied(netns.path().to_owned()));
     }
     let made = make_pair(name, netns, mtu).and_then(|veth| {
         let peer = peer_name(name);
-        in_netns(netns, || netlink(move |handle| configure_pod(handle, peer, address).boxed()))??;
+        in_netns(netns, || {
+            netlink(move |handle| configure_pod(handle, peer, address).boxed())
+        })??;
         Ok(veth)
     });
     if made.is_err()
@@ -413,7 +435,9 @@ pub fn prepare_node(name: &str, veth: &Veth, address: Ipv4Addr, underlay: Ipv4Ad
 pub fn find_pod_link(name: &str, netns: &Netns) -> Result<Option<Veth>, NetError> {
     let owned = name.to_owned();
     let host = netlink_here(move |handle| async move { find(&handle, &owned).await }.boxed())?;
-    let pod = in_netns(netns, || netlink(|handle| async move { find(&handle, POD_INTERFACE).await }.boxed()))??;
+    let pod = in_netns(netns, || {
+        netlink(|handle| async move { find(&handle, POD_INTERFACE).await }.boxed())
+    })??;
     Ok(host.zip(pod).map(|(host, pod)| Veth {
         ifindex: host.header.index,
         pod_mac: mac(&pod),

@@ -1,12 +1,7 @@
 //! Map entries of an address: what the generation in force and the one aside say of it, put together by parity.
 
 use super::Generation;
-use abi::{
-    AddressKey, Endpoint, Identity, IpcacheEntry,
-    address::Address,
-    ipcache::IPCACHE_HOST,
-    policy::UNPLACED,
-};
+use abi::{AddressKey, Endpoint, Identity, IpcacheEntry, address::Address, ipcache::IPCACHE_HOST, policy::UNPLACED};
 
 /// What is known of an address, whatever the policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

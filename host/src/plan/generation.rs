@@ -114,7 +114,12 @@ impl Generation {
             shape,
             members: BTreeMap::new(),
             users: BTreeMap::new(),
-            rows: Index::new("identities on this node", "maps.local_identities", UNPLACED + 1, shape.rows),
+            rows: Index::new(
+                "identities on this node",
+                "maps.local_identities",
+                UNPLACED + 1,
+                shape.rows,
+            ),
             columns: Index::new("identities", "maps.identities", FIRST_POD_COLUMN, shape.columns),
             port_sets: HashMap::new(),
         }
@@ -159,6 +164,7 @@ impl Generation {
     }
 
     /// How many addresses have an identity.
+    #[must_use]
     pub fn users(&self, identity: Identity) -> usize {
         self.users.get(&identity).map_or(0, |users| users.all)
     }
@@ -231,13 +237,27 @@ impl Generation {
             users.local += usize::from(local);
             generation.members.insert(address, Member { identity, local });
         }
-        let users: Vec<_> = generation.users.iter().map(|(identity, users)| (*identity, users.local > 0)).collect();
+        let users: Vec<_> = generation
+            .users
+            .iter()
+            .map(|(identity, users)| (*identity, users.local > 0))
+            .collect();
         let fits = |needed: usize, capacity: u32, what, setting| {
             let capacity = capacity as usize;
-            (needed <= capacity).then_some(()).ok_or(Full { what, setting, needed, capacity })
+            (needed <= capacity).then_some(()).ok_or(Full {
+                what,
+                setting,
+                needed,
+                capacity,
+            })
         };
         let columns = users.iter().filter(|(identity, _)| identity.is_pod()).count();
-        fits(columns, shape.columns - FIRST_POD_COLUMN, "identities", "maps.identities")?;
+        fits(
+            columns,
+            shape.columns - FIRST_POD_COLUMN,
+            "identities",
+            "maps.identities",
+        )?;
         let rows = users.iter().filter(|(_, local)| *local).count();
         fits(rows, shape.rows - 1, "identities on this node", "maps.local_identities")?;
         for (identity, local) in &users {
@@ -329,7 +349,9 @@ impl Generation {
             return Ok(CELL_PORT_SET + u16::try_from(*number).unwrap_or(0));
         }
         let number = u32::try_from(self.port_sets.len()).unwrap_or(u32::MAX);
-        let cell = u16::try_from(number).ok().and_then(|number| number.checked_add(CELL_PORT_SET));
+        let cell = u16::try_from(number)
+            .ok()
+            .and_then(|number| number.checked_add(CELL_PORT_SET));
         let Some(cell) = cell.filter(|_| number < self.shape.port_sets) else {
             return Err(Full {
                 what: "different sets of ports",
@@ -374,7 +396,12 @@ impl Generation {
                 }
             }
         }
-        let unused: Vec<Identity> = self.users.iter().filter(|(_, users)| users.all == 0).map(|(id, _)| *id).collect();
+        let unused: Vec<Identity> = self
+            .users
+            .iter()
+            .filter(|(_, users)| users.all == 0)
+            .map(|(id, _)| *id)
+            .collect();
         for identity in unused {
             self.users.remove(&identity);
             if let Some(column) = self.columns.release(identity) {

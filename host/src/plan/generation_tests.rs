@@ -94,20 +94,34 @@ fn expected(from: Identity, to: Identity) -> (bool, bool) {
 
 /// Every pair, in both directions, says what the policy says.
 fn assert_faithful(generation: &Generation, kernel: &Kernel, addresses: &[AddressKey]) {
-    let places: Vec<_> = addresses.iter().filter_map(|address| generation.place(address)).collect();
+    let places: Vec<_> = addresses
+        .iter()
+        .filter_map(|address| generation.place(address))
+        .collect();
     for from in &places {
         for to in &places {
             let wanted = expected(from.identity, to.identity);
             if from.row != 0 {
-                assert_eq!(kernel.passes(Direction::Egress, from.row, to.column), wanted, "{from:?} {to:?}");
+                assert_eq!(
+                    kernel.passes(Direction::Egress, from.row, to.column),
+                    wanted,
+                    "{from:?} {to:?}"
+                );
             }
             if to.row != 0 {
-                assert_eq!(kernel.passes(Direction::Ingress, to.row, from.column), wanted, "{from:?} {to:?}");
+                assert_eq!(
+                    kernel.passes(Direction::Ingress, to.row, from.column),
+                    wanted,
+                    "{from:?} {to:?}"
+                );
             }
         }
         if from.row != 0 {
             let host = Identity::HOST;
-            assert_eq!(kernel.passes(Direction::Ingress, from.row, host.0), expected(host, from.identity));
+            assert_eq!(
+                kernel.passes(Direction::Ingress, from.row, host.0),
+                expected(host, from.identity)
+            );
         }
     }
 }
@@ -173,12 +187,22 @@ fn what_does_not_fit_changes_nothing_and_names_the_limit() {
     let error = generation
         .assign(address(8), Identity(0x0001_0008), true, &mut Numbers)
         .unwrap_err();
-    assert!(error.to_string().contains("8 identities on this node, but `maps.local_identities` allows 7"), "{error}");
+    assert!(
+        error
+            .to_string()
+            .contains("8 identities on this node, but `maps.local_identities` allows 7"),
+        "{error}"
+    );
     assert_eq!(format!("{generation:?}"), before);
 
     let many = (1..=17_u8).map(|n| (address(n), Identity(0x0001_0000 + u32::from(n)), false));
     let error = Generation::compile_all(SHAPE, many, &mut Numbers).unwrap_err();
-    let PlanError::Full(Full { needed, capacity, setting, .. }) = error;
+    let PlanError::Full(Full {
+        needed,
+        capacity,
+        setting,
+        ..
+    }) = error;
     assert_eq!((needed, capacity, setting), (17, 16, "maps.identities"));
 }
 

@@ -18,7 +18,9 @@ pub struct Index {
 
 /// A limit was reached.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{needed} {what}, but `{setting}` allows {capacity}; raise it and restart hostd, or have the policy make fewer")]
+#[error(
+    "{needed} {what}, but `{setting}` allows {capacity}; raise it and restart hostd, or have the policy make fewer"
+)]
 pub struct Full {
     /// What there are too many of.
     pub what: &'static str,

@@ -31,7 +31,7 @@ impl Verdict {
         match decision {
             Decision::Allow => Self::Allow,
             Decision::Deny | Decision::Pass => Self::Deny,
-            Decision::Ports(rules) => Self::Ports(rules.iter().map(port_text).collect()),
+            Decision::Ports(rules) => Self::Ports(rules.iter().copied().map(port_text).collect()),
         }
     }
 }
@@ -49,7 +49,7 @@ pub fn protocol_name(protocol: u8) -> String {
     }
 }
 
-fn port_text(rule: &PortRule) -> String {
+fn port_text(rule: PortRule) -> String {
     let protocol = protocol_name(rule.protocol);
     match (rule.first, rule.last) {
         (0, 0) => protocol,

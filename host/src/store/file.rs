@@ -175,8 +175,12 @@ impl FileStore {
         for name in self.names(Collection::Alive)? {
             let key = Key::new(Collection::Alive, name);
             let path = self.path(&key)?;
-            let Some((entry, touched)) = read_entry(&path)? else { continue };
-            let Some(ttl) = entry.lease.map(Duration::from_millis) else { continue };
+            let Some((entry, touched)) = read_entry(&path)? else {
+                continue;
+            };
+            let Some(ttl) = entry.lease.map(Duration::from_millis) else {
+                continue;
+            };
             let age = touched.elapsed().unwrap_or_default();
             if age > ttl {
                 // Only if nobody has renewed it since it was read.
@@ -263,7 +267,9 @@ pub fn replace(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
     }
     renamed.context("write", path)?;
     // Makes the rename itself survive a crash.
-    File::open(folder).and_then(|folder| folder.sync_all()).context("sync", folder)
+    File::open(folder)
+        .and_then(|folder| folder.sync_all())
+        .context("sync", folder)
 }
 
 impl Store for FileStore {
@@ -385,7 +391,10 @@ impl Watcher {
         while let Some(event) = self.events.next().await {
             let done = match event {
                 Ok(event) if event.mask.contains(EventMask::Q_OVERFLOW) => self.list().await,
-                Ok(event) => match (self.collections.get(&event.wd), event.name.as_ref().and_then(|n| n.to_str())) {
+                Ok(event) => match (
+                    self.collections.get(&event.wd),
+                    event.name.as_ref().and_then(|n| n.to_str()),
+                ) {
                     (Some(collection), Some(name)) if !name.starts_with('.') => {
                         self.look_at(Key::new(*collection, name)).await
                     }
@@ -461,11 +470,16 @@ mod tests {
         let (_folder, store) = store();
         assert_eq!(store.get(&key("a")).await.unwrap(), None);
         let first = store.put(&key("a"), b"1".to_vec(), Expect::Absent).await.unwrap();
-        let second = store.put(&key("a"), b"2".to_vec(), Expect::Revision(first)).await.unwrap();
+        let second = store
+            .put(&key("a"), b"2".to_vec(), Expect::Revision(first))
+            .await
+            .unwrap();
         assert!(second > first);
         for expect in [Expect::Absent, Expect::Revision(first)] {
             let error = store.put(&key("a"), b"3".to_vec(), expect).await.unwrap_err();
-            let StoreError::Conflict { found: Some(found), .. } = error else { panic!("{error}") };
+            let StoreError::Conflict { found: Some(found), .. } = error else {
+                panic!("{error}")
+            };
             assert_eq!(found.value, b"2");
         }
         store.delete(&key("a"), Expect::Any).await.unwrap();
@@ -494,12 +508,19 @@ mod tests {
         let (_folder, store) = store();
         store.put(&key("old"), b"1".to_vec(), Expect::Any).await.unwrap();
         let mut watch = store.watch(&[Collection::Pods]).await.unwrap();
-        let Some(Change::Put(found, _)) = watch.recv().await else { panic!() };
+        let Some(Change::Put(found, _)) = watch.recv().await else {
+            panic!()
+        };
         assert_eq!(found, key("old"));
         assert_eq!(watch.recv().await, Some(Change::Synced));
         store.put(&key("new"), b"2".to_vec(), Expect::Any).await.unwrap();
-        store.put(&Key::new(Collection::Nodes, "n"), vec![], Expect::Any).await.unwrap();
-        let Some(Change::Put(found, value)) = watch.recv().await else { panic!() };
+        store
+            .put(&Key::new(Collection::Nodes, "n"), vec![], Expect::Any)
+            .await
+            .unwrap();
+        let Some(Change::Put(found, value)) = watch.recv().await else {
+            panic!()
+        };
         assert_eq!((found, value.value), (key("new"), b"2".to_vec()));
         store.delete(&key("old"), Expect::Any).await.unwrap();
         assert_eq!(watch.recv().await, Some(Change::Delete(key("old"))));
@@ -511,7 +532,10 @@ mod tests {
         let alive = Key::new(Collection::Alive, "node");
         let mut watch = store.watch(&[Collection::Alive]).await.unwrap();
         assert_eq!(watch.recv().await, Some(Change::Synced));
-        store.put_leased(&alive, vec![], Duration::from_millis(400)).await.unwrap();
+        store
+            .put_leased(&alive, vec![], Duration::from_millis(400))
+            .await
+            .unwrap();
         assert!(matches!(watch.recv().await, Some(Change::Put(..))));
         for _ in 0..4 {
             tokio::time::sleep(Duration::from_millis(200)).await;
@@ -531,7 +555,10 @@ mod tests {
         assert_eq!(store.list(Collection::Pods).await.unwrap().len(), 1);
         replace(&path, &bytes[..bytes.len() - 3]).unwrap();
         let error = store.get(&key("a")).await.unwrap_err();
-        assert!(matches!(error, StoreError::Content { .. }) && error.to_string().contains("pods/a"), "{error}");
+        assert!(
+            matches!(error, StoreError::Content { .. }) && error.to_string().contains("pods/a"),
+            "{error}"
+        );
     }
 
     #[tokio::test]

@@ -36,10 +36,14 @@ pub enum WasmError {
     #[error("compiling the module failed: {0}")]
     CompileCrash(String),
     /// It wants something of the host.
-    #[error("the module imports `{0}`; a policy module may import nothing (no WASI: no clock, no files, no randomness)")]
+    #[error(
+        "the module imports `{0}`; a policy module may import nothing (no WASI: no clock, no files, no randomness)"
+    )]
     Import(String),
     /// It exports another version of the interface.
-    #[error("the module exports `{found}`; this hostd speaks `{INTERFACE}`: build it with the policy-sdk of this release")]
+    #[error(
+        "the module exports `{found}`; this hostd speaks `{INTERFACE}`: build it with the policy-sdk of this release"
+    )]
     Version {
         /// What it exports.
         found: String,

@@ -88,7 +88,8 @@ impl Runtime {
             drop(running);
             Ok(module)
         });
-        let module = started.map_err(|error| failed("starting the module", fuel, self.compiled.limits.evaluate, &error))?;
+        let module =
+            started.map_err(|error| failed("starting the module", fuel, self.compiled.limits.evaluate, &error))?;
         self.instance = Some(Instance { store, module });
 
         let config = self.config.clone();
@@ -127,7 +128,12 @@ impl Runtime {
                 self.instance = Some(instance);
                 Ok(answer)
             }
-            Err(error) => Err(failed(what, self.compiled.limits.fuel, self.compiled.limits.evaluate, &error)),
+            Err(error) => Err(failed(
+                what,
+                self.compiled.limits.fuel,
+                self.compiled.limits.evaluate,
+                &error,
+            )),
         }
     }
 
@@ -152,7 +158,11 @@ impl Runtime {
         let count = answer.labels.len();
         let key = IdentityKey {
             tenant: answer.tenant,
-            labels: answer.labels.into_iter().map(|label| (label.key, label.value)).collect(),
+            labels: answer
+                .labels
+                .into_iter()
+                .map(|label| (label.key, label.value))
+                .collect(),
         };
         let problem = if key.labels.len() == count {
             key.check().err()
@@ -173,10 +183,7 @@ impl Runtime {
     /// # Errors
     ///
     /// Where the module fails.
-    pub fn learn(
-        &mut self,
-        peers: impl IntoIterator<Item = (Identity, Option<IdentityKey>)>,
-    ) -> Result<(), WasmError> {
+    pub fn learn(&mut self, peers: impl IntoIterator<Item = (Identity, Option<IdentityKey>)>) -> Result<(), WasmError> {
         let new: Vec<_> = peers
             .into_iter()
             .filter(|(identity, _)| !self.learned.contains_key(identity))
@@ -184,7 +191,10 @@ impl Runtime {
         if new.is_empty() {
             return Ok(());
         }
-        let arguments: Vec<wit::Peer> = new.iter().map(|(identity, key)| peer(*identity, key.as_ref())).collect();
+        let arguments: Vec<wit::Peer> = new
+            .iter()
+            .map(|(identity, key)| peer(*identity, key.as_ref()))
+            .collect();
         self.call("learn", |policy, store| policy.call_learn(store, &arguments))?;
         for (identity, key) in new {
             let number = u32::try_from(self.order.len()).unwrap_or(u32::MAX);
@@ -224,7 +234,10 @@ fn check_row(row: wit::Row, expected: usize) -> Result<Row, String> {
         return Err(format!("{} cells where {expected} were asked for", row.cells.len()));
     }
     if row.decisions.len() > MAX_DECISIONS {
-        return Err(format!("{} different decisions; at most {MAX_DECISIONS} are allowed", row.decisions.len()));
+        return Err(format!(
+            "{} different decisions; at most {MAX_DECISIONS} are allowed",
+            row.decisions.len()
+        ));
     }
     let count = row.decisions.len();
     if let Some(cell) = row.cells.iter().find(|cell| usize::from(**cell) >= count) {
@@ -243,7 +256,10 @@ fn decision(decision: wit::Decision) -> Result<Decision, String> {
         wit::Decision::Pass => Decision::Pass,
         wit::Decision::Ports(ranges) => {
             if ranges.len() > PORT_RULES {
-                return Err(format!("{} port ranges in one decision; at most {PORT_RULES} are allowed", ranges.len()));
+                return Err(format!(
+                    "{} port ranges in one decision; at most {PORT_RULES} are allowed",
+                    ranges.len()
+                ));
             }
             Decision::Ports(ranges.into_iter().map(port_rule).collect::<Result<_, _>>()?)
         }
@@ -296,8 +312,13 @@ fn peer(identity: Identity, key: Option<&IdentityKey>) -> wit::Peer {
 
 fn failed(call: &str, fuel: u64, time: std::time::Duration, error: &wasmtime::Error) -> WasmError {
     let problem = match error.downcast_ref::<Trap>() {
-        Some(Trap::OutOfFuel) => format!("the module used up its fuel of {fuel} (`wasm.fuel_per_call`): an endless loop?"),
-        Some(Trap::Interrupt) => format!("the module took longer than {} ms (`wasm.evaluate_ms`)", time.as_millis()),
+        Some(Trap::OutOfFuel) => {
+            format!("the module used up its fuel of {fuel} (`wasm.fuel_per_call`): an endless loop?")
+        }
+        Some(Trap::Interrupt) => format!(
+            "the module took longer than {} ms (`wasm.evaluate_ms`)",
+            time.as_millis()
+        ),
         Some(trap) => format!("the module trapped: {trap}"),
         None => {
             let root = error.root_cause().to_string();

@@ -8,7 +8,11 @@ fn profile_folder() -> anyhow::Result<PathBuf> {
     let program = env::current_exe()?;
     let folder = program.parent().context("a program without a folder")?;
     // Tests are one level deeper.
-    let folder = if folder.ends_with("deps") { folder.parent().unwrap_or(folder) } else { folder };
+    let folder = if folder.ends_with("deps") {
+        folder.parent().unwrap_or(folder)
+    } else {
+        folder
+    };
     Ok(folder.to_owned())
 }
 

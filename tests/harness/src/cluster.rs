@@ -160,7 +160,16 @@ impl Cluster {
     pub fn add_pod(&mut self, node: usize, name: &str, labels: &[(&str, &str)]) -> anyhow::Result<usize> {
         let netns = Namespace::new(&name.replace('/', "-"))?;
         let (namespace, pod) = name.split_once('/').context("a pod is NAMESPACE/NAME")?;
-        let mut arguments = vec!["endpoint", "add", "--netns", netns.name(), "--namespace", namespace, "--name", pod];
+        let mut arguments = vec![
+            "endpoint",
+            "add",
+            "--netns",
+            netns.name(),
+            "--namespace",
+            namespace,
+            "--name",
+            pod,
+        ];
         let labels: Vec<String> = labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
         for label in &labels {
             arguments.extend(["--label", label]);
@@ -219,7 +228,9 @@ impl Cluster {
 fn join(nodes: &[Node]) -> anyhow::Result<Option<Namespace>> {
     if let [one, other] = nodes {
         let (one, other) = (one.netns.name(), other.netns.name());
-        let pair = ["link", "add", "underlay", "netns", one, "type", "veth", "peer", "name", "underlay", "netns", other];
+        let pair = [
+            "link", "add", "underlay", "netns", one, "type", "veth", "peer", "name", "underlay", "netns", other,
+        ];
         run("ip", &pair)?;
         return Ok(None);
     }
@@ -229,7 +240,9 @@ fn join(nodes: &[Node]) -> anyhow::Result<Option<Namespace>> {
     for (index, node) in nodes.iter().enumerate() {
         let port = format!("port{index}");
         let (here, there) = (bridge.name(), node.netns.name());
-        let pair = ["link", "add", &port, "netns", here, "type", "veth", "peer", "name", "underlay", "netns", there];
+        let pair = [
+            "link", "add", &port, "netns", here, "type", "veth", "peer", "name", "underlay", "netns", there,
+        ];
         run("ip", &pair)?;
         bridge.ip(&["link", "set", &port, "master", "bridge", "up"])?;
     }
@@ -241,11 +254,15 @@ impl Node {
         let mut text = String::new();
         writeln!(text, "node = {:?}", self.name)?;
         writeln!(text, "underlay = \"{}\"", self.underlay)?;
-        writeln!(text, "pod_cidrs = [{:?}]", options.pod_cidr.replace("{n}", &number.to_string()))?;
+        writeln!(
+            text,
+            "pod_cidrs = [{:?}]",
+            options.pod_cidr.replace("{n}", &number.to_string())
+        )?;
         writeln!(text, "store = \"file:{}\"", cluster.join("store").display())?;
-        writeln!(text, "state_dir = {:?}", self.folder.join("state"))?;
-        writeln!(text, "socket = {:?}", self.socket())?;
-        writeln!(text, "bpffs = {:?}", self.bpffs())?;
+        writeln!(text, "state_dir = \"{}\"", self.folder.join("state").display())?;
+        writeln!(text, "socket = \"{}\"", self.socket().display())?;
+        writeln!(text, "bpffs = \"{}\"", self.bpffs().display())?;
         writeln!(text, "{}\n{}", options.keys, options.tables)?;
         Ok(fs::write(self.config(), text)?)
     }
@@ -361,7 +378,11 @@ impl Node {
     /// Where it does not refuse.
     pub fn refusal(&self, arguments: &[&str]) -> anyhow::Result<String> {
         let output = self.hostd(arguments)?;
-        ensure!(!output.status.success(), "hostd {} was not refused", arguments.join(" "));
+        ensure!(
+            !output.status.success(),
+            "hostd {} was not refused",
+            arguments.join(" ")
+        );
         Ok(String::from_utf8_lossy(&output.stderr).into_owned())
     }
 
@@ -391,7 +412,11 @@ fn counter(counters: &Value, name: &str) -> u64 {
 }
 
 fn query(socket: &Path, arguments: &[&str]) -> anyhow::Result<Output> {
-    Ok(Command::new(artifacts::hostd()?).arg("--socket").arg(socket).args(arguments).output()?)
+    Ok(Command::new(artifacts::hostd()?)
+        .arg("--socket")
+        .arg(socket)
+        .args(arguments)
+        .output()?)
 }
 
 impl Drop for Node {

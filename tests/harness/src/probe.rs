@@ -59,8 +59,10 @@ fn outcome(error: &io::Error) -> Option<TcpOutcome> {
 ///
 /// Where it does not open.
 pub fn tcp_open(namespace: &str, to: IpAddr, port: u16, wait: Duration) -> anyhow::Result<Stream> {
-    let stream = in_netns(namespace, || TcpStream::connect_timeout(&SocketAddr::new(to, port), wait))?
-        .with_context(|| format!("connecting to {to}:{port}"))?;
+    let stream = in_netns(namespace, || {
+        TcpStream::connect_timeout(&SocketAddr::new(to, port), wait)
+    })?
+    .with_context(|| format!("connecting to {to}:{port}"))?;
     Ok(Stream(stream))
 }
 
@@ -122,7 +124,10 @@ impl Listener {
     /// Where the port is taken.
     pub fn new(namespace: &str, port: u16) -> anyhow::Result<Self> {
         let (tcp, udp) = in_netns(namespace, || -> io::Result<_> {
-            Ok((TcpListener::bind(("0.0.0.0", port))?, UdpSocket::bind(("0.0.0.0", port))?))
+            Ok((
+                TcpListener::bind(("0.0.0.0", port))?,
+                UdpSocket::bind(("0.0.0.0", port))?,
+            ))
         })?
         .with_context(|| format!("listening on port {port} in {namespace}"))?;
         tcp.set_nonblocking(true)?;
@@ -170,7 +175,7 @@ fn echo(mut stream: TcpStream, stop: &AtomicBool) {
 }
 
 fn serve_udp(socket: &UdpSocket, stop: &AtomicBool) {
-    let mut buffer = [0; 65536];
+    let mut buffer = vec![0; 65536];
     while !stop.load(Ordering::Relaxed) {
         if let Ok((length, from)) = socket.recv_from(&mut buffer) {
             // A sender that has gone does not want its answer.

@@ -1,0 +1,364 @@
+//! A bench for the programs: loaded for real, their maps filled by hand, in a namespace of its own.
+
+use super::frame::{
+    Frame, GATEWAY_A, GATEWAY_B, NODE, OTHER_NODE, POD_A, POD_A_MAC, POD_B, POD_B_MAC, REMOTE,
+};
+use abi::{
+    AddressKey, Direction, DropReason, Endpoint, Event, Hook, Identity, IpcacheEntry, NodeConfig, NodeEntry, Path,
+    PortRule, PortSet,
+    event::Counter,
+    ipcache::IPCACHE_HOST,
+    map,
+    node::{GATEWAY_V4, REPORT_DROPS, REPORT_FLOWS, TUNNEL_PORT},
+    policy::{CELL_ALLOW, CELLS_PER_ELEMENT, PORT_RULES, cell_index},
+};
+use aya::{
+    Ebpf, EbpfLoader, Pod, TestRunOptions,
+    maps::{Array, HashMap, MapData, PerCpuArray, ProgramArray, RingBuf},
+    programs::{SchedClassifier, TestRun},
+};
+use harness::{Namespace, in_netns};
+use hostd::{
+    config::Maps,
+    datapath::{Constants, load_programs},
+    plan::Shape,
+};
+
+pub const RED: Identity = Identity(0x01_0001);
+pub const BLUE: Identity = Identity(0x02_0001);
+pub const GREEN: Identity = Identity(0x03_0001);
+
+/// Row and column of each identity.
+pub const RED_PLACE: (u32, u32) = (1, 16);
+pub const BLUE_PLACE: (u32, u32) = (2, 17);
+pub const GREEN_COLUMN: u32 = 18;
+
+const SHAPE: Shape = Shape {
+    rows: 4,
+    columns: 32,
+    port_sets: 4,
+};
+
+/// What the programs did with one packet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    Dropped(DropReason),
+    Sent {
+        path: Path,
+        /// Interface that it was redirected to; 0 where it went on by itself.
+        ifindex: u32,
+        /// VNI and remote node, where it went into the tunnel.
+        tunnel: Option<(Identity, [u8; 4])>,
+        frame: Frame,
+    },
+}
+
+/// The programs, and what they run in.
+pub struct Bench {
+    ebpf: Ebpf,
+    entry: Ebpf,
+    netns: Namespace,
+    pub pod_a: u32,
+    pub pod_b: u32,
+    pub vxlan: u32,
+    generation: u64,
+}
+
+/// `TC_ACT_*` (`include/uapi/linux/pkt_cls.h`).
+const UNSPEC: u32 = u32::MAX;
+const SHOT: u32 = 2;
+const REDIRECT: u32 = 7;
+
+/// Offsets in `struct __sk_buff` (`include/uapi/linux/bpf.h`).
+const SK_BUFF: usize = 192;
+const INGRESS_IFINDEX: usize = 36;
+const IFINDEX: usize = 40;
+const CB: usize = 48;
+
+fn word(bytes: &[u8], offset: usize) -> u32 {
+    u32::from_ne_bytes(bytes[offset..offset + 4].try_into().unwrap())
+}
+
+impl Bench {
+    /// Pods A (red) and B (blue) here, a green one on another node, and a policy that allows everything.
+    pub fn new() -> Self {
+        let netns = Namespace::new("bench").unwrap();
+        netns.ip(&["link", "add", "va", "type", "veth", "peer", "name", "pa"]).unwrap();
+        netns.ip(&["link", "add", "vb", "type", "veth", "peer", "name", "pb"]).unwrap();
+        let index = |name: &str| -> u32 {
+            let link = netns.ip(&["-o", "link", "show", name]).unwrap();
+            link.split(':').next().unwrap().parse().unwrap()
+        };
+        let (pod_a, pod_b, vxlan) = (index("va"), index("vb"), index("pa"));
+        let constants = Constants {
+            shape: SHAPE,
+            record_action: true,
+        };
+        let maps = Maps {
+            conntrack: 1024,
+            ..Maps::default()
+        };
+        let ebpf = load_programs(&maps, &constants, None).unwrap();
+        let object = toolchain::target_dir().join("bpf/bpfel-unknown-none/release/packet_table");
+        let mut entry = EbpfLoader::new().load_file(object).unwrap();
+        let program: &mut SchedClassifier = entry.program_mut("packet_table").unwrap().try_into().unwrap();
+        program.load().unwrap();
+        let mut bench = Self {
+            ebpf,
+            entry,
+            netns,
+            pod_a,
+            pod_b,
+            vxlan,
+            generation: 2,
+        };
+        bench.furnish();
+        bench
+    }
+
+    fn furnish(&mut self) {
+        let config = NodeConfig {
+            vxlan_ifindex: self.vxlan,
+            report: REPORT_DROPS | REPORT_FLOWS,
+            tunnel_port: TUNNEL_PORT,
+            zero: 0,
+            gateway: GATEWAY_V4,
+        };
+        self.array::<NodeConfig>(map::CONFIG).set(0, config, 0).unwrap();
+        let generation = self.generation;
+        self.array::<u64>(map::GENERATION).set(0, generation, 0).unwrap();
+        for node in [NODE, OTHER_NODE] {
+            let local = u32::from(node == NODE);
+            self.hash(map::NODES).insert(AddressKey::v4(node), NodeEntry { local }, 0).unwrap();
+        }
+        let (a, b) = (self.pod_a, self.pod_b);
+        self.put_pod(POD_A, [RED; 2], RED_PLACE, 1, a);
+        self.put_pod(POD_B, [BLUE; 2], BLUE_PLACE, 2, b);
+        self.put_remote(REMOTE, [GREEN; 2], OTHER_NODE);
+        self.put_ipcache(NODE, [Identity::HOST; 2], Identity::HOST.0, None, IPCACHE_HOST);
+        self.allow_everything(0);
+        self.allow_everything(1);
+    }
+
+    fn array<V: Pod>(&mut self, name: &str) -> Array<&mut MapData, V> {
+        self.ebpf.map_mut(name).unwrap().try_into().unwrap()
+    }
+
+    pub fn hash<V: Pod>(&mut self, name: &str) -> HashMap<&mut MapData, AddressKey, V> {
+        self.ebpf.map_mut(name).unwrap().try_into().unwrap()
+    }
+
+    pub fn put_pod(&mut self, address: [u8; 4], identity: [Identity; 2], place: (u32, u32), epoch: u32, ifindex: u32) {
+        let (mac, gateway_mac) = if address == POD_B { (POD_B_MAC, GATEWAY_B) } else { (POD_A_MAC, GATEWAY_A) };
+        let endpoint = Endpoint {
+            identity,
+            row: [place.0; 2],
+            column: [place.1; 2],
+            slot: u32::from(address[3]),
+            epoch,
+            ifindex,
+            mac,
+            gateway_mac,
+        };
+        self.hash(map::ENDPOINTS).insert(AddressKey::v4(address), endpoint, 0).unwrap();
+    }
+
+    pub fn put_remote(&mut self, address: [u8; 4], identity: [Identity; 2], node: [u8; 4]) {
+        self.put_ipcache(address, identity, GREEN_COLUMN, Some(node), 0);
+    }
+
+    fn put_ipcache(
+        &mut self,
+        address: [u8; 4],
+        identity: [Identity; 2],
+        column: u32,
+        node: Option<[u8; 4]>,
+        flags: u8,
+    ) {
+        let tunnel = node.map(AddressKey::v4);
+        let entry = IpcacheEntry {
+            identity,
+            column: [column; 2],
+            slot: 100,
+            epoch: 1,
+            tunnel_endpoint: tunnel.map_or([0; 16], |key| key.address),
+            tunnel_family: tunnel.map_or(0, |key| key.family),
+            flags,
+            zero: [0; 6],
+        };
+        self.hash(map::IPCACHE).insert(AddressKey::v4(address), entry, 0).unwrap();
+    }
+
+    pub fn allow_everything(&mut self, parity: usize) {
+        let all = u64::from(CELL_ALLOW) * 0x0001_0001_0001_0001;
+        let mut cells = self.array::<u64>(map::POLICY[parity]);
+        for element in 0..cells.len() {
+            cells.set(element, all, 0).unwrap();
+        }
+    }
+
+    /// Writes one cell of the generation in force.
+    pub fn set_cell(&mut self, direction: Direction, row: u32, column: u32, cell: u16) {
+        let parity = usize::try_from(self.generation & 1).unwrap();
+        let index = cell_index(direction, row, column, SHAPE.rows, SHAPE.columns);
+        let mut cells = self.array::<u64>(map::POLICY[parity]);
+        let shift = (index % CELLS_PER_ELEMENT) * 16;
+        let element = cells.get(&(index / CELLS_PER_ELEMENT), 0).unwrap();
+        let element = element & !(0xffff << shift) | u64::from(cell) << shift;
+        cells.set(index / CELLS_PER_ELEMENT, element, 0).unwrap();
+    }
+
+    /// Forbids what goes from one local pod to another, or to a column, at the sender.
+    pub fn deny_egress(&mut self, row: u32, column: u32) {
+        self.set_cell(Direction::Egress, row, column, 0);
+    }
+
+    pub fn set_port_set(&mut self, number: u32, rules: &[PortRule]) {
+        let mut set = PortSet {
+            len: u32::try_from(rules.len()).unwrap(),
+            rules: [PortRule::EMPTY; PORT_RULES],
+        };
+        set.rules[..rules.len()].copy_from_slice(rules);
+        let parity = usize::try_from(self.generation & 1).unwrap();
+        self.array::<PortSet>(map::PORT_SETS[parity]).set(number, set, 0).unwrap();
+    }
+
+    /// Puts the next generation in force.
+    pub fn flip(&mut self) {
+        self.generation += 1;
+        let generation = self.generation;
+        self.array::<u64>(map::GENERATION).set(0, generation, 0).unwrap();
+    }
+
+    pub fn remove_pod(&mut self, address: [u8; 4]) {
+        self.hash::<Endpoint>(map::ENDPOINTS).remove(&AddressKey::v4(address)).unwrap();
+    }
+
+    fn drops(&self) -> Vec<u64> {
+        self.counts(map::DROPS, abi::drop::DROP_REASONS)
+    }
+
+    fn counts(&self, name: &str, length: u32) -> Vec<u64> {
+        let map: PerCpuArray<_, Counter> = self.ebpf.map(name).unwrap().try_into().unwrap();
+        let sum = |index| map.get(&index, 0).unwrap().iter().map(|counter: &Counter| counter.packets).sum();
+        (0..length).map(sum).collect()
+    }
+
+    fn last_event(&mut self) -> Option<Event> {
+        let mut ring = RingBuf::try_from(self.ebpf.map_mut(map::EVENTS).unwrap()).unwrap();
+        let mut last = None;
+        while let Some(item) = ring.next() {
+            assert_eq!(item.len(), size_of::<Event>());
+            // SAFETY: an event is integers without padding, and this is one, whole.
+            last = Some(unsafe { std::ptr::read_unaligned(item.as_ptr().cast()) });
+        }
+        last
+    }
+
+    pub fn from_pod_a(&mut self, frame: &Frame) -> Outcome {
+        let ifindex = self.pod_a;
+        self.run(Hook::FromPod, frame, ifindex, 0, None)
+    }
+
+    pub fn from_pod_b(&mut self, frame: &Frame) -> Outcome {
+        let ifindex = self.pod_b;
+        self.run(Hook::FromPod, frame, ifindex, 0, None)
+    }
+
+    pub fn from_overlay(&mut self, frame: &Frame, outer: [u8; 4], vni: Identity) -> Outcome {
+        let ifindex = self.vxlan;
+        self.run(Hook::FromOverlay, frame, ifindex, 0, Some((outer, vni)))
+    }
+
+    pub fn to_pod(&mut self, frame: &Frame, came_in_by: u32) -> Outcome {
+        let ifindex = self.pod_a;
+        self.run(Hook::ToPod, frame, ifindex, came_in_by, None)
+    }
+
+    /// Runs a program on a packet, and checks that exactly the counter and the report of the outcome say so.
+    pub fn run(
+        &mut self,
+        hook: Hook,
+        frame: &Frame,
+        ifindex: u32,
+        came_in_by: u32,
+        outer: Option<([u8; 4], Identity)>,
+    ) -> Outcome {
+        let mut ctx = [0; SK_BUFF];
+        let mut set = |offset: usize, value: u32| ctx[offset..offset + 4].copy_from_slice(&value.to_ne_bytes());
+        set(IFINDEX, ifindex);
+        set(INGRESS_IFINDEX, came_in_by);
+        if let Some((source, vni)) = outer {
+            set(CB, u32::from_be_bytes(source));
+            set(CB + 4, vni.0);
+        }
+        let target: &SchedClassifier = self.ebpf.program(hook.name()).unwrap().try_into().unwrap();
+        let fd = target.fd().unwrap().try_clone().unwrap();
+        let mut targets = ProgramArray::try_from(self.entry.map_mut("TARGET").unwrap()).unwrap();
+        targets.set(0, &fd, 0).unwrap();
+        let (drops, paths) = (self.drops(), self.counts(map::FORWARDED, abi::event::PATHS));
+        self.last_event();
+
+        let entry: &SchedClassifier = self.entry.program("packet_table").unwrap().try_into().unwrap();
+        let mut out = vec![0; 2048];
+        let mut ctx_out = [0; SK_BUFF];
+        let result = in_netns(self.netns.name(), || {
+            entry.test_run(TestRunOptions {
+                data_in: Some(&frame.0),
+                data_out: Some(&mut out),
+                ctx_in: Some(&ctx),
+                ctx_out: Some(&mut ctx_out),
+                ..TestRunOptions::default()
+            })
+        })
+        .unwrap()
+        .unwrap();
+        out.truncate(result.data_size_out as usize);
+
+        let moved = |before: &[u64], after: &[u64]| -> Vec<usize> {
+            let pairs = before.iter().zip(after).enumerate();
+            pairs.filter(|(_, (before, after))| before != after).map(|(index, _)| index).collect()
+        };
+        let dropped = moved(&drops, &self.drops());
+        let sent = moved(&paths, &self.counts(map::FORWARDED, abi::event::PATHS));
+        let event = self.last_event();
+        if result.return_value == SHOT {
+            assert_eq!((dropped.len(), sent.len()), (1, 0), "a drop counts once, as a drop");
+            let reason = DropReason::from_number(u8::try_from(dropped[0]).unwrap()).unwrap();
+            let event = event.expect("a drop is reported");
+            assert_eq!((event.reason, event.hook), (reason as u8, hook as u8));
+            assert_eq!(event.length as usize, frame.0.len());
+            return Outcome::Dropped(reason);
+        }
+        assert_eq!((dropped.len(), sent.len()), (0, 1), "a packet that is sent counts once, by its path");
+        let path = Path::ALL[word(&ctx_out, CB) as usize - 1];
+        assert_eq!(sent[0], path as usize);
+        let ifindex = word(&ctx_out, CB + 4);
+        assert_eq!(result.return_value, if ifindex == 0 { UNSPEC } else { REDIRECT });
+        let remote = word(&ctx_out, CB + 12);
+        Outcome::Sent {
+            path,
+            ifindex,
+            tunnel: (remote != 0).then(|| (Identity(word(&ctx_out, CB + 8)), remote.to_be_bytes())),
+            frame: Frame(out),
+        }
+    }
+}
+
+impl Outcome {
+    /// The path of a packet that was not dropped.
+    pub fn path(&self) -> Path {
+        match self {
+            Self::Sent { path, .. } => *path,
+            Self::Dropped(reason) => panic!("dropped: {}", reason.name()),
+        }
+    }
+
+    /// The reason of a packet that was dropped.
+    pub fn reason(&self) -> DropReason {
+        match self {
+            Self::Dropped(reason) => *reason,
+            Self::Sent { path, .. } => panic!("sent: {}", path.name()),
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! Frames, built byte by byte.
+
+pub const POD_A_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0xa];
+pub const POD_B_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0xb];
+pub const GATEWAY_A: [u8; 6] = [2, 1, 0, 0, 0, 0xa];
+pub const GATEWAY_B: [u8; 6] = [2, 1, 0, 0, 0, 0xb];
+
+pub const POD_A: [u8; 4] = [10, 1, 0, 2];
+pub const POD_B: [u8; 4] = [10, 1, 0, 3];
+pub const REMOTE: [u8; 4] = [10, 2, 0, 2];
+pub const NODE: [u8; 4] = [192, 0, 2, 1];
+pub const OTHER_NODE: [u8; 4] = [192, 0, 2, 2];
+pub const NOBODY: [u8; 4] = [203, 0, 113, 9];
+
+pub const SYN: u8 = 0x02;
+pub const ACK: u8 = 0x10;
+pub const FIN: u8 = 0x01;
+pub const RST: u8 = 0x04;
+
+/// A frame, and how to change it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Frame(pub Vec<u8>);
+
+fn checksum(bytes: &[u8]) -> u16 {
+    let mut sum: u32 = bytes
+        .chunks(2)
+        .map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0)))
+        .sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !u16::try_from(sum).unwrap()
+}
+
+impl Frame {
+    /// IPv4 from pod A to its gateway's MAC, with this payload behind the IP header.
+    pub fn ipv4(source: [u8; 4], destination: [u8; 4], protocol: u8, payload: &[u8]) -> Self {
+        let (mac, gateway) = if source == POD_B { (POD_B_MAC, GATEWAY_B) } else { (POD_A_MAC, GATEWAY_A) };
+        let mut bytes = [&gateway[..], &mac, &[8, 0]].concat();
+        let total = u16::try_from(20 + payload.len()).unwrap().to_be_bytes();
+        bytes.extend([0x45, 0, total[0], total[1], 0, 1, 0x40, 0, 64, protocol, 0, 0]);
+        bytes.extend(source);
+        bytes.extend(destination);
+        bytes.extend(payload);
+        Self(bytes).with_checksum()
+    }
+
+    pub fn tcp(source: [u8; 4], from: u16, destination: [u8; 4], to: u16, flags: u8) -> Self {
+        let mut header = vec![0; 20];
+        header[..2].copy_from_slice(&from.to_be_bytes());
+        header[2..4].copy_from_slice(&to.to_be_bytes());
+        header[12] = 0x50;
+        header[13] = flags;
+        Self::ipv4(source, destination, 6, &header)
+    }
+
+    pub fn udp(source: [u8; 4], from: u16, destination: [u8; 4], to: u16) -> Self {
+        let mut header = vec![0; 12];
+        header[..2].copy_from_slice(&from.to_be_bytes());
+        header[2..4].copy_from_slice(&to.to_be_bytes());
+        header[5] = 12;
+        Self::ipv4(source, destination, 17, &header)
+    }
+
+    pub fn echo(source: [u8; 4], destination: [u8; 4], reply: bool, identifier: u16) -> Self {
+        let [high, low] = identifier.to_be_bytes();
+        let kind = if reply { 0 } else { 8 };
+        Self::ipv4(source, destination, 1, &[kind, 0, 0, 0, high, low, 0, 1])
+    }
+
+    /// An ICMP error from `source`, about `quoted`, to whoever sent that.
+    pub fn unreachable(source: [u8; 4], quoted: &Self) -> Self {
+        let to = quoted.0[26..30].try_into().unwrap();
+        let mut payload = vec![3, 3, 0, 0, 0, 0, 0, 0];
+        payload.extend(&quoted.0[14..42]);
+        Self::ipv4(source, to, 1, &payload)
+    }
+
+    pub fn arp(operation: u8, sender_mac: [u8; 6], sender: [u8; 4], target: [u8; 4]) -> Self {
+        let mut bytes = [&[0xff; 6][..], &sender_mac, &[8, 6]].concat();
+        bytes.extend([0, 1, 8, 0, 6, 4, 0, operation]);
+        bytes.extend(sender_mac);
+        bytes.extend(sender);
+        bytes.extend([0; 6]);
+        bytes.extend(target);
+        Self(bytes)
+    }
+
+    /// Overwrites bytes and mends the IP checksum.
+    pub fn with(mut self, offset: usize, bytes: &[u8]) -> Self {
+        self.0[offset..offset + bytes.len()].copy_from_slice(bytes);
+        if self.0[12..14] == [8, 0] { self.with_checksum() } else { self }
+    }
+
+    pub fn ttl(self, ttl: u8) -> Self {
+        self.with(22, &[ttl])
+    }
+
+    /// The first bytes alone.
+    pub fn cut(mut self, length: usize) -> Self {
+        self.0.truncate(length);
+        self
+    }
+
+    fn with_checksum(mut self) -> Self {
+        self.0[24..26].fill(0);
+        let sum = checksum(&self.0[14..34]);
+        self.0[24..26].copy_from_slice(&sum.to_be_bytes());
+        self
+    }
+
+    /// As it arrives after one hop: other MAC addresses, a lower TTL, a right checksum.
+    pub fn after_hop(self, destination: [u8; 6], source: [u8; 6]) -> Self {
+        let ttl = self.0[22] - 1;
+        self.ttl(ttl).with(0, &destination).with(6, &source)
+    }
+}

@@ -1,0 +1,23 @@
+//! Testing.
+
+use crate::{build, cargo};
+use std::process::Command;
+
+/// Runs all tests. Those that need root must not be skipped here.
+pub fn run(filter: Option<&str>) -> anyhow::Result<()> {
+    anyhow::ensure!(
+        rustix::process::geteuid().is_root(),
+        "the kernel tests need root: run as root, or run the others alone by `cargo test`"
+    );
+    build::run()?;
+    let test = |arguments: &[&str]| -> Command {
+        let mut command = cargo();
+        command.args(["test", "--release"]).args(arguments).args(filter);
+        command.env("WASMGATE_REQUIRE_KERNEL", "1");
+        command
+    };
+    println!("unit tests");
+    crate::run(&mut test(&["--workspace", "--exclude", "wasmgate-tests"]))?;
+    println!("kernel tests");
+    crate::run(&mut test(&["--package", "wasmgate-tests"]))
+}
