@@ -122,7 +122,7 @@ impl Default for Wasm {
     fn default() -> Self {
         Self {
             max_module_bytes: 16 << 20,
-            compile_ms: 1000,
+            compile_ms: 1500,
             compile_memory_mib: 1024,
             evaluate_ms: 700,
             memory_mib: 64,

@@ -46,8 +46,20 @@ pub fn build_ebpf() -> Result<PathBuf, Error> {
 ///
 /// Where there is no compiler, or a policy does not compile.
 pub fn build_policies() -> Result<PathBuf, Error> {
+    build_modules(&policies(), "policies")
+}
+
+/// Builds the modules that only tests load, into a folder of their own.
+///
+/// # Errors
+///
+/// As [`build_policies`].
+pub fn build_test_policies() -> Result<PathBuf, Error> {
+    build_modules(&["hostile".to_owned()], "test-policies")
+}
+
+fn build_modules(names: &[String], folder: &str) -> Result<PathBuf, Error> {
     let wasm = find_wasm()?;
-    let policies = policies();
     let target = target_dir().join("wasm");
     let mut command = wasm.compiler.cargo();
     command
@@ -55,7 +67,7 @@ pub fn build_policies() -> Result<PathBuf, Error> {
         .args(["build", "--profile", "policy", "--lib"])
         .args(["--target", "wasm32-unknown-unknown", "--target-dir"])
         .arg(&target);
-    for name in &policies {
+    for name in names {
         command.args(["--package", name]);
     }
     if wasm.build_std {
@@ -67,12 +79,12 @@ pub fn build_policies() -> Result<PathBuf, Error> {
     run(command)?;
 
     let built = target.join("wasm32-unknown-unknown/policy");
-    let folder = target_dir().join("policies");
+    let folder = target_dir().join(folder);
     fs::create_dir_all(&folder).map_err(|source| Error::Write {
         path: folder.clone(),
         source,
     })?;
-    for name in policies {
+    for name in names {
         let from = built.join(format!("{}.wasm", name.replace('-', "_")));
         let to = folder.join(format!("{name}.wasm"));
         replace(&from, &to).map_err(|source| Error::Write { path: to, source })?;

@@ -345,6 +345,7 @@ fn make_pair(name: &str, netns: &Netns, mtu: u32) -> Result<Veth, NetError> {
 async fn configure_pod(handle: Handle, peer: String, address: Ipv4Addr) -> Result<(), NetError> {
     let gateway = Ipv4Addr::from(abi::node::GATEWAY_V4);
     let index = get(&handle, &peer).await?.header.index;
+    disable_ipv6(&peer)?;
     let link = LinkUnspec::new_with_index(index).name(POD_INTERFACE).up().build();
     handle
         .link()

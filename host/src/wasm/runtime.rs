@@ -11,7 +11,7 @@ use crate::{
 };
 use abi::{Identity, PortRule, policy::ANY_PROTOCOL, policy::PORT_RULES};
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     time::Instant,
 };
 use wasmtime::{
@@ -184,9 +184,11 @@ impl Runtime {
     ///
     /// Where the module fails.
     pub fn learn(&mut self, peers: impl IntoIterator<Item = (Identity, Option<IdentityKey>)>) -> Result<(), WasmError> {
+        // Many addresses share an identity; the module numbers each peer that it is told of.
+        let mut told = HashSet::new();
         let new: Vec<_> = peers
             .into_iter()
-            .filter(|(identity, _)| !self.learned.contains_key(identity))
+            .filter(|(identity, _)| !self.learned.contains_key(identity) && told.insert(*identity))
             .collect();
         if new.is_empty() {
             return Ok(());
@@ -198,9 +200,8 @@ impl Runtime {
         self.call("learn", |policy, store| policy.call_learn(store, &arguments))?;
         for (identity, key) in new {
             let number = u32::try_from(self.order.len()).unwrap_or(u32::MAX);
-            if self.learned.insert(identity, number).is_none() {
-                self.order.push((identity, key));
-            }
+            self.learned.insert(identity, number);
+            self.order.push((identity, key));
         }
         Ok(())
     }
@@ -319,7 +320,10 @@ fn failed(call: &str, fuel: u64, time: std::time::Duration, error: &wasmtime::Er
             "the module took longer than {} ms (`wasm.evaluate_ms`)",
             time.as_millis()
         ),
-        Some(trap) => format!("the module trapped: {trap}"),
+        Some(trap) => {
+            let trap = trap.to_string();
+            format!("the module trapped: {}", trap.trim_start_matches("wasm trap: "))
+        }
         None => {
             let root = error.root_cause().to_string();
             if root.contains("growing memory") || root.contains("growing table") {

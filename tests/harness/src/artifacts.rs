@@ -36,7 +36,20 @@ pub fn hostd() -> anyhow::Result<PathBuf> {
 ///
 /// Where it was not built.
 pub fn policy(name: &str) -> anyhow::Result<PathBuf> {
-    let path = toolchain::target_dir().join("policies").join(format!("{name}.wasm"));
+    module("policies", name)
+}
+
+/// A module that only tests load, by name.
+///
+/// # Errors
+///
+/// Where it was not built.
+pub fn test_policy(name: &str) -> anyhow::Result<PathBuf> {
+    module("test-policies", name)
+}
+
+fn module(folder: &str, name: &str) -> anyhow::Result<PathBuf> {
+    let path = toolchain::target_dir().join(folder).join(format!("{name}.wasm"));
     ensure!(path.is_file(), "{} is missing: run `cargo xtask build`", path.display());
     Ok(path)
 }

@@ -3,15 +3,17 @@
 //! Everything is made under names of its own and removed when the [`Cluster`] is dropped, also after a failure.
 
 mod artifacts;
+mod capture;
 mod cluster;
 mod netns;
 mod probe;
 mod support;
 
-pub use artifacts::{hostd, policy};
+pub use artifacts::{hostd, policy, test_policy};
+pub use capture::{Capture, VxlanPacket};
 pub use cluster::{Cluster, Node, Options, Pod};
 pub use netns::{Namespace, in_netns, run};
-pub use probe::{Listener, Stream, TcpOutcome, tcp_exchange, tcp_open, udp_exchange, wait_until};
+pub use probe::{Counts, Listener, Stream, TcpOutcome, Traffic, tcp_exchange, tcp_open, udp_exchange, wait_until};
 pub use support::{Unsupported, check as check_support};
 
 /// Begins a kernel test: on a machine that can't run it the test is skipped, but never in CI.

@@ -208,3 +208,76 @@ pub fn wait_until(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
         thread::sleep(Duration::from_millis(20));
     }
 }
+
+/// UDP echoes from one pod to another, one after the other, until it is stopped: each datagram that does not come back
+/// is a lost packet, since nothing sends it again.
+pub struct Traffic {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<anyhow::Result<Counts>>,
+}
+
+/// What became of the datagrams.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Came back.
+    pub answered: u64,
+    /// Did not.
+    pub lost: u64,
+    /// The longest time that one took to come back.
+    pub slowest: Duration,
+}
+
+impl Traffic {
+    /// Starts sending; a datagram is lost when it is not back after `wait`.
+    #[must_use]
+    pub fn start(namespace: &str, to: IpAddr, port: u16, wait: Duration) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (namespace, told) = (namespace.to_owned(), Arc::clone(&stop));
+        let thread = thread::spawn(move || in_netns(&namespace, || echo_until(&told, to, port, wait))?);
+        Self { stop, thread }
+    }
+
+    /// Stops, and says what became of the datagrams.
+    ///
+    /// # Errors
+    ///
+    /// Where nothing could be sent.
+    ///
+    /// # Panics
+    ///
+    /// Where the sending thread has.
+    pub fn stop(self) -> anyhow::Result<Counts> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+}
+
+fn echo_until(stop: &AtomicBool, to: IpAddr, port: u16, wait: Duration) -> anyhow::Result<Counts> {
+    let socket = UdpSocket::bind("0.0.0.0:0")?;
+    socket.connect(SocketAddr::new(to, port))?;
+    socket.set_read_timeout(Some(wait))?;
+    let mut counts = Counts::default();
+    let mut number = 0_u64;
+    let mut answer = [0; 8];
+    while !stop.load(Ordering::Relaxed) {
+        number += 1;
+        let sent = Instant::now();
+        socket.send(&number.to_be_bytes())?;
+        loop {
+            match socket.recv(&mut answer) {
+                Ok(_) if answer == number.to_be_bytes() => {
+                    counts.answered += 1;
+                    counts.slowest = counts.slowest.max(sent.elapsed());
+                    break;
+                }
+                Ok(_) => {} // a late answer to one that was given up
+                Err(error) if outcome(&error).is_some() => {
+                    counts.lost += 1;
+                    break;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+    Ok(counts)
+}

@@ -1,0 +1,157 @@
+//! Nodes: they meet, grow stale, go, and come back, and hostd may be killed at any time.
+
+use harness::{Cluster, Listener, Options, TcpOutcome, Traffic, kernel_test, run, tcp_exchange, wait_until};
+use std::{collections::BTreeSet, time::Duration};
+
+const WAIT: Duration = Duration::from_millis(400);
+const LONG: Duration = Duration::from_secs(20);
+
+fn with_lease(lease: &str) -> Cluster {
+    let options = Options {
+        tables: format!("[lease]\n{lease}"),
+        ..Options::default()
+    };
+    let mut cluster = Cluster::with(&options).unwrap();
+    cluster.load("allow-all").unwrap();
+    cluster.add_pod(0, "red/a", &[]).unwrap();
+    cluster.add_pod(1, "red/b", &[]).unwrap();
+    cluster.settle().unwrap();
+    cluster
+}
+
+fn addresses(cluster: &Cluster, node: usize) -> BTreeSet<String> {
+    let entries = cluster.nodes[node].json(&["ipcache", "list"]).unwrap();
+    let entries = entries.as_array().unwrap().iter();
+    entries.map(|entry| entry["address"].as_str().unwrap().to_owned()).collect()
+}
+
+fn is_stale(cluster: &Cluster) -> bool {
+    cluster.nodes[0].json(&["status"]).unwrap()["nodes"][1]["state"] == "stale"
+}
+
+#[test]
+fn two_nodes_that_meet_the_same_labels_at_once_give_them_the_same_number() {
+    kernel_test!();
+    let mut cluster = Cluster::new().unwrap();
+    cluster.load("web-app").unwrap();
+    for round in 0..8 {
+        let app = format!("app{round}");
+        let add = |node: usize, netns: &str| -> u64 {
+            let (label, name) = (format!("app={app}"), format!("pod{round}-{node}"));
+            let arguments =
+                ["endpoint", "add", "--netns", netns, "--namespace", "new", "--name", &name, "--label", &label];
+            cluster.nodes[node].json(&arguments).unwrap()["identity"].as_u64().unwrap()
+        };
+        let namespaces = [0, 1].map(|_| harness::Namespace::new("pod").unwrap());
+        let (one, other) = std::thread::scope(|scope| {
+            let one = scope.spawn(|| add(0, namespaces[0].name()));
+            let other = scope.spawn(|| add(1, namespaces[1].name()));
+            (one.join().unwrap(), other.join().unwrap())
+        });
+        assert_eq!(one, other, "{app}");
+    }
+    let numbers = |node: usize| {
+        let listed = cluster.nodes[node].json(&["identity", "list"]).unwrap();
+        let of = |one: &serde_json::Value| (one["name"].to_string(), one["identity"].to_string());
+        listed.as_array().unwrap().iter().map(of).collect::<BTreeSet<_>>()
+    };
+    assert!(wait_until(LONG, || numbers(0) == numbers(1)));
+    assert_eq!(numbers(0).iter().filter(|(name, _)| name.contains("app=app")).count(), 8);
+    cluster.pods.clear();
+}
+
+#[test]
+fn pods_of_a_stale_node_stay_reachable_until_it_is_deleted() {
+    kernel_test!();
+    let mut cluster = with_lease("ttl_seconds = 1");
+    let refusal = cluster.nodes[0].refusal(&["node", "delete", "node2"]).unwrap();
+    assert!(refusal.contains("node2 is alive"), "{refusal}");
+    cluster.nodes[1].stop(true).unwrap();
+    assert!(wait_until(LONG, || is_stale(&cluster)));
+    let (a, b) = (cluster.pod("red/a"), cluster.pod("red/b"));
+    let _listener = Listener::new(b.netns.name(), 80).unwrap();
+    assert_eq!(tcp_exchange(a.netns.name(), b.address, 80, WAIT).unwrap(), TcpOutcome::Open);
+    assert_eq!(cluster.nodes[0].json(&["node", "delete", "node2"]).unwrap()["deleted"], true);
+    assert!(wait_until(LONG, || !addresses(&cluster, 0).contains(&b.address.to_string())));
+    assert_eq!(tcp_exchange(a.netns.name(), b.address, 80, WAIT).unwrap(), TcpOutcome::Silence);
+    assert_eq!(cluster.nodes[0].json(&["node", "delete", "node2"]).unwrap()["deleted"], false);
+    // It comes back as it was.
+    cluster.nodes[1].start().unwrap();
+    cluster.settle().unwrap();
+    let (a, b) = (cluster.pod("red/a"), cluster.pod("red/b"));
+    assert_eq!(tcp_exchange(a.netns.name(), b.address, 80, WAIT).unwrap(), TcpOutcome::Open);
+}
+
+#[test]
+fn a_node_that_stays_away_is_removed_after_the_grace_period() {
+    kernel_test!();
+    let mut cluster = with_lease("ttl_seconds = 1\ngrace_seconds = 1");
+    cluster.nodes[1].stop(true).unwrap();
+    let gone = || cluster.nodes[0].json(&["status"]).unwrap()["nodes"].as_array().unwrap().len() == 1;
+    assert!(wait_until(LONG, gone));
+    assert!(wait_until(LONG, || addresses(&cluster, 0).len() == 2));
+}
+
+#[test]
+fn killing_and_restarting_hostd_loses_no_packet() {
+    kernel_test!();
+    for attach in ["tcx", "clsact"] {
+        let options = Options {
+            keys: format!("attach = \"{attach}\""),
+            ..Options::default()
+        };
+        let mut cluster = Cluster::with(&options).unwrap();
+        assert_eq!(cluster.nodes[0].json(&["status"]).unwrap()["attach"], attach);
+        for (node, name) in [(0, "red/a"), (0, "red/b"), (1, "red/c"), (1, "blue/d")] {
+            cluster.add_pod(node, name, &[]).unwrap();
+        }
+        cluster.settle().unwrap();
+        cluster.load("tenant-isolation").unwrap();
+        let _listeners: Vec<_> =
+            cluster.pods.iter().map(|pod| Listener::new(pod.netns.name(), 80).unwrap()).collect();
+        let (a, d) = (cluster.pod("red/a").netns.name().to_owned(), cluster.pod("blue/d").address);
+        let traffic: Vec<_> = ["red/b", "red/c"]
+            .iter()
+            .map(|to| Traffic::start(&a, cluster.pod(to).address, 80, Duration::from_secs(1)))
+            .collect();
+        for kill in [true, false, true] {
+            for node in 0..2 {
+                cluster.nodes[node].stop(kill).unwrap();
+                assert_eq!(tcp_exchange(&a, d, 80, WAIT).unwrap(), TcpOutcome::Silence, "policy holds without hostd");
+                cluster.nodes[node].start().unwrap();
+            }
+        }
+        assert_eq!(tcp_exchange(&a, d, 80, WAIT).unwrap(), TcpOutcome::Silence);
+        for one in traffic {
+            let counts = one.stop().unwrap();
+            assert!(counts.answered > 100 && counts.lost == 0, "{attach}: {counts:?}");
+        }
+        assert_eq!(cluster.nodes[0].json(&["endpoint", "list"]).unwrap().as_array().unwrap().len(), 2);
+        // What came back can be changed as before.
+        cluster.load("allow-all").unwrap();
+        assert_eq!(tcp_exchange(&a, d, 80, WAIT).unwrap(), TcpOutcome::Open);
+    }
+}
+
+#[test]
+fn cleanup_takes_everything_away() {
+    kernel_test!();
+    let mut cluster = with_lease("ttl_seconds = 15");
+    let hostd = harness::hostd().unwrap();
+    let cleanup = |cluster: &Cluster| {
+        let node = &cluster.nodes[1];
+        node.netns.command(&hostd).args(["cleanup", "--config"]).arg(node.config()).output().unwrap()
+    };
+    let output = cleanup(&cluster);
+    assert!(!output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("stop hostd first"));
+    cluster.nodes[1].stop(false).unwrap();
+    let output = cleanup(&cluster);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let node = &cluster.nodes[1];
+    let links = node.netns.ip(&["-o", "link", "show"]).unwrap();
+    assert!(!links.contains("wg-") && !links.contains("vxlan"), "{links}");
+    let pins = run("find", &[&node.bpffs().display().to_string(), "-type", "f"]).unwrap();
+    assert_eq!(pins, "");
+    assert!(wait_until(LONG, || addresses(&cluster, 0).len() == 2));
+}
