@@ -1,6 +1,6 @@
 //! Everything changes at once, under traffic: what may talk loses nothing, and what may not never gets through.
 
-use harness::{Cluster, Listener, Namespace, Traffic, kernel_test};
+use harness::{Cluster, Listener, Namespace, Traffic, kernel_test, tcp_open, tcp_retransmits};
 use std::{
     net::{SocketAddr, UdpSocket},
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
@@ -50,7 +50,7 @@ fn changes_of_every_kind_under_traffic() {
         .iter()
         .map(|name| Listener::new(cluster.pod(name).netns.name(), 8080).unwrap())
         .collect();
-    // UDP is web-app's to refuse: what stays allowed here is TCP's port by both, so the traffic is pings of the node.
+    // Under both policies: a node and its pods by UDP, the frontend and the backends by TCP.
     let stays: Vec<Traffic> = cluster
         .pods
         .iter()
@@ -69,6 +69,19 @@ fn changes_of_every_kind_under_traffic() {
     };
     let spare = [Namespace::new("churn").unwrap(), Namespace::new("churn").unwrap()];
     thread::scope(|scope| {
+        let streams: Vec<_> = ["red/near", "red/far"]
+            .iter()
+            .map(|to| {
+                let from = cluster.pod("red/frontend").netns.name();
+                let mut stream = tcp_open(from, cluster.pod(to).address, 8080, Duration::from_secs(5)).unwrap();
+                let end = &end;
+                scope.spawn(move || {
+                    while !end.load(Ordering::Relaxed) {
+                        assert!(stream.exchange(Duration::from_secs(5)).unwrap(), "a stream that may go on has stopped");
+                    }
+                })
+            })
+            .collect();
         let knocking: Vec<_> = ["blue/near", "blue/far"]
             .iter()
             .flat_map(|from| ["red/near", "red/far"].map(|to| (*from, to)))
@@ -119,6 +132,10 @@ fn changes_of_every_kind_under_traffic() {
         }
         end.store(true, Ordering::Relaxed);
         let answered: u64 = knocking.into_iter().map(|knocking| knocking.join().unwrap()).sum();
+        streams.into_iter().for_each(|stream| stream.join().unwrap());
+        for pod in ["red/frontend", "red/near", "red/far"] {
+            assert_eq!(tcp_retransmits(cluster.pod(pod).netns.name()).unwrap(), 0, "{pod} has sent segments again");
+        }
         assert_eq!(answered, 0, "of {} knocks", knocks.load(Ordering::Relaxed));
     });
     for traffic in stays {

@@ -31,16 +31,7 @@ impl Daemon {
         endpoint::check_name(&pod.namespace).map_err(|problem| wrong(format!("namespace {problem}")))?;
         endpoint::check_name(&pod.name).map_err(|problem| wrong(format!("pod {problem}")))?;
         endpoint::check_labels(&labels).map_err(wrong)?;
-        if let Some(known) = self
-            .pods
-            .values()
-            .find(|known| known.record.full_name() == pod.to_string())
-        {
-            return Err(wrong(format!(
-                "pod {pod} exists already, on node {}",
-                known.record.node
-            )));
-        }
+        self.check_unknown(&pod).await?;
         let netns = Netns::open(&netns)?;
         let address = endpoint::choose_address(&self.config.pod_cidrs, address, |address| {
             self.pods.get(&address.into()).map(|pod| pod.record.full_name())
@@ -68,6 +59,17 @@ impl Daemon {
         connected?;
         tracing::info!("connected {pod} at {address}");
         self.endpoint_view(&pod)
+    }
+
+    /// There must be no such pod in the cluster. What this node has not yet heard of another one, the store knows.
+    async fn check_unknown(&mut self, pod: &PodName) -> Result<(), DaemonError> {
+        let namesake = self.pods.iter().find(|(_, known)| known.record.full_name() == pod.to_string());
+        let Some((address, known)) = namesake else { return Ok(()) };
+        let (address, node) = (*address, known.record.node.clone());
+        if node != self.config.node && self.store.get(&pod_key(address.ip())).await?.is_none() {
+            return self.remove_pod(&address);
+        }
+        Err(DaemonError::Request(format!("pod {pod} exists already, on node {node}")))
     }
 
     async fn connect(

@@ -13,7 +13,9 @@ pub use artifacts::{hostd, policy, test_policy};
 pub use capture::{Capture, VxlanPacket};
 pub use cluster::{Cluster, Node, Options, Pod};
 pub use netns::{Namespace, in_netns, run};
-pub use probe::{Counts, Listener, Stream, TcpOutcome, Traffic, tcp_exchange, tcp_open, udp_exchange, wait_until};
+pub use probe::{Counts, Listener, Stream, TcpOutcome, Traffic, tcp_exchange, tcp_open, tcp_retransmits, udp_exchange,
+    wait_until,
+};
 pub use support::{Unsupported, check as check_support};
 
 /// Begins a kernel test: on a machine that can't run it the test is skipped, but never in CI.

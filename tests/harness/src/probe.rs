@@ -209,6 +209,20 @@ pub fn wait_until(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
     }
 }
 
+/// TCP segments that a namespace has sent again so far: each is one that was lost, or seemed so.
+///
+/// # Errors
+///
+/// Where the kernel's counters can't be read.
+pub fn tcp_retransmits(namespace: &str) -> anyhow::Result<u64> {
+    let snmp = in_netns(namespace, || std::fs::read_to_string("/proc/thread-self/net/snmp"))??;
+    let mut lines = snmp.lines().filter(|line| line.starts_with("Tcp:"));
+    let (names, values) = lines.next().zip(lines.next()).context("no TCP counters")?;
+    let mut counters = names.split_whitespace().zip(values.split_whitespace());
+    let (_, count) = counters.find(|(name, _)| *name == "RetransSegs").context("no RetransSegs")?;
+    Ok(count.parse()?)
+}
+
 /// UDP echoes from one pod to another, one after the other, until it is stopped: each datagram that does not come back
 /// is a lost packet, since nothing sends it again.
 pub struct Traffic {
