@@ -33,22 +33,8 @@ fn two_tenants(ports: &[u16]) -> (Cluster, Vec<Listener>) {
 
 /// Who reaches whom at a port, by TCP.
 fn reachable(cluster: &Cluster, port: u16) -> Vec<(String, String)> {
-    let mut pairs = Vec::new();
-    std::thread::scope(|scope| {
-        let mut attempts = Vec::new();
-        for from in &cluster.pods {
-            for to in cluster.pods.iter().filter(|to| to.name != from.name) {
-                attempts.push(scope.spawn(move || {
-                    let outcome = tcp_exchange(from.netns.name(), to.address, port, WAIT).unwrap();
-                    assert_ne!(outcome, TcpOutcome::Refused, "{} -> {}: a denied packet is dropped", from.name, to.name);
-                    (outcome == TcpOutcome::Open).then(|| (from.name.clone(), to.name.clone()))
-                }));
-            }
-        }
-        pairs.extend(attempts.into_iter().filter_map(|attempt| attempt.join().unwrap()));
-    });
-    pairs.sort();
-    pairs
+    let reach = harness::reachable(cluster, port, WAIT).unwrap();
+    reach.into_iter().filter(|(_, reach)| reach.tcp).map(|(pair, _)| pair).collect()
 }
 
 fn pairs(pairs: &[(&str, &str)]) -> Vec<(String, String)> {

@@ -1,7 +1,7 @@
 //! What was built: hostd, and the policies.
 
 use anyhow::{Context, ensure};
-use std::{env, path::PathBuf};
+use std::{env, path::PathBuf, sync::OnceLock};
 
 /// The folder of the profile that the running program was built with.
 fn profile_folder() -> anyhow::Result<PathBuf> {
@@ -16,14 +16,22 @@ fn profile_folder() -> anyhow::Result<PathBuf> {
     Ok(folder.to_owned())
 }
 
-/// The hostd of the same build.
+static CHOSEN: OnceLock<PathBuf> = OnceLock::new();
+
+/// Takes the hostd of a release build, whatever this program was built as.
+pub fn use_release() {
+    // The first choice stays.
+    let _ = CHOSEN.set(toolchain::target_dir().join("release/hostd"));
+}
+
+/// The hostd of the same build, unless another was chosen.
 ///
 /// # Errors
 ///
 /// Where it was not built.
 pub fn hostd() -> anyhow::Result<PathBuf> {
-    let path = match env::var_os("WASMGATE_HOSTD") {
-        Some(path) => PathBuf::from(path),
+    let path = match CHOSEN.get() {
+        Some(path) => path.clone(),
         None => profile_folder()?.join("hostd"),
     };
     ensure!(path.is_file(), "{} is missing: run `cargo xtask build`", path.display());

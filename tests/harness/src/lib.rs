@@ -7,15 +7,17 @@ mod capture;
 mod cluster;
 mod netns;
 mod probe;
+mod reach;
 mod support;
 
-pub use artifacts::{hostd, policy, test_policy};
+pub use artifacts::{hostd, policy, test_policy, use_release};
 pub use capture::{Capture, VxlanPacket};
 pub use cluster::{Cluster, Node, Options, Pod};
 pub use netns::{Namespace, in_netns, run};
 pub use probe::{Counts, Listener, Stream, TcpOutcome, Traffic, tcp_exchange, tcp_open, tcp_retransmits, udp_exchange,
     wait_until,
 };
+pub use reach::{Duplex, Reach, reachable};
 pub use support::{Unsupported, check as check_support};
 
 /// Begins a kernel test: on a machine that can't run it the test is skipped, but never in CI.
