@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::{
     collections::BTreeMap,
+    fmt::Write,
     fs, io,
     net::IpAddr,
     path::{Path, PathBuf},
@@ -78,8 +79,10 @@ pub fn check_labels(labels: &BTreeMap<String, String>) -> Result<(), String> {
 #[must_use]
 pub fn interface_name(namespace: &str, name: &str) -> String {
     let digest = Sha256::digest(format!("{namespace}/{name}").as_bytes());
-    let [a, b, c, d, e, f, ..] = digest.as_slice() else { unreachable!("a digest has 32 bytes") };
-    format!("wg-{a:02x}{b:02x}{c:02x}{d:02x}{e:02x}{f:02x}")
+    digest.iter().take(6).fold("wg-".to_owned(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
 }
 
 /// Why a pod got no address.

@@ -1,4 +1,5 @@
 //! The control socket and the configuration: who may ask, and what is not understood.
+#![expect(clippy::unwrap_used, reason = "helpers of tests, which fail as a whole")]
 
 use aya::programs::{SchedClassifier, TcAttachType};
 use harness::{Cluster, Options, kernel_test, run};
@@ -106,7 +107,12 @@ fn a_second_hostd_for_the_same_node_does_not_start() {
 fn a_node_that_contradicts_the_cluster_does_not_start() {
     kernel_test!();
     for (keys, tables, cidr, expected) in [
-        ("", "[vni]\ntenant_bits = 4", "10.{n}.0.0/24", "`vni.tenant_bits` is 4 here but 8 in this cluster"),
+        (
+            "",
+            "[vni]\ntenant_bits = 4",
+            "10.{n}.0.0/24",
+            "`vni.tenant_bits` is 4 here but 8 in this cluster",
+        ),
         ("", "", "10.1.0.128/25", "overlaps 10.1.0.0/24 of node node1"),
         ("unknown = 1", "", "10.{n}.0.0/24", "unknown field `unknown`"),
         ("attach = 7", "", "10.{n}.0.0/24", "node.toml"),
@@ -140,15 +146,27 @@ fn what_hostd_says_of_itself_others_see_from_outside() {
         serde_json::from_str(&run("bpftool", &["-j", "map", "dump", "pinned", &pin]).unwrap()).unwrap()
     };
     let listed = node.json(&["ipcache", "list"]).unwrap();
-    assert_eq!(dump("IPCACHE").as_array().unwrap().len(), listed.as_array().unwrap().len());
+    assert_eq!(
+        dump("IPCACHE").as_array().unwrap().len(),
+        listed.as_array().unwrap().len()
+    );
     assert_eq!(dump("ENDPOINTS").as_array().unwrap().len(), 2);
     let generation = dump("GENERATION")[0]["formatted"]["value"].as_u64().unwrap();
-    assert_eq!(node.json(&["status"]).unwrap()["generation"].as_u64().unwrap(), generation);
-    let interface = node.json(&["endpoint", "list"]).unwrap()[0]["interface"].as_str().unwrap().to_owned();
+    assert_eq!(
+        node.json(&["status"]).unwrap()["generation"].as_u64().unwrap(),
+        generation
+    );
+    let interface = node.json(&["endpoint", "list"]).unwrap()[0]["interface"]
+        .as_str()
+        .unwrap()
+        .to_owned();
     for (hook, program) in [(TcAttachType::Ingress, "from_pod"), (TcAttachType::Egress, "to_pod")] {
         let query = || SchedClassifier::query_tcx(&interface, hook).unwrap();
         let (_, attached) = harness::in_netns(node.netns.name(), query).unwrap();
-        let names: Vec<_> = attached.iter().map(|program| program.name_as_str().unwrap().to_owned()).collect();
+        let names: Vec<_> = attached
+            .iter()
+            .map(|program| program.name_as_str().unwrap().to_owned())
+            .collect();
         assert_eq!(names, [program]);
     }
     let vxlan = node.netns.ip(&["-d", "link", "show", "wasmgate_vxlan"]).unwrap();

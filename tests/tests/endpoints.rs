@@ -1,4 +1,5 @@
 //! Pods: connected, relabelled, disconnected; bad requests refused with nothing left; and what a hostile pod tries.
+#![expect(clippy::unwrap_used, reason = "helpers of tests, which fail as a whole")]
 
 use harness::{
     Cluster, Listener, Namespace, Node, Options, TcpOutcome, in_netns, kernel_test, tcp_exchange, tcp_open, wait_until,
@@ -20,7 +21,9 @@ fn traces(cluster: &Cluster, node: &Node) -> Vec<String> {
     let find = |folder: &str| harness::run("find", &[folder]).unwrap();
     // Names alone: the rest has states that change by themselves.
     let first_words = |text: String, words: usize| -> String {
-        let lines = text.lines().map(|line| line.split_whitespace().take(words).collect::<Vec<_>>().join(" "));
+        let lines = text
+            .lines()
+            .map(|line| line.split_whitespace().take(words).collect::<Vec<_>>().join(" "));
         lines.collect::<Vec<_>>().join("\n")
     };
     vec![
@@ -45,7 +48,11 @@ fn a_pod_that_is_disconnected_leaves_nothing() {
     let delete = ["endpoint", "delete", "--namespace", "red", "--name", "a"];
     assert_eq!(cluster.nodes[0].json(&delete).unwrap()["deleted"], true);
     assert_eq!(traces(&cluster, &cluster.nodes[0]), before);
-    assert_eq!(cluster.nodes[0].json(&delete).unwrap()["deleted"], false, "deleting again is no error");
+    assert_eq!(
+        cluster.nodes[0].json(&delete).unwrap()["deleted"],
+        false,
+        "deleting again is no error"
+    );
     let inside = cluster.pod("red/a").netns.ip(&["-o", "link", "show"]).unwrap();
     assert!(!inside.contains("eth0"), "{inside}");
 }
@@ -73,28 +80,54 @@ fn bad_requests_are_refused_and_leave_nothing() {
     let before = traces(&cluster, node);
     let (long, wide) = ("x".repeat(64), format!("k={}", "v".repeat(64)));
     let add = |netns: &str, namespace: &str, name: &str, more: &[&str]| {
-        let arguments = ["endpoint", "add", "--netns", netns, "--namespace", namespace, "--name", name];
+        let arguments = [
+            "endpoint",
+            "add",
+            "--netns",
+            netns,
+            "--namespace",
+            namespace,
+            "--name",
+            name,
+        ];
         node.refusal(&[&arguments[..], more].concat()).unwrap()
     };
     for (refusal, expected) in [
-        (add("no-such-namespace", "red", "b", &[]), "/run/netns/no-such-namespace"),
+        (
+            add("no-such-namespace", "red", "b", &[]),
+            "/run/netns/no-such-namespace",
+        ),
         (add(&file, "red", "b", &[]), "not a network namespace"),
         (add(occupied, "red", "b", &[]), "has an interface `eth0` already"),
         (add(free, "red", "a", &[]), "pod red/a exists already"),
         (add(free, "Red", "b", &[]), "lower-case"),
         (add(free, "red", &long, &[]), "64 bytes"),
         (add(free, "red", "b", &["--label", "novalue"]), "KEY=VALUE"),
-        (add(free, "red", "b", &["--label", &wide]), "a value has at most 63 bytes"),
-        (add(free, "red", "b", &["--address", "10.1.0.0"]), "10.1.0.0 belongs to red/a already"),
-        (add(free, "red", "b", &["--address", "10.9.0.1"]), "in none of this node's pod CIDRs (10.1.0.0/31)"),
-        (add(free, "red", "b", &["--address", "fd00::1"]), "in none of this node's pod CIDRs"),
+        (
+            add(free, "red", "b", &["--label", &wide]),
+            "a value has at most 63 bytes",
+        ),
+        (
+            add(free, "red", "b", &["--address", "10.1.0.0"]),
+            "10.1.0.0 belongs to red/a already",
+        ),
+        (
+            add(free, "red", "b", &["--address", "10.9.0.1"]),
+            "in none of this node's pod CIDRs (10.1.0.0/31)",
+        ),
+        (
+            add(free, "red", "b", &["--address", "fd00::1"]),
+            "in none of this node's pod CIDRs",
+        ),
         (add(free, "red", "b", &["--address", "banana"]), "invalid"),
         (
-            node.refusal(&["endpoint", "label", "--namespace", "red", "--name", "b", "x=y"]).unwrap(),
+            node.refusal(&["endpoint", "label", "--namespace", "red", "--name", "b", "x=y"])
+                .unwrap(),
             "there is no pod red/b",
         ),
         (
-            node.refusal(&["endpoint", "label", "--namespace", "red", "--name", "a", "x-"]).unwrap(),
+            node.refusal(&["endpoint", "label", "--namespace", "red", "--name", "a", "x-"])
+                .unwrap(),
             "has no label x",
         ),
     ] {
@@ -103,7 +136,10 @@ fn bad_requests_are_refused_and_leave_nothing() {
     }
     cluster.add_pod(0, "red/b", &[]).unwrap();
     let error = cluster.add_pod(0, "red/c", &[]).unwrap_err().to_string();
-    assert!(error.contains("every address of this node's pod CIDRs (10.1.0.0/31) is taken"), "{error}");
+    assert!(
+        error.contains("every address of this node's pod CIDRs (10.1.0.0/31) is taken"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -155,7 +191,11 @@ fn a_pod_sends_only_as_itself_and_never_to_a_tunnel() {
     let rises = |reason: &str, deed: &dyn Fn()| {
         let before = node.drops(reason).unwrap();
         deed();
-        assert!(node.drops(reason).unwrap() > before, "{reason}: {}", node.json(&["status"]).unwrap()["drops"]);
+        assert!(
+            node.drops(reason).unwrap() > before,
+            "{reason}: {}",
+            node.json(&["status"]).unwrap()["drops"]
+        );
     };
     let send = |from: &str, to: &str| {
         in_netns(a.netns.name(), || {
@@ -172,8 +212,14 @@ fn a_pod_sends_only_as_itself_and_never_to_a_tunnel() {
     rises("spoofed_address", &|| send("10.1.0.200:0", &format!("{}:9", b.address)));
     // Without a fixed neighbour entry the pod would ask for its gateway first, as somebody else.
     let neighbour = a.netns.ip(&["neigh", "show", "169.254.1.1", "dev", "eth0"]).unwrap();
-    let gateway = neighbour.split_whitespace().skip_while(|word| *word != "lladdr").nth(1).unwrap();
-    a.netns.ip(&["link", "set", "eth0", "address", "02:00:00:00:00:99"]).unwrap();
+    let gateway = neighbour
+        .split_whitespace()
+        .skip_while(|word| *word != "lladdr")
+        .nth(1)
+        .unwrap();
+    a.netns
+        .ip(&["link", "set", "eth0", "address", "02:00:00:00:00:99"])
+        .unwrap();
     rises("spoofed_arp", &|| send("0.0.0.0:0", &format!("{}:9", b.address)));
     a.netns
         .ip(&["neigh", "replace", "169.254.1.1", "lladdr", gateway, "dev", "eth0"])
@@ -201,7 +247,9 @@ fn vxlan_from_a_stranger_is_not_believed() {
         node.json(&["ipcache", "list"]).unwrap().as_array().unwrap().len() == 3
     });
     assert!(known);
-    let identity = node.json(&["endpoint", "list"]).unwrap()[0]["identity"].as_u64().unwrap();
+    let identity = node.json(&["endpoint", "list"]).unwrap()[0]["identity"]
+        .as_u64()
+        .unwrap();
     let vni = u32::try_from(identity).unwrap().to_be_bytes();
     let mut packet = vec![8, 0, 0, 0, vni[1], vni[2], vni[3], 0];
     packet.extend([2; 12]); // any MAC addresses
@@ -238,7 +286,11 @@ fn the_monitor_shows_drops_and_flows_by_name() {
             .unwrap()
     };
     for (kind, to, expected) in [
-        ("--drops", "blue/c", "drop  egress_denied at from_pod tcp red/a (10.1.0.0:"),
+        (
+            "--drops",
+            "blue/c",
+            "drop  egress_denied at from_pod tcp red/a (10.1.0.0:",
+        ),
         ("--flows", "red/b", "allow local at from_pod tcp red/a (10.1.0.0:"),
     ] {
         let monitor = watch(kind);

@@ -1,5 +1,6 @@
 //! Modules that are no modules, that want what they may not have, or that misbehave: each is refused with what is wrong
 //! and where, within two seconds, the policy in force is untouched, and hostd goes on.
+#![expect(clippy::unwrap_used, reason = "helpers of tests, which fail as a whole")]
 
 use harness::{Cluster, Listener, Options, TcpOutcome, kernel_test, tcp_exchange, test_policy};
 use std::{
@@ -56,7 +57,13 @@ fn all_refused(cluster: &Cluster, modules: &[(PathBuf, Option<&str>, &str)]) {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     let _listener = Listener::new(cluster.pod("red/b").netns.name(), 80).unwrap();
-    let open = tcp_exchange(cluster.pod("red/a").netns.name(), cluster.pod("red/b").address, 80, WAIT).unwrap();
+    let open = tcp_exchange(
+        cluster.pod("red/a").netns.name(),
+        cluster.pod("red/b").address,
+        80,
+        WAIT,
+    )
+    .unwrap();
     assert_eq!(open, TcpOutcome::Open, "the policy in force still lets its pairs talk");
 }
 
@@ -75,19 +82,32 @@ fn files_that_are_no_policy_modules() {
         (write("text", b"apiVersion: v1"), None, "no WebAssembly"),
         (write("torn", b"\0asm\x0d\0\x01\0rest"), None, "not a policy module"),
         (component("core", "(module)"), None, "does not export"),
-        (component("nothing", "(component)"), None, "does not export `wasmgate:policy/policy@0.1.0`"),
         (
-            component("other", r#"(component (instance $i) (export "wasmgate:policy/policy@9.0.0" (instance $i)))"#),
+            component("nothing", "(component)"),
+            None,
+            "does not export `wasmgate:policy/policy@0.1.0`",
+        ),
+        (
+            component(
+                "other",
+                r#"(component (instance $i) (export "wasmgate:policy/policy@9.0.0" (instance $i)))"#,
+            ),
             None,
             "exports `wasmgate:policy/policy@9.0.0`; this hostd speaks `wasmgate:policy/policy@0.1.0`",
         ),
         (
-            component("wasi", r#"(component (import "wasi:clocks/monotonic-clock@0.2.0" (instance)))"#),
+            component(
+                "wasi",
+                r#"(component (import "wasi:clocks/monotonic-clock@0.2.0" (instance)))"#,
+            ),
             None,
             "imports `wasi:clocks/monotonic-clock@0.2.0`",
         ),
         (
-            component("preview1", r#"(module (import "wasi_snapshot_preview1" "fd_write" (func)))"#),
+            component(
+                "preview1",
+                r#"(module (import "wasi_snapshot_preview1" "fd_write" (func)))"#,
+            ),
             None,
             "wasi_snapshot_preview1",
         ),
@@ -99,8 +119,16 @@ fn files_that_are_no_policy_modules() {
             None,
             "starting the module",
         ),
-        (write("slow", &slow_to_compile()), None, "takes longer than 1500 ms to compile"),
-        (write("large", &vec![0; (16 << 20) + 1]), None, "`wasm.max_module_bytes` allows 16777216"),
+        (
+            write("slow", &slow_to_compile()),
+            None,
+            "takes longer than 1500 ms to compile",
+        ),
+        (
+            write("large", &vec![0; (16 << 20) + 1]),
+            None,
+            "`wasm.max_module_bytes` allows 16777216",
+        ),
         (PathBuf::from("/nonexistent.wasm"), None, "/nonexistent.wasm"),
     ];
     all_refused(&cluster, &modules);
@@ -110,7 +138,10 @@ fn files_that_are_no_policy_modules() {
 fn slow_to_compile() -> Vec<u8> {
     let mut body = String::new();
     for n in 0..60_000 {
-        let _ = write!(body, "(if (i32.eq (local.get 0) (i32.const {n})) (then (local.set 0 (i32.mul (local.get 0) (local.get 1)))))");
+        let _ = write!(
+            body,
+            "(if (i32.eq (local.get 0) (i32.const {n})) (then (local.set 0 (i32.mul (local.get 0) (local.get 1)))))"
+        );
     }
     let function = format!("(func (param i32 i32) (result i32) {body} (local.get 0))");
     wat::parse_str(format!("(component (core module {}))", function.repeat(4))).unwrap()
@@ -126,13 +157,19 @@ fn modules_that_misbehave() {
         ("configure trap", "configure: the module trapped"),
         ("refuse", "refuses its configuration: the moon is in the wrong phase"),
         ("identify loop", "identify(red/a): the module used up its fuel"),
-        ("identify trap", "identify(red/a): the module trapped: wasm `unreachable`"),
+        (
+            "identify trap",
+            "identify(red/a): the module trapped: wasm `unreachable`",
+        ),
         ("identify memory", "wants more memory than `wasm.memory_mib` allows"),
         ("identify stack", "identify(red/a): the module trapped"),
         ("learn loop", "learn: the module used up its fuel"),
         ("decide loop", "used up its fuel"),
         ("decide trap", "decide(from"),
-        ("refuse pod", "identify(red/a): the module can't identify the pod: a is not welcome"),
+        (
+            "refuse pod",
+            "identify(red/a): the module can't identify the pod: a is not welcome",
+        ),
         ("long tenant", "the tenant has 64 bytes; at most 63 are allowed"),
         ("no tenant", "the tenant is empty"),
         ("huge tenant", "identify(red/a)"),
@@ -171,7 +208,10 @@ fn a_configuration_that_is_wrong_is_refused() {
         assert!(refusal.contains(expected), "{refusal}");
     }
     assert!(Path::new(&hostile).exists());
-    assert_eq!(node.json(&["policy", "show"]).unwrap()["module"], serde_json::Value::Null);
+    assert_eq!(
+        node.json(&["policy", "show"]).unwrap()["module"],
+        serde_json::Value::Null
+    );
 }
 
 #[test]
@@ -188,10 +228,15 @@ fn a_module_that_fails_later_refuses_the_pod_and_stays_in_force() {
     let config = cluster.folder().join("deed.json");
     fs::write(&config, "\"refuse pod\"").unwrap();
     let config = config.display().to_string();
-    cluster.nodes[0].json(&["load-policy", &hostile, "--config", &config]).unwrap();
+    cluster.nodes[0]
+        .json(&["load-policy", &hostile, "--config", &config])
+        .unwrap();
     let error = cluster.add_pod(0, "red/c", &[]).unwrap_err().to_string();
     assert!(error.contains("c is not welcome"), "{error}");
-    assert_eq!(cluster.nodes[0].json(&["endpoint", "list"]).unwrap(), serde_json::json!([]));
+    assert_eq!(
+        cluster.nodes[0].json(&["endpoint", "list"]).unwrap(),
+        serde_json::json!([])
+    );
     let links = cluster.nodes[0].netns.ip(&["-o", "link", "show"]).unwrap();
     assert!(!links.contains("wg-"), "{links}");
     // Another policy takes the pod.

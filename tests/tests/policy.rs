@@ -1,4 +1,5 @@
 //! Policies on live nodes: who reaches whom, what is on the wire, and what a change does to traffic.
+#![expect(clippy::unwrap_used, reason = "helpers of tests, which fail as a whole")]
 
 use harness::{
     Capture, Cluster, Listener, Options, TcpOutcome, Traffic, kernel_test, tcp_exchange, tcp_open, udp_exchange,
@@ -34,11 +35,18 @@ fn two_tenants(ports: &[u16]) -> (Cluster, Vec<Listener>) {
 /// Who reaches whom at a port, by TCP.
 fn reachable(cluster: &Cluster, port: u16) -> Vec<(String, String)> {
     let reach = harness::reachable(cluster, port, WAIT).unwrap();
-    reach.into_iter().filter(|(_, reach)| reach.tcp).map(|(pair, _)| pair).collect()
+    reach
+        .into_iter()
+        .filter(|(_, reach)| reach.tcp)
+        .map(|(pair, _)| pair)
+        .collect()
 }
 
 fn pairs(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
-    let mut pairs: Vec<_> = pairs.iter().map(|(from, to)| ((*from).to_owned(), (*to).to_owned())).collect();
+    let mut pairs: Vec<_> = pairs
+        .iter()
+        .map(|(from, to)| ((*from).to_owned(), (*to).to_owned()))
+        .collect();
     pairs.sort();
     pairs
 }
@@ -76,7 +84,11 @@ fn exactly_the_allowed_pairs_talk() {
     assert_eq!(reachable(&cluster, 53), pairs(&to_dns));
     let dns = cluster.pod(DNS);
     for pod in cluster.pods.iter().filter(|pod| pod.name != DNS) {
-        assert!(udp_exchange(pod.netns.name(), dns.address, 53, WAIT).unwrap(), "{}: DNS by UDP", pod.name);
+        assert!(
+            udp_exchange(pod.netns.name(), dns.address, 53, WAIT).unwrap(),
+            "{}: DNS by UDP",
+            pod.name
+        );
     }
 
     cluster.load("allow-all").unwrap();
@@ -115,7 +127,12 @@ fn each_vni_on_the_wire_is_the_senders_identity_on_every_node() {
         let entries = cluster.nodes[node].json(&["ipcache", "list"]).unwrap();
         let entries = entries.as_array().unwrap().iter();
         entries
-            .map(|entry| (entry["address"].as_str().unwrap().to_owned(), entry["identity"].as_u64().unwrap()))
+            .map(|entry| {
+                (
+                    entry["address"].as_str().unwrap().to_owned(),
+                    entry["identity"].as_u64().unwrap(),
+                )
+            })
             .filter(|(address, _)| address.starts_with("10."))
             .collect()
     };
@@ -125,10 +142,18 @@ fn each_vni_on_the_wire_is_the_senders_identity_on_every_node() {
     let packets = capture.stop().unwrap();
     let by_address = identities(0);
     for packet in &packets {
-        assert_eq!(u64::from(packet.vni), by_address[&packet.source.to_string()], "{packet:?}");
+        assert_eq!(
+            u64::from(packet.vni),
+            by_address[&packet.source.to_string()],
+            "{packet:?}"
+        );
     }
     let senders: std::collections::BTreeSet<_> = packets.iter().map(|packet| packet.source).collect();
-    assert_eq!(senders.len(), 6, "every pod has a partner on the other node: {senders:?}");
+    assert_eq!(
+        senders.len(),
+        6,
+        "every pod has a partner on the other node: {senders:?}"
+    );
 }
 
 #[test]
@@ -147,7 +172,14 @@ fn a_change_ends_what_is_revoked_and_loses_nothing_of_what_stays() {
     }
     let stays: Vec<Traffic> = ["red/backend", "red/db", DNS]
         .iter()
-        .map(|to| Traffic::start(pod("red/frontend").netns.name(), pod(to).address, 8080, Duration::from_secs(1)))
+        .map(|to| {
+            Traffic::start(
+                pod("red/frontend").netns.name(),
+                pod(to).address,
+                8080,
+                Duration::from_secs(1),
+            )
+        })
         .collect();
     for policy in ["tenant-isolation", "allow-all", "tenant-isolation"] {
         std::thread::sleep(Duration::from_millis(200));
@@ -182,8 +214,14 @@ fn a_dry_run_says_what_would_change_and_touches_nothing() {
     let to_backend = find("red{app=frontend}", "red{app=backend}").expect("the frontend keeps one port only");
     assert_eq!(to_backend["before"], "Allow");
     assert_eq!(to_backend["after"]["Ports"][0], "tcp/8080");
-    assert_eq!(find("red{app=frontend}", "red{app=db}").expect("it loses the database")["after"], "Deny");
-    assert!(find("red{app=frontend}", "blue{app=backend}").is_none(), "denied before and after");
+    assert_eq!(
+        find("red{app=frontend}", "red{app=db}").expect("it loses the database")["after"],
+        "Deny"
+    );
+    assert!(
+        find("red{app=frontend}", "blue{app=backend}").is_none(),
+        "denied before and after"
+    );
     let after = (node.json(&["policy", "show"]).unwrap(), store());
     assert_eq!(before, after);
     // The load itself counts the same changes.
@@ -208,8 +246,14 @@ fn where_one_node_refuses_no_node_changes() {
     }
     cluster.settle().unwrap();
     let error = cluster.load("tenant-isolation").unwrap_err().to_string();
-    assert!(error.contains("no node has changed its policy: node node2 refuses"), "{error}");
-    assert!(error.contains("3 identities on this node, but `maps.local_identities` allows 2"), "{error}");
+    assert!(
+        error.contains("no node has changed its policy: node node2 refuses"),
+        "{error}"
+    );
+    assert!(
+        error.contains("3 identities on this node, but `maps.local_identities` allows 2"),
+        "{error}"
+    );
     for node in &cluster.nodes {
         assert_eq!(node.json(&["status"]).unwrap()["policy"], serde_json::Value::Null);
     }
@@ -221,7 +265,15 @@ fn where_one_node_refuses_no_node_changes() {
     // A pod that would be one identity too many is refused, and leaves nothing.
     let error = cluster.add_pod(1, "d/pod", &[]).unwrap_err().to_string();
     assert!(error.contains("`maps.local_identities` allows 2"), "{error}");
-    assert_eq!(cluster.nodes[1].json(&["endpoint", "list"]).unwrap().as_array().unwrap().len(), 2);
+    assert_eq!(
+        cluster.nodes[1]
+            .json(&["endpoint", "list"])
+            .unwrap()
+            .as_array()
+            .unwrap()
+            .len(),
+        2
+    );
 }
 
 #[test]
@@ -252,12 +304,23 @@ fn a_node_that_is_down_holds_a_load_up_unless_it_may_be_skipped() {
     assert!(!output.status.success(), "it says that a node was left out");
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert!(report["nodes"][0]["result"]["Ok"].is_object());
-    assert!(report["nodes"][1]["result"]["Err"].as_str().unwrap().contains("skipped"));
+    assert!(
+        report["nodes"][1]["result"]["Err"]
+            .as_str()
+            .unwrap()
+            .contains("skipped")
+    );
 
     cluster.nodes[1].start().unwrap();
     let status = cluster.nodes[1].json(&["status"]).unwrap();
-    assert_eq!(status["policy"]["name"], "allow-all", "back, it enforces what the cluster does");
+    assert_eq!(
+        status["policy"]["name"], "allow-all",
+        "back, it enforces what the cluster does"
+    );
     let (a, b) = (cluster.pod("red/a"), cluster.pod("red/b"));
     let _listener = Listener::new(b.netns.name(), 80).unwrap();
-    assert_eq!(tcp_exchange(a.netns.name(), b.address, 80, WAIT).unwrap(), TcpOutcome::Open);
+    assert_eq!(
+        tcp_exchange(a.netns.name(), b.address, 80, WAIT).unwrap(),
+        TcpOutcome::Open
+    );
 }

@@ -1,11 +1,12 @@
 //! Everything changes at once, under traffic: what may talk loses nothing, and what may not never gets through.
+#![expect(clippy::unwrap_used, reason = "helpers of tests, which fail as a whole")]
 
 use harness::{Cluster, Listener, Namespace, Traffic, kernel_test, tcp_open, tcp_retransmits};
 use std::{
     net::{SocketAddr, UdpSocket},
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 const FOR: Duration = Duration::from_secs(8);
@@ -31,9 +32,8 @@ fn knock(from: &str, to: SocketAddr, end: &AtomicBool, sent: &AtomicU64) -> u64 
     .unwrap()
 }
 
-#[test]
-fn changes_of_every_kind_under_traffic() {
-    kernel_test!();
+/// The pods, with somebody listening on red's backends.
+fn furnish() -> (Cluster, Vec<Listener>) {
     let mut cluster = Cluster::new().unwrap();
     for (node, name, app) in [
         (0, "red/frontend", "frontend"),
@@ -46,105 +46,118 @@ fn changes_of_every_kind_under_traffic() {
     }
     cluster.load(POLICIES[0]).unwrap();
     cluster.settle().unwrap();
-    let _listeners: Vec<_> = ["red/near", "red/far"]
+    let listeners = BACKENDS
         .iter()
         .map(|name| Listener::new(cluster.pod(name).netns.name(), 8080).unwrap())
         .collect();
+    (cluster, listeners)
+}
+
+const BACKENDS: [&str; 2] = ["red/near", "red/far"];
+
+fn pick<T: Copy>(from: &[T], n: u64) -> T {
+    from[usize::try_from(n).unwrap() % from.len()]
+}
+
+/// Whatever blue calls itself, it stays blue.
+fn relabel(cluster: &Cluster, n: u64) {
+    let label = format!("app={}", pick(&["frontend", "backend", "db", "other"], n));
+    let arguments = ["endpoint", "label", "--namespace", "blue", "--name", "near", &label];
+    cluster.nodes[0].json(&arguments).unwrap();
+}
+
+/// The same address for a blue pod and a red one in turn.
+fn come_and_go(cluster: &Cluster, spare: &[Namespace; 2], n: u64) {
+    let node = pick(&[0, 1], n);
+    let namespace = pick(&["blue", "red"], n / 2);
+    let address = format!("10.{}.0.99", node + 1);
+    let (netns, address) = (spare[node].name(), address.as_str());
+    let pod = ["--namespace", namespace, "--name", "churn"];
+    let add = [&["endpoint", "add", "--netns", netns, "--address", address][..], &pod].concat();
+    cluster.nodes[node].json(&add).unwrap();
+    cluster.nodes[node]
+        .json(&[&["endpoint", "delete"][..], &pod].concat())
+        .unwrap();
+}
+
+/// Lines back and forth on one connection, each of which has to come back.
+fn talk(cluster: &Cluster, to: &str, end: &AtomicBool) {
+    let from = cluster.pod("red/frontend").netns.name();
+    let mut stream = tcp_open(from, cluster.pod(to).address, 8080, Duration::from_secs(5)).unwrap();
+    while !end.load(Ordering::Relaxed) {
+        let answered = stream.exchange(Duration::from_secs(5)).unwrap();
+        assert!(answered, "a stream that may go on has stopped");
+    }
+}
+
+/// What each thread has done so far.
+#[derive(Default)]
+struct Done {
+    loads: AtomicU64,
+    labels: AtomicU64,
+    pods: AtomicU64,
+    knocks: AtomicU64,
+}
+
+#[test]
+fn changes_of_every_kind_under_traffic() {
+    kernel_test!();
+    let (cluster, _listeners) = furnish();
     // Under both policies: a node and its pods by UDP, the frontend and the backends by TCP.
-    let stays: Vec<Traffic> = cluster
-        .pods
-        .iter()
-        .filter(|pod| pod.name.starts_with("red/n") || pod.name == "red/far")
-        .map(|pod| {
-            let node = &cluster.nodes[pod.node];
-            Traffic::start(node.netns.name(), pod.address, 8080, Duration::from_secs(1))
-        })
-        .collect();
-    let end = AtomicBool::new(false);
-    let (knocks, loads, labels, churn) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
+    let echoes = BACKENDS.map(|name| {
+        let pod = cluster.pod(name);
+        let node = &cluster.nodes[pod.node];
+        Traffic::start(node.netns.name(), pod.address, 8080, Duration::from_secs(1))
+    });
+    let spare = [Namespace::new("churn").unwrap(), Namespace::new("churn").unwrap()];
+    let (end, done) = (AtomicBool::new(false), Done::default());
     let until_end = |work: &dyn Fn(u64), count: &AtomicU64| {
         while !end.load(Ordering::Relaxed) {
             work(count.fetch_add(1, Ordering::Relaxed));
         }
     };
-    let spare = [Namespace::new("churn").unwrap(), Namespace::new("churn").unwrap()];
-    thread::scope(|scope| {
-        let streams: Vec<_> = ["red/near", "red/far"]
-            .iter()
-            .map(|to| {
-                let from = cluster.pod("red/frontend").netns.name();
-                let mut stream = tcp_open(from, cluster.pod(to).address, 8080, Duration::from_secs(5)).unwrap();
-                let end = &end;
-                scope.spawn(move || {
-                    while !end.load(Ordering::Relaxed) {
-                        assert!(stream.exchange(Duration::from_secs(5)).unwrap(), "a stream that may go on has stopped");
-                    }
-                })
-            })
-            .collect();
-        let knocking: Vec<_> = ["blue/near", "blue/far"]
-            .iter()
-            .flat_map(|from| ["red/near", "red/far"].map(|to| (*from, to)))
+    let answered: u64 = thread::scope(|scope| {
+        let pairs = ["blue/near", "blue/far"]
+            .into_iter()
+            .flat_map(|from| BACKENDS.map(|to| (from, to)));
+        let knocking: Vec<_> = pairs
             .map(|(from, to)| {
                 let (from, to) = (cluster.pod(from).netns.name(), cluster.pod(to).address);
-                let (end, knocks) = (&end, &knocks);
+                let (end, knocks) = (&end, &done.knocks);
                 scope.spawn(move || knock(from, SocketAddr::new(to, 8080), end, knocks))
             })
             .collect();
-        scope.spawn(|| {
-            until_end(
-                &|n| {
-                    cluster.load(POLICIES[usize::try_from(n + 1).unwrap() % 2]).unwrap();
-                },
-                &loads,
-            );
-        });
-        scope.spawn(|| {
-            until_end(
-                &|n| {
-                    // Whatever blue calls itself, it stays blue.
-                    let label = format!("app={}", ["frontend", "backend", "db", "other"][usize::try_from(n).unwrap() % 4]);
-                    let arguments = ["endpoint", "label", "--namespace", "blue", "--name", "near", &label];
-                    cluster.nodes[0].json(&arguments).unwrap();
-                },
-                &labels,
-            );
-        });
-        scope.spawn(|| {
-            until_end(
-                &|n| {
-                    // The same address for a blue pod and a red one in turn.
-                    let node = usize::try_from(n).unwrap() % 2;
-                    let namespace = ["blue", "red"][usize::try_from(n / 2).unwrap() % 2];
-                    let netns = spare[node].name();
-                    let add = ["endpoint", "add", "--netns", netns, "--namespace", namespace, "--name", "churn"];
-                    let address = format!("10.{}.0.99", node + 1);
-                    cluster.nodes[node].json(&[&add[..], &["--address", &address]].concat()).unwrap();
-                    let delete = ["endpoint", "delete", "--namespace", namespace, "--name", "churn"];
-                    cluster.nodes[node].json(&delete).unwrap();
-                },
-                &churn,
-            );
-        });
-        let began = Instant::now();
-        while began.elapsed() < FOR {
-            thread::sleep(Duration::from_millis(50));
+        for to in BACKENDS {
+            let (cluster, end) = (&cluster, &end);
+            scope.spawn(move || talk(cluster, to, end));
         }
+        scope.spawn(|| until_end(&|n| drop(cluster.load(pick(&POLICIES, n + 1)).unwrap()), &done.loads));
+        scope.spawn(|| until_end(&|n| relabel(&cluster, n), &done.labels));
+        scope.spawn(|| until_end(&|n| come_and_go(&cluster, &spare, n), &done.pods));
+        thread::sleep(FOR);
         end.store(true, Ordering::Relaxed);
-        let answered: u64 = knocking.into_iter().map(|knocking| knocking.join().unwrap()).sum();
-        streams.into_iter().for_each(|stream| stream.join().unwrap());
-        for pod in ["red/frontend", "red/near", "red/far"] {
-            assert_eq!(tcp_retransmits(cluster.pod(pod).netns.name()).unwrap(), 0, "{pod} has sent segments again");
-        }
-        assert_eq!(answered, 0, "of {} knocks", knocks.load(Ordering::Relaxed));
+        knocking.into_iter().map(|knocking| knocking.join().unwrap()).sum()
     });
-    for traffic in stays {
-        let counts = traffic.stop().unwrap();
+    let did = |count: &AtomicU64| count.load(Ordering::Relaxed);
+    assert_eq!(answered, 0, "of {} knocks", did(&done.knocks));
+    for echo in echoes {
+        let counts = echo.stop().unwrap();
         assert!(counts.answered > 100 && counts.lost == 0, "{counts:?}");
     }
-    for (what, count, least) in [("loads", &loads, 3), ("labels", &labels, 10), ("pods", &churn, 4), ("knocks", &knocks, 1000)] {
-        let count = count.load(Ordering::Relaxed);
-        eprintln!("{what}: {count}");
-        assert!(count >= least, "{what}: only {count}");
+    for pod in ["red/frontend", "red/near", "red/far"] {
+        assert_eq!(
+            tcp_retransmits(cluster.pod(pod).netns.name()).unwrap(),
+            0,
+            "{pod} has sent segments again"
+        );
+    }
+    for (what, count, least) in [
+        ("loads", &done.loads, 3),
+        ("labels", &done.labels, 10),
+        ("pods", &done.pods, 4),
+        ("knocks", &done.knocks, 1000),
+    ] {
+        eprintln!("{what}: {}", did(count));
+        assert!(did(count) >= least, "{what}: only {}", did(count));
     }
 }

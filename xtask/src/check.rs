@@ -7,7 +7,11 @@ use toolchain::{find_bpf, workspace_root};
 pub fn run() -> anyhow::Result<()> {
     println!("format");
     crate::run(cargo().args(["fmt", "--all", "--check"]))?;
-    crate::run(cargo().current_dir(workspace_root().join("ebpf")).args(["fmt", "--check"]))?;
+    crate::run(
+        cargo()
+            .current_dir(workspace_root().join("ebpf"))
+            .args(["fmt", "--check"]),
+    )?;
 
     println!("lints");
     crate::run(cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;

@@ -68,9 +68,11 @@ fn main() -> ExitCode {
 fn run(command: &mut Command) -> anyhow::Result<()> {
     let status = command
         .status()
-        .map_err(|error| anyhow::anyhow!("running {:?}: {error}", command.get_program()))?;
+        .map_err(|error| anyhow::anyhow!("running {}: {error}", command.get_program().display()))?;
     let text = || {
-        let words: Vec<_> = std::iter::once(command.get_program()).chain(command.get_args()).collect();
+        let words: Vec<_> = std::iter::once(command.get_program())
+            .chain(command.get_args())
+            .collect();
         words.join(std::ffi::OsStr::new(" ")).to_string_lossy().into_owned()
     };
     anyhow::ensure!(status.success(), "`{}` failed", text());

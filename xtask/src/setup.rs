@@ -47,7 +47,11 @@ pub fn run(check: bool, dev: bool) -> anyhow::Result<()> {
     }
     install(&missing)?;
     let still = find(dev, false);
-    ensure!(still == Missing::default(), "still missing after the installation: {}", describe(&still));
+    ensure!(
+        still == Missing::default(),
+        "still missing after the installation: {}",
+        describe(&still)
+    );
     println!("set up: everything is there");
     Ok(())
 }
@@ -82,7 +86,9 @@ fn find(dev: bool, say: bool) -> Missing {
     let no_bpf_compiler = matches!(bpf, Err(Error::NoCompiler { .. }));
     let wasm = find_wasm();
     if no_bpf_compiler || wasm.is_err() {
-        DISTRO_RUST.iter().for_each(|package| need(package));
+        for package in DISTRO_RUST {
+            need(package);
+        }
         need(&format!("lld-{DISTRO_LLVM}"));
     }
     let no_linker = find_program("bpf-linker").is_none();
@@ -94,7 +100,9 @@ fn find(dev: bool, say: bool) -> Missing {
         }
     }
     for (program, package) in PROGRAMS {
-        let in_sbin = ["/usr/sbin", "/sbin"].iter().any(|folder| Path::new(folder).join(program).is_file());
+        let in_sbin = ["/usr/sbin", "/sbin"]
+            .iter()
+            .any(|folder| Path::new(folder).join(program).is_file());
         if find_program(program).is_none() && !in_sbin {
             need(package);
         }
@@ -154,7 +162,15 @@ fn rustup_way(packages: &[String]) -> anyhow::Result<bool> {
     }
     println!("installing a nightly with rust-src, and the wasm target, by rustup");
     for arguments in [
-        &["toolchain", "install", "nightly", "--component", "rust-src", "--component", "clippy"][..],
+        &[
+            "toolchain",
+            "install",
+            "nightly",
+            "--component",
+            "rust-src",
+            "--component",
+            "clippy",
+        ][..],
         &["target", "add", "wasm32-unknown-unknown"],
     ] {
         crate::run(Command::new("rustup").args(arguments))
@@ -168,7 +184,10 @@ fn rustup_way(packages: &[String]) -> anyhow::Result<bool> {
 }
 
 fn is_rust(package: &str) -> bool {
-    DISTRO_RUST.contains(&package) || ["lld-", "llvm-", "libpolly-"].iter().any(|start| package.starts_with(start))
+    DISTRO_RUST.contains(&package)
+        || ["lld-", "llvm-", "libpolly-"]
+            .iter()
+            .any(|start| package.starts_with(start))
 }
 
 fn apt_has(package: &str) -> bool {
@@ -202,7 +221,10 @@ fn apt(packages: &[String]) -> anyhow::Result<()> {
 
 fn apt_get(arguments: &[&str]) -> anyhow::Result<()> {
     let mut command = Command::new("apt-get");
-    command.args(arguments).env("DEBIAN_FRONTEND", "noninteractive").stdout(Stdio::null());
+    command
+        .args(arguments)
+        .env("DEBIAN_FRONTEND", "noninteractive")
+        .stdout(Stdio::null());
     crate::run(&mut command)
 }
 

@@ -63,13 +63,20 @@ impl Daemon {
 
     /// There must be no such pod in the cluster. What this node has not yet heard of another one, the store knows.
     async fn check_unknown(&mut self, pod: &PodName) -> Result<(), DaemonError> {
-        let namesake = self.pods.iter().find(|(_, known)| known.record.full_name() == pod.to_string());
-        let Some((address, known)) = namesake else { return Ok(()) };
+        let namesake = self
+            .pods
+            .iter()
+            .find(|(_, known)| known.record.full_name() == pod.to_string());
+        let Some((address, known)) = namesake else {
+            return Ok(());
+        };
         let (address, node) = (*address, known.record.node.clone());
         if node != self.config.node && self.store.get(&pod_key(address.ip())).await?.is_none() {
             return self.remove_pod(&address);
         }
-        Err(DaemonError::Request(format!("pod {pod} exists already, on node {node}")))
+        Err(DaemonError::Request(format!(
+            "pod {pod} exists already, on node {node}"
+        )))
     }
 
     async fn connect(

@@ -160,11 +160,7 @@ pub fn mount_bpffs(folder: &Path) -> Result<(), DatapathError> {
 }
 
 fn is_bpffs(folder: &Path) -> io::Result<bool> {
-    #[expect(
-        clippy::unnecessary_cast,
-        reason = "the type of a file system's magic differs by architecture"
-    )]
-    Ok(statfs(folder)?.f_type as i64 == BPF_FS_MAGIC)
+    Ok(statfs(folder)?.f_type == BPF_FS_MAGIC)
 }
 
 fn mount_on(folder: &Path) -> io::Result<()> {

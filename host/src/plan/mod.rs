@@ -1,7 +1,7 @@
 //! The plan: what the kernel should hold, worked out without any I/O.
 //!
 //! A [`Generation`] is one policy with one identity for each address, compiled into the policy matrix. The daemon has
-//! one in force and, during a policy load, a second one aside. [`entry`] puts the two together into the map entries of
+//! one in force and, during a policy load, a second one aside. [`entry()`] puts the two together into the map entries of
 //! an address, which hold both of them by parity.
 
 mod entry;

@@ -35,14 +35,27 @@ impl Capture {
         // Linux's VXLAN port is another protocol's to tcpdump unless it is told.
         let mut child = namespace
             .command("tcpdump")
-            .args(["-i", interface, "-nn", "-l", "-Z", "root", "-T", "vxlan", "udp port 8472"])
+            .args([
+                "-i",
+                interface,
+                "-nn",
+                "-l",
+                "-Z",
+                "root",
+                "-T",
+                "vxlan",
+                "udp port 8472",
+            ])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
             .context("tcpdump")?;
         let said = BufReader::new(child.stderr.take().context("tcpdump's stderr")?);
-        let listening = said.lines().map_while(Result::ok).any(|line| line.contains("listening on"));
+        let listening = said
+            .lines()
+            .map_while(Result::ok)
+            .any(|line| line.contains("listening on"));
         ensure!(listening, "tcpdump does not listen on {interface}");
         let output = BufReader::new(child.stdout.take().context("tcpdump's stdout")?);
         Ok(Self { child, output })
@@ -67,7 +80,10 @@ fn parse(lines: &[String]) -> Vec<VxlanPacket> {
     let mut packets = Vec::new();
     for pair in lines.windows(2) {
         let vni = pair[0].rsplit_once("vni ").and_then(|(_, vni)| vni.trim().parse().ok());
-        let inner = pair[1].trim().strip_prefix("IP ").and_then(|rest| rest.split_once(": "));
+        let inner = pair[1]
+            .trim()
+            .strip_prefix("IP ")
+            .and_then(|rest| rest.split_once(": "));
         let ends = inner.and_then(|(ends, _)| ends.split_once(" > "));
         if let (Some(vni), Some((source, destination))) = (vni, ends)
             && let (Some(source), Some(destination)) = (address(source), address(destination))

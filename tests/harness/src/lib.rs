@@ -14,8 +14,8 @@ pub use artifacts::{hostd, policy, test_policy, use_release};
 pub use capture::{Capture, VxlanPacket};
 pub use cluster::{Cluster, Node, Options, Pod};
 pub use netns::{Namespace, in_netns, run};
-pub use probe::{Counts, Listener, Stream, TcpOutcome, Traffic, tcp_exchange, tcp_open, tcp_retransmits, udp_exchange,
-    wait_until,
+pub use probe::{
+    Counts, Listener, Stream, TcpOutcome, Traffic, tcp_exchange, tcp_open, tcp_retransmits, udp_exchange, wait_until,
 };
 pub use reach::{Duplex, Reach, reachable};
 pub use support::{Unsupported, check as check_support};

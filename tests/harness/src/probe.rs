@@ -219,7 +219,9 @@ pub fn tcp_retransmits(namespace: &str) -> anyhow::Result<u64> {
     let mut lines = snmp.lines().filter(|line| line.starts_with("Tcp:"));
     let (names, values) = lines.next().zip(lines.next()).context("no TCP counters")?;
     let mut counters = names.split_whitespace().zip(values.split_whitespace());
-    let (_, count) = counters.find(|(name, _)| *name == "RetransSegs").context("no RetransSegs")?;
+    let (_, count) = counters
+        .find(|(name, _)| *name == "RetransSegs")
+        .context("no RetransSegs")?;
     Ok(count.parse()?)
 }
 
@@ -262,7 +264,9 @@ impl Traffic {
     /// Where the sending thread has.
     pub fn stop(self) -> anyhow::Result<Counts> {
         self.stop.store(true, Ordering::Relaxed);
-        self.thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        self.thread
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 }
 

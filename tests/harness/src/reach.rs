@@ -46,7 +46,9 @@ pub fn reachable(cluster: &Cluster, port: u16, wait: Duration) -> anyhow::Result
         }
         let mut reach = BTreeMap::new();
         for (pair, attempt) in attempts {
-            let found = attempt.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+            let found = attempt
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
             reach.insert(pair, found);
         }
         Ok(reach)
@@ -67,8 +69,10 @@ impl Duplex {
     /// Where it does not open.
     pub fn open(from: &str, to: &str, address: IpAddr, port: u16, wait: Duration) -> anyhow::Result<Self> {
         let listener = in_netns(to, || TcpListener::bind(("0.0.0.0", port)))??;
-        let client = in_netns(from, || TcpStream::connect_timeout(&SocketAddr::new(address, port), wait))?
-            .with_context(|| format!("connecting to {address}:{port}"))?;
+        let client = in_netns(from, || {
+            TcpStream::connect_timeout(&SocketAddr::new(address, port), wait)
+        })?
+        .with_context(|| format!("connecting to {address}:{port}"))?;
         let (server, _) = listener.accept()?;
         let stop = Arc::new(AtomicBool::new(false));
         let received = [Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0))];

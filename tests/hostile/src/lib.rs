@@ -21,7 +21,9 @@ fn deed() -> String {
 /// What can be done in any call.
 fn misbehave(call: &str) {
     let deed = deed();
-    let Some(what) = deed.strip_prefix(call).map(str::trim) else { return };
+    let Some(what) = deed.strip_prefix(call).map(str::trim) else {
+        return;
+    };
     match what {
         "loop" => loop {
             std::hint::black_box(());
@@ -51,7 +53,11 @@ impl Guest for Hostile {
     fn configure(config: String) -> Result<(), String> {
         DEED.with(|deed| *deed.borrow_mut() = config.trim_matches('"').to_owned());
         misbehave("configure");
-        if deed() == "refuse" { Err("the moon is in the wrong phase".to_owned()) } else { Ok(()) }
+        if deed() == "refuse" {
+            Err("the moon is in the wrong phase".to_owned())
+        } else {
+            Ok(())
+        }
     }
 
     fn identify(pod: Pod) -> Result<Identity, String> {

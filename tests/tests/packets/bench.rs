@@ -1,8 +1,6 @@
 //! A bench for the programs: loaded for real, their maps filled by hand, in a namespace of its own.
 
-use super::frame::{
-    Frame, GATEWAY_A, GATEWAY_B, NODE, OTHER_NODE, POD_A, POD_A_MAC, POD_B, POD_B_MAC, REMOTE,
-};
+use super::frame::{Frame, GATEWAY_A, GATEWAY_B, NODE, OTHER_NODE, POD_A, POD_A_MAC, POD_B, POD_B_MAC, REMOTE};
 use abi::{
     AddressKey, Direction, DropReason, Endpoint, Event, Hook, Identity, IpcacheEntry, NodeConfig, NodeEntry, Path,
     PortRule, PortSet,
@@ -79,12 +77,17 @@ fn word(bytes: &[u8], offset: usize) -> u32 {
     u32::from_ne_bytes(bytes[offset..offset + 4].try_into().unwrap())
 }
 
+#[expect(clippy::wrong_self_convention, reason = "methods are named after the hooks")]
 impl Bench {
     /// Pods A (red) and B (blue) here, a green one on another node, and a policy that allows everything.
     pub fn new() -> Self {
         let netns = Namespace::new("bench").unwrap();
-        netns.ip(&["link", "add", "va", "type", "veth", "peer", "name", "pa"]).unwrap();
-        netns.ip(&["link", "add", "vb", "type", "veth", "peer", "name", "pb"]).unwrap();
+        netns
+            .ip(&["link", "add", "va", "type", "veth", "peer", "name", "pa"])
+            .unwrap();
+        netns
+            .ip(&["link", "add", "vb", "type", "veth", "peer", "name", "pb"])
+            .unwrap();
         let index = |name: &str| -> u32 {
             let link = netns.ip(&["-o", "link", "show", name]).unwrap();
             link.split(':').next().unwrap().parse().unwrap()
@@ -129,7 +132,9 @@ impl Bench {
         self.array::<u64>(map::GENERATION).set(0, generation, 0).unwrap();
         for node in [NODE, OTHER_NODE] {
             let local = u32::from(node == NODE);
-            self.hash(map::NODES).insert(AddressKey::v4(node), NodeEntry { local }, 0).unwrap();
+            self.hash(map::NODES)
+                .insert(AddressKey::v4(node), NodeEntry { local }, 0)
+                .unwrap();
         }
         let (a, b) = (self.pod_a, self.pod_b);
         self.put_pod(POD_A, [RED; 2], RED_PLACE, 1, a);
@@ -149,7 +154,11 @@ impl Bench {
     }
 
     pub fn put_pod(&mut self, address: [u8; 4], identity: [Identity; 2], place: (u32, u32), epoch: u32, ifindex: u32) {
-        let (mac, gateway_mac) = if address == POD_B { (POD_B_MAC, GATEWAY_B) } else { (POD_A_MAC, GATEWAY_A) };
+        let (mac, gateway_mac) = if address == POD_B {
+            (POD_B_MAC, GATEWAY_B)
+        } else {
+            (POD_A_MAC, GATEWAY_A)
+        };
         let endpoint = Endpoint {
             identity,
             row: [place.0; 2],
@@ -160,7 +169,9 @@ impl Bench {
             mac,
             gateway_mac,
         };
-        self.hash(map::ENDPOINTS).insert(AddressKey::v4(address), endpoint, 0).unwrap();
+        self.hash(map::ENDPOINTS)
+            .insert(AddressKey::v4(address), endpoint, 0)
+            .unwrap();
     }
 
     pub fn put_remote(&mut self, address: [u8; 4], identity: [Identity; 2], node: [u8; 4]) {
@@ -186,7 +197,9 @@ impl Bench {
             flags,
             zero: [0; 6],
         };
-        self.hash(map::IPCACHE).insert(AddressKey::v4(address), entry, 0).unwrap();
+        self.hash(map::IPCACHE)
+            .insert(AddressKey::v4(address), entry, 0)
+            .unwrap();
     }
 
     pub fn allow_everything(&mut self, parity: usize) {
@@ -220,7 +233,9 @@ impl Bench {
         };
         set.rules[..rules.len()].copy_from_slice(rules);
         let parity = usize::try_from(self.generation & 1).unwrap();
-        self.array::<PortSet>(map::PORT_SETS[parity]).set(number, set, 0).unwrap();
+        self.array::<PortSet>(map::PORT_SETS[parity])
+            .set(number, set, 0)
+            .unwrap();
     }
 
     /// Puts the next generation in force.
@@ -231,7 +246,9 @@ impl Bench {
     }
 
     pub fn remove_pod(&mut self, address: [u8; 4]) {
-        self.hash::<Endpoint>(map::ENDPOINTS).remove(&AddressKey::v4(address)).unwrap();
+        self.hash::<Endpoint>(map::ENDPOINTS)
+            .remove(&AddressKey::v4(address))
+            .unwrap();
     }
 
     fn drops(&self) -> Vec<u64> {
@@ -240,7 +257,13 @@ impl Bench {
 
     fn counts(&self, name: &str, length: u32) -> Vec<u64> {
         let map: PerCpuArray<_, Counter> = self.ebpf.map(name).unwrap().try_into().unwrap();
-        let sum = |index| map.get(&index, 0).unwrap().iter().map(|counter: &Counter| counter.packets).sum();
+        let sum = |index| {
+            map.get(&index, 0)
+                .unwrap()
+                .iter()
+                .map(|counter: &Counter| counter.packets)
+                .sum()
+        };
         (0..length).map(sum).collect()
     }
 
@@ -317,22 +340,33 @@ impl Bench {
 
         let moved = |before: &[u64], after: &[u64]| -> Vec<usize> {
             let pairs = before.iter().zip(after).enumerate();
-            pairs.filter(|(_, (before, after))| before != after).map(|(index, _)| index).collect()
+            pairs
+                .filter(|(_, (before, after))| before != after)
+                .map(|(index, _)| index)
+                .collect()
         };
         let dropped = moved(&drops, &self.drops());
-        let sent = moved(&paths, &self.counts(map::FORWARDED, abi::event::PATHS));
+        let forwarded = moved(&paths, &self.counts(map::FORWARDED, abi::event::PATHS));
         let event = self.last_event();
         if result.return_value == SHOT {
-            assert_eq!((dropped.len(), sent.len()), (1, 0), "a drop counts once, as a drop");
+            assert_eq!(
+                (dropped.len(), forwarded.len()),
+                (1, 0),
+                "a drop counts once, as a drop"
+            );
             let reason = DropReason::from_number(u8::try_from(dropped[0]).unwrap()).unwrap();
             let event = event.expect("a drop is reported");
             assert_eq!((event.reason, event.hook), (reason as u8, hook as u8));
             assert_eq!(event.length as usize, frame.0.len());
             return Outcome::Dropped(reason);
         }
-        assert_eq!((dropped.len(), sent.len()), (0, 1), "a packet that is sent counts once, by its path");
+        assert_eq!(
+            (dropped.len(), forwarded.len()),
+            (0, 1),
+            "a packet that is sent counts once, by its path"
+        );
         let path = Path::ALL[word(&ctx_out, CB) as usize - 1];
-        assert_eq!(sent[0], path as usize);
+        assert_eq!(forwarded[0], path as usize);
         let ifindex = word(&ctx_out, CB + 4);
         assert_eq!(result.return_value, if ifindex == 0 { UNSPEC } else { REDIRECT });
         let remote = word(&ctx_out, CB + 12);

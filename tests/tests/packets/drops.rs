@@ -2,9 +2,7 @@
 
 use super::{
     bench::{BLUE_PLACE, Bench, GREEN, Outcome, RED, RED_PLACE},
-    frame::{
-        ACK, Frame, GATEWAY_B, NOBODY, NODE, OTHER_NODE, POD_A, POD_A_MAC, POD_B, POD_B_MAC, REMOTE, SYN,
-    },
+    frame::{ACK, Frame, GATEWAY_B, NOBODY, NODE, OTHER_NODE, POD_A, POD_A_MAC, POD_B, POD_B_MAC, REMOTE, SYN},
 };
 use abi::{Direction, DropReason, Identity};
 use harness::kernel_test;
@@ -32,34 +30,70 @@ fn green() -> Frame {
 }
 
 const TABLE: &[(DropReason, &str, Run)] = &[
-    (DropReason::Truncated, "an IPv4 header with nothing behind it", |b| b.from_pod_a(&syn().cut(34))),
-    (DropReason::Truncated, "an IPv4 length beyond the frame", |b| b.from_pod_a(&syn().with(16, &[0, 200]))),
-    (DropReason::Truncated, "a TCP header cut short by the IPv4 length", |b| b.from_pod_a(&syn().with(16, &[0, 30]))),
-    (DropReason::Truncated, "a UDP header cut short by the IPv4 length", |b| {
-        b.from_pod_a(&Frame::udp(POD_A, 1, POD_B, 2).with(16, &[0, 27]))
+    (DropReason::Truncated, "an IPv4 header with nothing behind it", |b| {
+        b.from_pod_a(&syn().cut(34))
     }),
-    (DropReason::Truncated, "half an ARP packet", |b| b.from_pod_a(&Frame::arp(1, POD_A_MAC, POD_A, GATEWAY).cut(30))),
-    (DropReason::UnknownEthertype, "LLDP", |b| b.from_pod_a(&syn().with(12, &[0x88, 0xcc]))),
+    (DropReason::Truncated, "an IPv4 length beyond the frame", |b| {
+        b.from_pod_a(&syn().with(16, &[0, 200]))
+    }),
+    (
+        DropReason::Truncated,
+        "a TCP header cut short by the IPv4 length",
+        |b| b.from_pod_a(&syn().with(16, &[0, 30])),
+    ),
+    (
+        DropReason::Truncated,
+        "a UDP header cut short by the IPv4 length",
+        |b| b.from_pod_a(&Frame::udp(POD_A, 1, POD_B, 2).with(16, &[0, 27])),
+    ),
+    (DropReason::Truncated, "half an ARP packet", |b| {
+        b.from_pod_a(&Frame::arp(1, POD_A_MAC, POD_A, GATEWAY).cut(30))
+    }),
+    (DropReason::UnknownEthertype, "LLDP", |b| {
+        b.from_pod_a(&syn().with(12, &[0x88, 0xcc]))
+    }),
     (DropReason::UnknownEthertype, "MPLS at the overlay", |b| {
         b.from_overlay(&green().with(12, &[0x88, 0x47]), OTHER_NODE, GREEN)
     }),
     (DropReason::UnknownEthertype, "ARP from the overlay", |b| {
         b.from_overlay(&Frame::arp(1, POD_A_MAC, REMOTE, POD_A), OTHER_NODE, GREEN)
     }),
-    (DropReason::Ipv6, "IPv6", |b| b.from_pod_a(&syn().with(12, &[0x86, 0xdd]))),
-    (DropReason::VlanTag, "802.1Q", |b| b.from_pod_a(&syn().with(12, &[0x81, 0]))),
-    (DropReason::VlanTag, "802.1ad", |b| b.from_pod_a(&syn().with(12, &[0x88, 0xa8]))),
-    (DropReason::InvalidHeader, "IP version 5", |b| b.from_pod_a(&syn().with(14, &[0x55]))),
-    (DropReason::InvalidHeader, "a header of four words", |b| b.from_pod_a(&syn().with(14, &[0x44]))),
-    (DropReason::InvalidHeader, "a total length of 19", |b| b.from_pod_a(&syn().with(16, &[0, 19]))),
-    (DropReason::IpOptions, "a header of six words", |b| b.from_pod_a(&syn().with(14, &[0x46]))),
-    (DropReason::Fragment, "a first fragment", |b| b.from_pod_a(&syn().with(20, &[0x20, 0]))),
-    (DropReason::Fragment, "a later fragment", |b| b.from_pod_a(&syn().with(20, &[0, 1]))),
+    (DropReason::Ipv6, "IPv6", |b| {
+        b.from_pod_a(&syn().with(12, &[0x86, 0xdd]))
+    }),
+    (DropReason::VlanTag, "802.1Q", |b| {
+        b.from_pod_a(&syn().with(12, &[0x81, 0]))
+    }),
+    (DropReason::VlanTag, "802.1ad", |b| {
+        b.from_pod_a(&syn().with(12, &[0x88, 0xa8]))
+    }),
+    (DropReason::InvalidHeader, "IP version 5", |b| {
+        b.from_pod_a(&syn().with(14, &[0x55]))
+    }),
+    (DropReason::InvalidHeader, "a header of four words", |b| {
+        b.from_pod_a(&syn().with(14, &[0x44]))
+    }),
+    (DropReason::InvalidHeader, "a total length of 19", |b| {
+        b.from_pod_a(&syn().with(16, &[0, 19]))
+    }),
+    (DropReason::IpOptions, "a header of six words", |b| {
+        b.from_pod_a(&syn().with(14, &[0x46]))
+    }),
+    (DropReason::Fragment, "a first fragment", |b| {
+        b.from_pod_a(&syn().with(20, &[0x20, 0]))
+    }),
+    (DropReason::Fragment, "a later fragment", |b| {
+        b.from_pod_a(&syn().with(20, &[0, 1]))
+    }),
     (DropReason::Fragment, "a fragment to a tunnel port", |b| {
         b.from_pod_a(&Frame::udp(POD_A, 1, OTHER_NODE, 8472).with(20, &[0x20, 0]))
     }),
-    (DropReason::UnknownProtocol, "GRE", |b| b.from_pod_a(&Frame::ipv4(POD_A, POD_B, 47, &[0; 20]))),
-    (DropReason::IcmpType, "an ICMP redirect", |b| b.from_pod_a(&Frame::echo(POD_A, POD_B, false, 1).with(34, &[5]))),
+    (DropReason::UnknownProtocol, "GRE", |b| {
+        b.from_pod_a(&Frame::ipv4(POD_A, POD_B, 47, &[0; 20]))
+    }),
+    (DropReason::IcmpType, "an ICMP redirect", |b| {
+        b.from_pod_a(&Frame::echo(POD_A, POD_B, false, 1).with(34, &[5]))
+    }),
     (DropReason::IcmpUnrelated, "an error about no flow", |b| {
         b.from_pod_a(&Frame::unreachable(POD_A, &Frame::udp(POD_B, 1, POD_A, 2)))
     }),
@@ -67,12 +101,20 @@ const TABLE: &[(DropReason, &str, Run)] = &[
         let others = Frame::udp(POD_B, 1, REMOTE, 2);
         b.from_pod_a(&Frame::unreachable(POD_A, &others))
     }),
-    (DropReason::SpoofedAddress, "pod B's address on pod A's interface", |b| {
-        b.from_pod_a(&Frame::tcp(POD_B, 1, REMOTE, 2, SYN))
+    (
+        DropReason::SpoofedAddress,
+        "pod B's address on pod A's interface",
+        |b| b.from_pod_a(&Frame::tcp(POD_B, 1, REMOTE, 2, SYN)),
+    ),
+    (DropReason::SpoofedAddress, "nobody's address", |b| {
+        b.from_pod_a(&Frame::tcp(NOBODY, 1, POD_B, 2, SYN))
     }),
-    (DropReason::SpoofedAddress, "nobody's address", |b| b.from_pod_a(&Frame::tcp(NOBODY, 1, POD_B, 2, SYN))),
-    (DropReason::SpoofedAddress, "the node's address", |b| b.from_pod_a(&Frame::tcp(NODE, 1, POD_B, 2, SYN))),
-    (DropReason::SpoofedMac, "pod B's MAC", |b| b.from_pod_a(&syn().with(6, &POD_B_MAC))),
+    (DropReason::SpoofedAddress, "the node's address", |b| {
+        b.from_pod_a(&Frame::tcp(NODE, 1, POD_B, 2, SYN))
+    }),
+    (DropReason::SpoofedMac, "pod B's MAC", |b| {
+        b.from_pod_a(&syn().with(6, &POD_B_MAC))
+    }),
     (DropReason::SpoofedArp, "an ARP request with pod B's address", |b| {
         b.from_pod_a(&Frame::arp(1, POD_A_MAC, POD_B, GATEWAY))
     }),
@@ -82,30 +124,52 @@ const TABLE: &[(DropReason, &str, Run)] = &[
     (DropReason::SpoofedArp, "an ARP request with nobody's address", |b| {
         b.from_pod_a(&Frame::arp(1, POD_A_MAC, NOBODY, GATEWAY))
     }),
-    (DropReason::UnexpectedArp, "an ARP reply", |b| b.from_pod_a(&Frame::arp(2, POD_A_MAC, POD_A, GATEWAY))),
+    (DropReason::UnexpectedArp, "an ARP reply", |b| {
+        b.from_pod_a(&Frame::arp(2, POD_A_MAC, POD_A, GATEWAY))
+    }),
     (DropReason::UnexpectedArp, "an ARP request for another pod", |b| {
         b.from_pod_a(&Frame::arp(1, POD_A_MAC, POD_A, POD_B))
     }),
-    (DropReason::UnexpectedArp, "the node's ARP", |b| b.to_pod(&Frame::arp(1, POD_A_MAC, NODE, POD_A), 0)),
-    (DropReason::NotForGateway, "a frame for pod B's gateway", |b| b.from_pod_a(&syn().with(0, &GATEWAY_B))),
-    (DropReason::NotForGateway, "a broadcast", |b| b.from_pod_a(&syn().with(0, &[0xff; 6]))),
+    (DropReason::UnexpectedArp, "the node's ARP", |b| {
+        b.to_pod(&Frame::arp(1, POD_A_MAC, NODE, POD_A), 0)
+    }),
+    (DropReason::NotForGateway, "a frame for pod B's gateway", |b| {
+        b.from_pod_a(&syn().with(0, &GATEWAY_B))
+    }),
+    (DropReason::NotForGateway, "a broadcast", |b| {
+        b.from_pod_a(&syn().with(0, &[0xff; 6]))
+    }),
     (DropReason::TunnelPort, "the other node's tunnel port", |b| {
         b.from_pod_a(&Frame::udp(POD_A, 1, OTHER_NODE, 8472))
     }),
-    (DropReason::TunnelPort, "this node's tunnel port", |b| b.from_pod_a(&Frame::udp(POD_A, 1, NODE, 8472))),
-    (DropReason::UnknownDestination, "outside the cluster", |b| b.from_pod_a(&Frame::tcp(POD_A, 1, NOBODY, 2, SYN))),
-    (DropReason::UnknownDestination, "another node, other than its tunnel port", |b| {
-        b.from_pod_a(&Frame::udp(POD_A, 1, OTHER_NODE, 53))
+    (DropReason::TunnelPort, "this node's tunnel port", |b| {
+        b.from_pod_a(&Frame::udp(POD_A, 1, NODE, 8472))
     }),
-    (DropReason::UnknownDestination, "multicast", |b| b.from_pod_a(&Frame::udp(POD_A, 1, [224, 0, 0, 1], 2))),
+    (DropReason::UnknownDestination, "outside the cluster", |b| {
+        b.from_pod_a(&Frame::tcp(POD_A, 1, NOBODY, 2, SYN))
+    }),
+    (
+        DropReason::UnknownDestination,
+        "another node, other than its tunnel port",
+        |b| b.from_pod_a(&Frame::udp(POD_A, 1, OTHER_NODE, 53)),
+    ),
+    (DropReason::UnknownDestination, "multicast", |b| {
+        b.from_pod_a(&Frame::udp(POD_A, 1, [224, 0, 0, 1], 2))
+    }),
     (DropReason::UnknownSource, "a routed packet from outside", |b| {
         let vb = b.pod_b;
         b.to_pod(&Frame::tcp(NOBODY, 1, POD_A, 2, SYN), vb)
     }),
-    (DropReason::TtlExceeded, "TTL 1 to a pod of the node", |b| b.from_pod_a(&syn().ttl(1))),
+    (DropReason::TtlExceeded, "TTL 1 to a pod of the node", |b| {
+        b.from_pod_a(&syn().ttl(1))
+    }),
     (DropReason::TtlExceeded, "TTL 0", |b| b.from_pod_a(&syn().ttl(0))),
-    (DropReason::TtlExceeded, "TTL 1 to another node", |b| b.from_pod_a(&Frame::tcp(POD_A, 1, REMOTE, 2, SYN).ttl(1))),
-    (DropReason::TtlExceeded, "TTL 1 from the overlay", |b| b.from_overlay(&green().ttl(1), OTHER_NODE, GREEN)),
+    (DropReason::TtlExceeded, "TTL 1 to another node", |b| {
+        b.from_pod_a(&Frame::tcp(POD_A, 1, REMOTE, 2, SYN).ttl(1))
+    }),
+    (DropReason::TtlExceeded, "TTL 1 from the overlay", |b| {
+        b.from_overlay(&green().ttl(1), OTHER_NODE, GREEN)
+    }),
     (DropReason::EgressDenied, "the sender's policy", |b| {
         b.deny_egress(RED_PLACE.0, BLUE_PLACE.1);
         b.from_pod_a(&syn())
@@ -125,34 +189,56 @@ const TABLE: &[(DropReason, &str, Run)] = &[
         b.set_cell(Direction::Ingress, BLUE_PLACE.0, RED_PLACE.1, 0);
         b.from_pod_a(&syn())
     }),
-    (DropReason::IngressDenied, "the receiver's policy, from the overlay", |b| {
-        b.set_cell(Direction::Ingress, RED_PLACE.0, super::bench::GREEN_COLUMN, 0);
-        b.from_overlay(&green(), OTHER_NODE, GREEN)
-    }),
+    (
+        DropReason::IngressDenied,
+        "the receiver's policy, from the overlay",
+        |b| {
+            b.set_cell(Direction::Ingress, RED_PLACE.0, super::bench::GREEN_COLUMN, 0);
+            b.from_overlay(&green(), OTHER_NODE, GREEN)
+        },
+    ),
     (DropReason::IngressDenied, "the node, where policy denies it", |b| {
         b.set_cell(Direction::Ingress, RED_PLACE.0, Identity::HOST.0, 0);
         b.to_pod(&Frame::tcp(NODE, 1, POD_A, 2, SYN), 0)
     }),
-    (DropReason::MidStream, "an ACK out of nowhere, allowed one way only", |b| {
-        b.deny_egress(BLUE_PLACE.0, RED_PLACE.1);
-        b.from_pod_a(&Frame::tcp(POD_A, 1, POD_B, 2, ACK))
-    }),
+    (
+        DropReason::MidStream,
+        "an ACK out of nowhere, allowed one way only",
+        |b| {
+            b.deny_egress(BLUE_PLACE.0, RED_PLACE.1);
+            b.from_pod_a(&Frame::tcp(POD_A, 1, POD_B, 2, ACK))
+        },
+    ),
     (DropReason::NoTunnelKey, "a packet without metadata", |b| {
         let vxlan = b.vxlan;
         b.run(abi::Hook::FromOverlay, &green(), vxlan, 0, None)
     }),
-    (DropReason::UnknownNode, "an outer source that is no node", |b| b.from_overlay(&green(), NOBODY, GREEN)),
-    (DropReason::WrongNode, "an inner source behind another node", |b| b.from_overlay(&green(), NODE, GREEN)),
+    (DropReason::UnknownNode, "an outer source that is no node", |b| {
+        b.from_overlay(&green(), NOBODY, GREEN)
+    }),
+    (DropReason::WrongNode, "an inner source behind another node", |b| {
+        b.from_overlay(&green(), NODE, GREEN)
+    }),
     (DropReason::WrongNode, "an inner source that nobody has", |b| {
         b.from_overlay(&Frame::tcp(NOBODY, 1, POD_A, 2, SYN), OTHER_NODE, GREEN)
     }),
-    (DropReason::WrongNode, "an inner source that is a pod of this node", |b| {
-        b.from_overlay(&Frame::tcp(POD_B, 1, POD_A, 2, SYN), OTHER_NODE, GREEN)
+    (
+        DropReason::WrongNode,
+        "an inner source that is a pod of this node",
+        |b| b.from_overlay(&Frame::tcp(POD_B, 1, POD_A, 2, SYN), OTHER_NODE, GREEN),
+    ),
+    (DropReason::ReservedVni, "VNI 0", |b| {
+        b.from_overlay(&green(), OTHER_NODE, Identity::NONE)
     }),
-    (DropReason::ReservedVni, "VNI 0", |b| b.from_overlay(&green(), OTHER_NODE, Identity::NONE)),
-    (DropReason::ReservedVni, "the host's identity as VNI", |b| b.from_overlay(&green(), OTHER_NODE, Identity::HOST)),
-    (DropReason::ReservedVni, "init as VNI", |b| b.from_overlay(&green(), OTHER_NODE, Identity::INIT)),
-    (DropReason::WrongVni, "another pod's identity as VNI", |b| b.from_overlay(&green(), OTHER_NODE, RED)),
+    (DropReason::ReservedVni, "the host's identity as VNI", |b| {
+        b.from_overlay(&green(), OTHER_NODE, Identity::HOST)
+    }),
+    (DropReason::ReservedVni, "init as VNI", |b| {
+        b.from_overlay(&green(), OTHER_NODE, Identity::INIT)
+    }),
+    (DropReason::WrongVni, "another pod's identity as VNI", |b| {
+        b.from_overlay(&green(), OTHER_NODE, RED)
+    }),
     (DropReason::NotLocal, "an inner destination that is not here", |b| {
         b.from_overlay(&Frame::tcp(REMOTE, 1, [10, 1, 0, 99], 2, SYN), OTHER_NODE, GREEN)
     }),
@@ -174,6 +260,9 @@ fn every_bad_packet_is_dropped_for_its_own_reason() {
 #[test]
 fn the_table_has_every_reason() {
     let covered: BTreeSet<_> = TABLE.iter().map(|(reason, ..)| *reason).chain(OUT_OF_REACH).collect();
-    let missing: Vec<_> = DropReason::ALL.iter().filter(|reason| !covered.contains(reason)).collect();
+    let missing: Vec<_> = DropReason::ALL
+        .iter()
+        .filter(|reason| !covered.contains(reason))
+        .collect();
     assert!(missing.is_empty(), "no packet for {missing:?}");
 }

@@ -44,12 +44,24 @@ fn replies_pass_and_nothing_else_does() {
 fn udp_and_echo_replies_pass() {
     kernel_test!();
     let mut bench = one_way();
-    assert_eq!(bench.from_pod_b(&Frame::udp(POD_B, 53, POD_A, 9)).reason(), DropReason::EgressDenied);
+    assert_eq!(
+        bench.from_pod_b(&Frame::udp(POD_B, 53, POD_A, 9)).reason(),
+        DropReason::EgressDenied
+    );
     assert_eq!(bench.from_pod_a(&Frame::udp(POD_A, 9, POD_B, 53)).path(), Path::Local);
     assert_eq!(bench.from_pod_b(&Frame::udp(POD_B, 53, POD_A, 9)).path(), Path::Local);
-    assert_eq!(bench.from_pod_a(&Frame::echo(POD_A, POD_B, false, 7)).path(), Path::Local);
-    assert_eq!(bench.from_pod_b(&Frame::echo(POD_B, POD_A, true, 7)).path(), Path::Local);
-    assert_eq!(bench.from_pod_b(&Frame::echo(POD_B, POD_A, true, 8)).reason(), DropReason::EgressDenied);
+    assert_eq!(
+        bench.from_pod_a(&Frame::echo(POD_A, POD_B, false, 7)).path(),
+        Path::Local
+    );
+    assert_eq!(
+        bench.from_pod_b(&Frame::echo(POD_B, POD_A, true, 7)).path(),
+        Path::Local
+    );
+    assert_eq!(
+        bench.from_pod_b(&Frame::echo(POD_B, POD_A, true, 8)).reason(),
+        DropReason::EgressDenied
+    );
 }
 
 #[test]
@@ -141,17 +153,29 @@ fn a_syn_against_the_direction_of_a_flow_is_judged_by_itself() {
     kernel_test!();
     let mut bench = connected();
     assert_eq!(bench.from_pod_b(&back(SYN)).reason(), DropReason::EgressDenied);
-    assert_eq!(bench.from_pod_a(&there(ACK)).path(), Path::Local, "the flow itself is as it was");
+    assert_eq!(
+        bench.from_pod_a(&there(ACK)).path(),
+        Path::Local,
+        "the flow itself is as it was"
+    );
 }
 
 #[test]
 fn a_closed_flow_may_be_opened_again_by_the_same_ports() {
     kernel_test!();
-    for closing in [vec![there(FIN | ACK), back(FIN | ACK)], vec![there(RST)], vec![back(RST)]] {
+    for closing in [
+        vec![there(FIN | ACK), back(FIN | ACK)],
+        vec![there(RST)],
+        vec![back(RST)],
+    ] {
         let mut bench = connected();
         for frame in closing {
             let from_a = frame.0[26..30] == POD_A;
-            let sent = if from_a { bench.from_pod_a(&frame) } else { bench.from_pod_b(&frame) };
+            let sent = if from_a {
+                bench.from_pod_a(&frame)
+            } else {
+                bench.from_pod_b(&frame)
+            };
             assert_eq!(sent.path(), Path::Local);
         }
         assert_eq!(bench.from_pod_a(&there(SYN)).path(), Path::Local);
@@ -176,7 +200,10 @@ fn the_node_gets_its_answers() {
     bench.deny_egress(RED_PLACE.0, abi::Identity::HOST.0);
     let answer = Frame::tcp(POD_A, 80, NODE, 40000, SYN | ACK);
     assert_eq!(bench.from_pod_a(&answer).reason(), DropReason::EgressDenied);
-    assert_eq!(bench.to_pod(&Frame::tcp(NODE, 40000, POD_A, 80, SYN), 0).path(), Path::FromHost);
+    assert_eq!(
+        bench.to_pod(&Frame::tcp(NODE, 40000, POD_A, 80, SYN), 0).path(),
+        Path::FromHost
+    );
     assert_eq!(bench.from_pod_a(&answer).path(), Path::ToHost);
 }
 

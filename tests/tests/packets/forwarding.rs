@@ -2,9 +2,7 @@
 
 use super::{
     bench::{BLUE_PLACE, Bench, GREEN, Outcome, RED, RED_PLACE},
-    frame::{
-        Frame, GATEWAY_A, GATEWAY_B, NODE, OTHER_NODE, POD_A, POD_A_MAC, POD_B, POD_B_MAC, REMOTE, SYN,
-    },
+    frame::{Frame, GATEWAY_A, GATEWAY_B, NODE, OTHER_NODE, POD_A, POD_A_MAC, POD_B, POD_B_MAC, REMOTE, SYN},
 };
 use abi::{
     Direction, DropReason, Identity, Path, PortRule,
@@ -66,7 +64,10 @@ fn while_a_policy_changes_the_old_and_the_new_vni_are_believed() {
         assert_eq!(bench.from_overlay(&frame, OTHER_NODE, vni).path(), Path::Overlay);
     }
     let frame = Frame::tcp(REMOTE, 3, POD_A, 80, SYN);
-    assert_eq!(bench.from_overlay(&frame, OTHER_NODE, BLUE_OR_OTHER).reason(), DropReason::WrongVni);
+    assert_eq!(
+        bench.from_overlay(&frame, OTHER_NODE, BLUE_OR_OTHER).reason(),
+        DropReason::WrongVni
+    );
 }
 
 const BLUE_OR_OTHER: Identity = Identity(GREEN.0 + 2);
@@ -117,7 +118,9 @@ fn a_low_ttl_and_every_checksum_carry_are_right() {
     // The identification field moves the checksum through all of its carries.
     for id in (0..=0xffff_u16).step_by(251) {
         let frame = Frame::udp(POD_A, id, POD_B, 80).with(18, &id.to_be_bytes()).ttl(2);
-        let Outcome::Sent { frame: sent, .. } = bench.from_pod_a(&frame) else { panic!("id {id}: dropped") };
+        let Outcome::Sent { frame: sent, .. } = bench.from_pod_a(&frame) else {
+            panic!("id {id}: dropped")
+        };
         assert_eq!(sent, frame.after_hop(POD_B_MAC, GATEWAY_B), "id {id}");
     }
 }
@@ -132,7 +135,10 @@ fn a_port_set_lets_its_ports_through_and_no_others() {
         zero: 0,
     };
     let mut bench = Bench::new();
-    bench.set_port_set(1, &[rule(6, 80, 80), rule(6, 8000, 8010), rule(17, 53, 53), rule(1, 0, 0)]);
+    bench.set_port_set(
+        1,
+        &[rule(6, 80, 80), rule(6, 8000, 8010), rule(17, 53, 53), rule(1, 0, 0)],
+    );
     bench.set_port_set(2, &[rule(ANY_PROTOCOL, 443, 443)]);
     let cases: [(u16, Frame, bool); 13] = [
         (1, Frame::tcp(POD_A, 1, POD_B, 80, SYN), true),
@@ -152,7 +158,11 @@ fn a_port_set_lets_its_ports_through_and_no_others() {
     for (set, frame, allowed) in cases {
         bench.set_cell(Direction::Egress, RED_PLACE.0, BLUE_PLACE.1, CELL_PORT_SET + set);
         let outcome = bench.from_pod_a(&frame);
-        assert_eq!(matches!(outcome, Outcome::Sent { .. }), allowed, "set {set}: {frame:?}: {outcome:?}");
+        assert_eq!(
+            matches!(outcome, Outcome::Sent { .. }),
+            allowed,
+            "set {set}: {frame:?}: {outcome:?}"
+        );
     }
 }
 
@@ -160,9 +170,24 @@ fn a_port_set_lets_its_ports_through_and_no_others() {
 fn sctp_is_matched_by_port() {
     kernel_test!();
     let mut bench = Bench::new();
-    let frame = |port: u16| Frame::ipv4(POD_A, POD_B, 132, &[&[0, 9], &port.to_be_bytes()[..], &[0; 12]].concat());
+    let frame = |port: u16| {
+        Frame::ipv4(
+            POD_A,
+            POD_B,
+            132,
+            &[&[0, 9], &port.to_be_bytes()[..], &[0; 12]].concat(),
+        )
+    };
     bench.set_cell(Direction::Egress, RED_PLACE.0, BLUE_PLACE.1, CELL_PORT_SET + 1);
-    bench.set_port_set(1, &[PortRule { first: 38412, last: 38412, protocol: 132, zero: 0 }]);
+    bench.set_port_set(
+        1,
+        &[PortRule {
+            first: 38412,
+            last: 38412,
+            protocol: 132,
+            zero: 0,
+        }],
+    );
     assert_eq!(bench.from_pod_a(&frame(38412)).path(), Path::Local);
     assert_eq!(bench.from_pod_a(&frame(38413)).reason(), DropReason::EgressDenied);
 }

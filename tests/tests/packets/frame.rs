@@ -35,7 +35,11 @@ fn checksum(bytes: &[u8]) -> u16 {
 impl Frame {
     /// IPv4 from pod A to its gateway's MAC, with this payload behind the IP header.
     pub fn ipv4(source: [u8; 4], destination: [u8; 4], protocol: u8, payload: &[u8]) -> Self {
-        let (mac, gateway) = if source == POD_B { (POD_B_MAC, GATEWAY_B) } else { (POD_A_MAC, GATEWAY_A) };
+        let (mac, gateway) = if source == POD_B {
+            (POD_B_MAC, GATEWAY_B)
+        } else {
+            (POD_A_MAC, GATEWAY_A)
+        };
         let mut bytes = [&gateway[..], &mac, &[8, 0]].concat();
         let total = u16::try_from(20 + payload.len()).unwrap().to_be_bytes();
         bytes.extend([0x45, 0, total[0], total[1], 0, 1, 0x40, 0, 64, protocol, 0, 0]);
@@ -89,7 +93,11 @@ impl Frame {
     /// Overwrites bytes and mends the IP checksum.
     pub fn with(mut self, offset: usize, bytes: &[u8]) -> Self {
         self.0[offset..offset + bytes.len()].copy_from_slice(bytes);
-        if self.0[12..14] == [8, 0] { self.with_checksum() } else { self }
+        if self.0[12..14] == [8, 0] {
+            self.with_checksum()
+        } else {
+            self
+        }
     }
 
     pub fn ttl(self, ttl: u8) -> Self {

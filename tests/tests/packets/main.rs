@@ -1,5 +1,6 @@
 //! Tables of packets, run through the loaded programs by `BPF_PROG_TEST_RUN`: verdict, path, target, tunnel key, bytes
 //! and counters, for every way that a packet can go and every reason for which it can be dropped.
+#![expect(clippy::unwrap_used, reason = "helpers of tests, which fail as a whole")]
 
 mod bench;
 mod frame;

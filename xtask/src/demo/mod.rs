@@ -51,7 +51,11 @@ pub fn run(keep: bool) -> anyhow::Result<()> {
     let result = play(&interrupted, keep);
     if interrupted.0.load(Ordering::Relaxed) {
         println!("\ninterrupted; everything was removed");
-        return if keep && result.is_ok() { Ok(()) } else { bail!("interrupted") };
+        return if keep && result.is_ok() {
+            Ok(())
+        } else {
+            bail!("interrupted")
+        };
     }
     result.context("the demo failed; everything was removed")?;
     println!("\ndone in {} s; everything was removed", began.elapsed().as_secs());
@@ -79,7 +83,7 @@ fn play(interrupted: &Interrupted, keep: bool) -> anyhow::Result<()> {
     expect(&cluster, interrupted, stage::isolated)?;
     vnis(&cluster, capture)?;
 
-    show::step("throughput: iperf3, 3 s each");
+    show::step("throughput: iperf3, 3 s each, with a bare veth pair for comparison");
     throughput(&cluster, interrupted)?;
 
     show::step("a policy change under traffic: allow-all, then tenant-isolation again");
@@ -124,8 +128,14 @@ fn vnis(cluster: &Cluster, capture: Capture) -> anyhow::Result<()> {
     }
     show::vnis(&seen, &identities);
     ensure!(!packets.is_empty(), "no VXLAN packet was captured");
-    ensure!(wrong == 0, "{wrong} packets have another VNI than their sender's identity");
-    println!("{} VXLAN packets captured, each with its sender's identity as VNI", packets.len());
+    ensure!(
+        wrong == 0,
+        "{wrong} packets have another VNI than their sender's identity"
+    );
+    println!(
+        "{} VXLAN packets captured, each with its sender's identity as VNI",
+        packets.len()
+    );
     Ok(())
 }
 
@@ -133,9 +143,11 @@ fn throughput(cluster: &Cluster, interrupted: &Interrupted) -> anyhow::Result<()
     let mut results = Vec::new();
     for (what, to) in [("same node", NEAR), ("across nodes", FAR)] {
         interrupted.check()?;
-        let result = stage::iperf3(cluster, SENDER, to, 3)?.finish()?;
+        let result = stage::iperf3(cluster.pod(SENDER).into(), cluster.pod(to).into(), 3)?.finish()?;
         results.push((what, to, result));
     }
+    // What the machine itself makes of it, with nothing in between.
+    results.push(("bare veth pair", "-", stage::bare_pair(3)?));
     show::throughput(&results);
     Ok(())
 }
@@ -146,14 +158,22 @@ fn change_under_traffic(cluster: &Cluster, interrupted: &Interrupted) -> anyhow:
     let mut revoked = Vec::new();
     for name in [STRANGER, ACROSS] {
         let to = cluster.pod(name);
-        revoked.push((name, Duplex::open(sender, to.netns.name(), to.address, DUPLEX_PORT, WAIT)?));
+        revoked.push((
+            name,
+            Duplex::open(sender, to.netns.name(), to.address, DUPLEX_PORT, WAIT)?,
+        ));
     }
     let streams = [NEAR, FAR]
-        .map(|name| stage::iperf3(cluster, SENDER, name, 5).map(|run| (name, run)))
+        .map(|name| stage::iperf3(cluster.pod(SENDER).into(), cluster.pod(name).into(), 5).map(|run| (name, run)))
         .into_iter()
         .collect::<anyhow::Result<Vec<_>>>()?;
     let echoes: Vec<_> = [NEAR, FAR]
-        .map(|name| (name, Traffic::start(sender, cluster.pod(name).address, PORT, Duration::from_secs(1))))
+        .map(|name| {
+            (
+                name,
+                Traffic::start(sender, cluster.pod(name).address, PORT, Duration::from_secs(1)),
+            )
+        })
         .into_iter()
         .collect();
     thread::sleep(Duration::from_secs(2));
@@ -177,8 +197,16 @@ fn change_under_traffic(cluster: &Cluster, interrupted: &Interrupted) -> anyhow:
         .map(|(name, echo)| Ok((name, echo.stop()?)))
         .collect::<anyhow::Result<Vec<_>>>()?;
     show::stays(&streams, &echoes);
-    show::revoked(&revoked.iter().map(|(name, _)| *name).collect::<Vec<_>>(), &before, &after, &later);
-    ensure!(before.iter().flatten().all(|bytes| *bytes > 0), "a stream that was allowed did not flow");
+    show::revoked(
+        &revoked.iter().map(|(name, _)| *name).collect::<Vec<_>>(),
+        &before,
+        &after,
+        &later,
+    );
+    ensure!(
+        before.iter().flatten().all(|bytes| *bytes > 0),
+        "a stream that was allowed did not flow"
+    );
     ensure!(after == later, "a revoked stream goes on");
     let lost: u64 = echoes.iter().map(|(_, counts)| counts.lost).sum();
     ensure!(lost == 0, "{lost} packets of what stays allowed were lost");

@@ -25,7 +25,11 @@ pub fn pods(cluster: &Cluster) -> anyhow::Result<()> {
 pub fn hostd(cluster: &Cluster, arguments: &[&str]) -> anyhow::Result<()> {
     let output = cluster.nodes[0].hostd(arguments)?;
     print!("{}", String::from_utf8_lossy(&output.stdout));
-    anyhow::ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr).trim());
+    anyhow::ensure!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
     Ok(())
 }
 
@@ -58,23 +62,29 @@ pub fn matrix(cluster: &Cluster, reach: &BTreeMap<(String, String), Reach>) {
 pub fn vnis(seen: &BTreeMap<String, (u32, usize)>, identities: &BTreeMap<IpAddr, (String, u32)>) {
     println!("\n{:22} {:>9} {:>9} {:>8}", "SENDER", "IDENTITY", "VNI", "PACKETS");
     for (name, (vni, packets)) in seen {
-        let identity = identities.values().find(|(known, _)| known == name).map_or(0, |(_, identity)| *identity);
+        let identity = identities
+            .values()
+            .find(|(known, _)| known == name)
+            .map_or(0, |(_, identity)| *identity);
         println!("{name:22} {identity:>9} {vni:>9} {packets:>8}");
     }
 }
 
 /// What iperf3 has measured.
 pub fn throughput(results: &[(&str, &str, Throughput)]) {
-    println!("{:14} {:14} {:>12} {:>12}", "PATH", "TO", "GBIT/S", "RETRANSMITS");
+    println!("{:16} {:14} {:>12} {:>12}", "PATH", "TO", "GBIT/S", "RETRANSMITS");
     for (what, to, result) in results {
-        println!("{what:14} {to:14} {:>12.2} {:>12}", result.gigabits, result.retransmits);
+        println!("{what:16} {to:14} {:>12.2} {:>12}", result.gigabits, result.retransmits);
     }
 }
 
 /// What stays allowed.
 pub fn stays(streams: &[(&str, Throughput)], echoes: &[(&str, Counts)]) {
     println!("What stays allowed, while the policy changes:");
-    println!("{:14} {:>12} {:>12} {:>14} {:>10} {:>14}", "TO", "TCP GBIT/S", "RETRANSMITS", "UDP ANSWERED", "UDP LOST", "SLOWEST");
+    println!(
+        "{:14} {:>12} {:>12} {:>14} {:>10} {:>14}",
+        "TO", "TCP GBIT/S", "RETRANSMITS", "UDP ANSWERED", "UDP LOST", "SLOWEST"
+    );
     for ((name, stream), (_, echo)) in streams.iter().zip(echoes) {
         println!(
             "{name:14} {:>12.2} {:>12} {:>14} {:>10} {:>11.1} ms",
@@ -90,10 +100,18 @@ pub fn stays(streams: &[(&str, Throughput)], echoes: &[(&str, Counts)]) {
 /// What was revoked: bytes that had arrived at either end.
 pub fn revoked(names: &[&str], before: &[[u64; 2]], after: &[[u64; 2]], later: &[[u64; 2]]) {
     println!("\nWhat was revoked, in bytes received so far (by the sender / by the receiver):");
-    println!("{:14} {:>18} {:>18} {:>18}", "TO", "BEFORE", "AFTER THE CHANGE", "1 s LATER");
+    println!(
+        "{:14} {:>18} {:>18} {:>18}",
+        "TO", "BEFORE", "AFTER THE CHANGE", "1 s LATER"
+    );
     for (index, name) in names.iter().enumerate() {
         let cell = |bytes: [u64; 2]| format!("{} / {}", bytes[0], bytes[1]);
-        println!("{name:14} {:>18} {:>18} {:>18}", cell(before[index]), cell(after[index]), cell(later[index]));
+        println!(
+            "{name:14} {:>18} {:>18} {:>18}",
+            cell(before[index]),
+            cell(after[index]),
+            cell(later[index])
+        );
     }
 }
 
@@ -105,13 +123,28 @@ pub fn commands(cluster: &Cluster) -> anyhow::Result<()> {
         println!("export HOSTD_SOCKET={}   # {}", node.socket().display(), node.name);
     }
     println!();
-    for arguments in ["status", "endpoint list", "policy show", "monitor", "endpoint label --namespace blue --name frontend tenant=red"] {
+    for arguments in [
+        "status",
+        "endpoint list",
+        "policy show",
+        "monitor",
+        "endpoint label --namespace blue --name frontend tenant=red",
+    ] {
         println!("{} {arguments}", hostd.display());
     }
-    println!("{} load-policy {}", hostd.display(), harness::policy("web-app")?.display());
+    println!(
+        "{} load-policy {}",
+        hostd.display(),
+        harness::policy("web-app")?.display()
+    );
     println!();
     for pod in &cluster.pods {
-        println!("ip netns exec {} ping -c 1 -W 1 ADDRESS   # {} at {}", pod.netns.name(), pod.name, pod.address);
+        println!(
+            "ip netns exec {} ping -c 1 -W 1 ADDRESS   # {} at {}",
+            pod.netns.name(),
+            pod.name,
+            pod.address
+        );
     }
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use super::Interrupted;
 use anyhow::{Context, ensure};
-use harness::Cluster;
+use harness::{Cluster, Namespace, Pod};
 use serde_json::Value;
 use std::{
     collections::BTreeMap,
@@ -81,9 +81,44 @@ pub struct Throughput {
     pub retransmits: u64,
 }
 
-/// Starts iperf3 from one pod to another.
-pub fn iperf3(cluster: &Cluster, from: &str, to: &str, seconds: u32) -> anyhow::Result<Iperf> {
-    let (from, to) = (cluster.pod(from), cluster.pod(to));
+/// Where iperf3 runs.
+#[derive(Clone, Copy)]
+pub struct End<'a> {
+    netns: &'a Namespace,
+    address: IpAddr,
+}
+
+impl<'a> From<&'a Pod> for End<'a> {
+    fn from(pod: &'a Pod) -> Self {
+        Self {
+            netns: &pod.netns,
+            address: pod.address,
+        }
+    }
+}
+
+/// The same measurement between two namespaces that a veth pair joins, and nothing else.
+pub fn bare_pair(seconds: u32) -> anyhow::Result<Throughput> {
+    let (one, other) = (Namespace::new("bare")?, Namespace::new("bare")?);
+    let (here, there) = (one.name(), other.name());
+    let pair = [
+        "link", "add", "eth0", "netns", here, "type", "veth", "peer", "name", "eth0", "netns", there,
+    ];
+    harness::run("ip", &pair)?;
+    let end = |netns, address: &str| -> anyhow::Result<End> {
+        Namespace::ip(netns, &["addr", "add", &format!("{address}/24"), "dev", "eth0"])?;
+        Namespace::ip(netns, &["link", "set", "eth0", "mtu", "1450", "up"])?;
+        Ok(End {
+            netns,
+            address: address.parse()?,
+        })
+    };
+    // TEST-NET-2 (RFC 5737).
+    iperf3(end(&one, "198.51.100.1")?, end(&other, "198.51.100.2")?, seconds)?.finish()
+}
+
+/// Starts iperf3 from one end to another.
+pub fn iperf3(from: End, to: End, seconds: u32) -> anyhow::Result<Iperf> {
     let server = to
         .netns
         .command("iperf3")
@@ -95,11 +130,17 @@ pub fn iperf3(cluster: &Cluster, from: &str, to: &str, seconds: u32) -> anyhow::
         let sockets = to.netns.command("ss").args(["-Hltn", "sport = :5201"]).output();
         sockets.is_ok_and(|sockets| !sockets.stdout.is_empty())
     });
-    ensure!(listening, "iperf3 does not listen in {}", to.name);
+    ensure!(listening, "iperf3 does not listen in {}", to.netns.name());
     let client = from
         .netns
         .command("iperf3")
-        .args(["--json", "--time", &seconds.to_string(), "--client", &to.address.to_string()])
+        .args([
+            "--json",
+            "--time",
+            &seconds.to_string(),
+            "--client",
+            &to.address.to_string(),
+        ])
         .stdout(Stdio::piped())
         .spawn()?;
     Ok(Iperf { server, client })
