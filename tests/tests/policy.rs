@@ -5,6 +5,10 @@ use harness::{
     Capture, Cluster, Listener, Options, TcpOutcome, Traffic, kernel_test, tcp_exchange, tcp_open, udp_exchange,
     wait_until,
 };
+use hostd::store::{
+    Collection, Expect, FileStore, Key,
+    records::{self, ModuleRecord, POLICY, Phase, PolicyRecord},
+};
 use std::{collections::BTreeMap, time::Duration};
 
 const WAIT: Duration = Duration::from_millis(400);
@@ -323,4 +327,70 @@ fn a_node_that_is_down_holds_a_load_up_unless_it_may_be_skipped() {
         tcp_exchange(a.netns.name(), b.address, 80, WAIT).unwrap(),
         TcpOutcome::Open
     );
+}
+
+#[test]
+fn a_load_that_its_coordinator_left_unfinished_is_finished_by_others() {
+    kernel_test!();
+    let mut cluster = Cluster::new().unwrap();
+    cluster.add_pod(0, "red/a", &[]).unwrap();
+    cluster.add_pod(1, "blue/b", &[]).unwrap();
+    cluster.settle().unwrap();
+    cluster.load("tenant-isolation").unwrap();
+    let store = FileStore::open(&cluster.folder().join("store")).unwrap();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let key = Key::new(Collection::Policy, POLICY);
+    let record = || {
+        runtime
+            .block_on(records::get::<PolicyRecord>(&store, &key))
+            .unwrap()
+            .unwrap()
+    };
+    let in_force = |node: usize| cluster.nodes[node].json(&["status"]).unwrap()["policy"]["name"].clone();
+
+    // As if a coordinator had died: before its commit the load is aborted, after it is retired. What is loaded is the
+    // same module under another name.
+    for (left_in, ends_in, name) in [
+        (Phase::Prepare, Phase::Aborted, "tenant-isolation"),
+        (Phase::Commit, Phase::Retired, "renamed"),
+    ] {
+        let (last, revision) = record();
+        let load = PolicyRecord {
+            serial: last.serial + 1,
+            phase: left_in,
+            module: ModuleRecord {
+                name: "renamed".to_owned(),
+                ..last.module.clone()
+            },
+            previous: last.in_force().cloned(),
+            coordinator: "gone".to_owned(),
+            deadline_ms: 0,
+        };
+        let put = records::put(&store, &key, &load, Expect::Revision(revision));
+        runtime.block_on(put).unwrap();
+        assert!(wait_until(LONG, || record().0.phase == ends_in), "{:?}", record());
+        assert!(
+            wait_until(LONG, || (0..2).all(|node| in_force(node) == name)),
+            "{left_in:?}"
+        );
+    }
+
+    // A node that saw only the last of several states of the record enforces what came before it all the same.
+    let (last, revision) = record();
+    let skipped = ModuleRecord {
+        name: "skipped".to_owned(),
+        ..last.module.clone()
+    };
+    let load = PolicyRecord {
+        serial: last.serial + 2,
+        phase: Phase::Aborted,
+        previous: Some(skipped),
+        ..last
+    };
+    runtime
+        .block_on(records::put(&store, &key, &load, Expect::Revision(revision)))
+        .unwrap();
+    assert!(wait_until(LONG, || (0..2).all(|node| in_force(node) == "skipped")));
+    cluster.load("allow-all").unwrap();
+    assert_eq!(in_force(1), "allow-all");
 }

@@ -171,7 +171,7 @@ fn rustup_way(packages: &[String]) -> anyhow::Result<bool> {
             "--component",
             "clippy",
         ][..],
-        &["target", "add", "wasm32-unknown-unknown"],
+        &["target", "add", "--toolchain", "stable", "wasm32-unknown-unknown"],
     ] {
         crate::run(Command::new("rustup").args(arguments))
             .context("neither apt nor rustup has a compiler for BPF and wasm")?;

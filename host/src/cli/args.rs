@@ -4,15 +4,23 @@ use crate::{api::PodName, config::DEFAULT_SOCKET};
 use clap::{Args, Parser, Subcommand};
 use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
 
+const EXAMPLE: &str = "\
+Examples:
+  hostd run --config /etc/wasmgate/node.toml
+  hostd endpoint add --netns web --namespace red --name web --label app=frontend
+  hostd load-policy tenant-isolation.wasm --dry-run
+
+All but `run` and `cleanup` ask the daemon, as root. Exit status: 0 done, 1 refused or failed, 2 wrong usage.";
+
 /// Wasmgate's daemon and its command: forwards between pods, and lets wasm modules decide who may talk to whom.
 #[derive(Parser)]
-#[command(name = "hostd", version, max_term_width = 100)]
+#[command(name = "hostd", version, max_term_width = 100, after_help = EXAMPLE)]
 pub struct Arguments {
-    /// Control socket of the hostd to ask.
-    #[arg(long, global = true, env = "HOSTD_SOCKET", default_value = DEFAULT_SOCKET, value_name = "PATH")]
+    /// Control socket of the hostd to ask; `run` and `cleanup` take theirs from the configuration.
+    #[arg(long, global = true, help_heading = "Global options", env = "HOSTD_SOCKET", default_value = DEFAULT_SOCKET, value_name = "PATH")]
     pub socket: PathBuf,
     /// Print JSON.
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = "Global options")]
     pub json: bool,
     #[command(subcommand)]
     pub command: Command,
@@ -21,6 +29,8 @@ pub struct Arguments {
 #[derive(Subcommand)]
 pub enum Command {
     /// Run the daemon of this node.
+    ///
+    /// It stays in the foreground and needs root.
     ///
     /// It logs to stderr; `HOSTD_LOG` sets the level, as in `HOSTD_LOG=debug`. When it is stopped, traffic goes on under
     /// the policy that is in force.
@@ -34,26 +44,29 @@ pub enum Command {
     /// Load a policy module on all nodes of the cluster.
     ///
     /// All nodes prepare it, then all switch to it; if one refuses or does not answer, none does. Live connections
-    /// that the new policy does not allow end; the others lose no packet.
+    /// that the new policy does not allow end; the others lose no packet. The policy is named after its file. Status 1
+    /// says that it was refused, or, with `--skip-unreachable`, that it is loaded but not on all nodes.
     LoadPolicy(LoadArguments),
     /// Connect, disconnect and relabel pods.
     #[command(subcommand)]
     Endpoint(EndpointCommand),
     /// Show the cluster's identities.
     #[command(subcommand)]
-    Identity(ListCommand),
+    Identity(IdentityCommand),
     /// Show what the kernel knows of every address.
     #[command(subcommand)]
-    Ipcache(ListCommand),
+    Ipcache(IpcacheCommand),
     /// Show the policy in force.
     #[command(subcommand)]
     Policy(PolicyCommand),
     /// Remove nodes that are gone.
     #[command(subcommand)]
     Node(NodeCommand),
-    /// Show drops and new flows as they happen, one line each.
+    /// Show drops and new flows as they happen, one line each. Without options: both.
     Monitor(MonitorArguments),
     /// Take away everything that hostd has made on this node. hostd must not be running.
+    ///
+    /// The node's pods lose their connection, and the cluster forgets the node.
     Cleanup {
         /// The node's configuration.
         #[arg(long, value_name = "FILE")]
@@ -105,6 +118,8 @@ impl From<PodArguments> for PodName {
 #[derive(Subcommand)]
 pub enum EndpointCommand {
     /// Connect a pod; traffic can flow when this returns.
+    ///
+    /// The namespace must exist and have no `eth0`; a pod that is connected already is an error.
     Add {
         #[command(flatten)]
         pod: PodArguments,
@@ -114,7 +129,7 @@ pub enum EndpointCommand {
         /// A label; may be given many times.
         #[arg(long = "label", value_name = "KEY=VALUE", value_parser = parse_label)]
         labels: Vec<(String, String)>,
-        /// The pod's address; without it, the first free one of the node's pod CIDRs.
+        /// The pod's address, a free one of the node's pod CIDRs; without it, the first free one.
         #[arg(long)]
         address: Option<IpAddr>,
     },
@@ -136,8 +151,14 @@ pub enum EndpointCommand {
 }
 
 #[derive(Subcommand)]
-pub enum ListCommand {
-    /// List them.
+pub enum IdentityCommand {
+    /// List identities: number (which is the VNI), tenant, labels, and how many addresses have it.
+    List,
+}
+
+#[derive(Subcommand)]
+pub enum IpcacheCommand {
+    /// List addresses: identity, and the node that each lives behind.
     List,
 }
 
@@ -149,7 +170,7 @@ pub enum PolicyCommand {
 
 #[derive(Subcommand)]
 pub enum NodeCommand {
-    /// Remove a node whose lease has expired, and its pods.
+    /// Remove a node whose lease has expired (`hostd status` shows it as stale), and its pods.
     Delete {
         /// The node.
         name: String,
@@ -164,7 +185,7 @@ pub struct MonitorArguments {
     /// Only first packets of allowed flows.
     #[arg(long)]
     pub flows: bool,
-    /// End after so many packets.
+    /// End after so many lines.
     #[arg(long, value_name = "N")]
     pub count: Option<u64>,
 }

@@ -25,10 +25,21 @@ pub fn main() -> ExitCode {
     match run(Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("hostd: {error:#}");
+            eprintln!("hostd: {}", with_causes(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// An error with its causes, each once: many of ours name their cause themselves.
+fn with_causes(error: &anyhow::Error) -> String {
+    error
+        .chain()
+        .fold(String::new(), |text, cause| match cause.to_string() {
+            cause if text.contains(&cause) => text,
+            cause if text.is_empty() => cause,
+            cause => format!("{text}: {cause}"),
+        })
 }
 
 fn run(arguments: Arguments) -> anyhow::Result<()> {

@@ -44,6 +44,9 @@ impl Daemon {
     /// Follows the policy record.
     pub(super) async fn policy_seen(&mut self, record: PolicyRecord, revision: u64) -> Result<(), DaemonError> {
         self.policy = Some((record.clone(), revision));
+        if matches!(record.phase, Phase::Prepare | Phase::Aborted) {
+            self.catch_up(&record).await?;
+        }
         match record.phase {
             Phase::Prepare => {
                 let result = self.prepare(&record).await;
@@ -64,6 +67,25 @@ impl Daemon {
             Phase::Aborted => self.drop_aside()?,
         }
         Ok(())
+    }
+
+    /// A watch may skip all but the last state of the record: a node that was busy enforces what came before this
+    /// load first.
+    async fn catch_up(&mut self, record: &PolicyRecord) -> Result<(), DaemonError> {
+        let Some(module) = record.previous.clone() else {
+            return Ok(());
+        };
+        if self.active.module.as_ref() == Some(&module) {
+            return Ok(());
+        }
+        let before = PolicyRecord {
+            serial: record.serial - 1,
+            phase: Phase::Commit,
+            module,
+            ..record.clone()
+        };
+        self.commit(&before).await?;
+        self.drop_aside()
     }
 
     async fn answer(&self, record: &PolicyRecord, result: Result<Prepared, DaemonError>) -> Result<(), DaemonError> {
@@ -202,23 +224,26 @@ impl Daemon {
         self.place_all()
     }
 
-    /// A coordinator that died before its commit leaves a load that nobody finishes.
-    pub(super) async fn abort_abandoned_load(&mut self) {
+    /// A coordinator that died leaves a load that nobody finishes: before its commit it is aborted, after that it is
+    /// retired, since every node that is alive has switched by then.
+    pub(super) async fn finish_abandoned_load(&mut self) {
         let Some((record, revision)) = &self.policy else { return };
         // Coordinators give up at their deadline; this is later, so that they do it themselves.
         let abandoned = Duration::from_secs(5);
         let late = now_ms().saturating_sub(record.deadline_ms) > u64::try_from(abandoned.as_millis()).unwrap_or(0);
-        if record.phase != Phase::Prepare || !late {
-            return;
-        }
-        let aborted = PolicyRecord {
-            phase: Phase::Aborted,
+        let phase = match record.phase {
+            Phase::Prepare if late => Phase::Aborted,
+            Phase::Commit if late => Phase::Retired,
+            _ => return,
+        };
+        let finished = PolicyRecord {
+            phase,
             ..record.clone()
         };
-        match records::put(&*self.store, &policy_key(), &aborted, Expect::Revision(*revision)).await {
-            Ok(_) => tracing::warn!("aborted a policy load that {} left unfinished", record.coordinator),
+        match records::put(&*self.store, &policy_key(), &finished, Expect::Revision(*revision)).await {
+            Ok(_) => tracing::warn!("{} left a policy load unfinished: now {phase:?}", record.coordinator),
             Err(StoreError::Conflict { .. }) => {}
-            Err(error) => tracing::error!("aborting a load that was left unfinished: {error}"),
+            Err(error) => tracing::error!("finishing a load that was left unfinished: {error}"),
         }
     }
 }
@@ -276,7 +301,7 @@ impl Coordinator {
             ))
         };
         if let Some(last) = last
-            && last.phase == Phase::Prepare
+            && matches!(last.phase, Phase::Prepare | Phase::Commit)
             && now_ms() < last.deadline_ms
         {
             return Err(busy(&last.coordinator));
@@ -288,7 +313,8 @@ impl Coordinator {
             module: module.clone(),
             previous: last.and_then(PolicyRecord::in_force).cloned(),
             coordinator: self.node.clone(),
-            deadline_ms: now_ms() + u64::try_from(PHASE_TIME.as_millis()).unwrap_or(0),
+            // Two phases, each of which may take its time.
+            deadline_ms: now_ms() + 2 * u64::try_from(PHASE_TIME.as_millis()).unwrap_or(0),
         };
         match records::put(&*self.store, &policy_key(), &record, expect).await {
             Ok(revision) => Ok(Load {

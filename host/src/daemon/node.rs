@@ -174,7 +174,7 @@ impl Daemon {
                 tracing::error!("removing node {name}: {error}");
             }
         }
-        self.abort_abandoned_load().await;
+        self.finish_abandoned_load().await;
     }
 
     /// Removes a node that is gone, with its pods; false where there is none.

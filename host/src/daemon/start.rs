@@ -370,6 +370,8 @@ impl Daemon {
 
     /// From here on packets meet this hostd's programs and maps.
     fn attach_all(&mut self) -> Result<(), DaemonError> {
+        // Pins first: a start that is cut short after this finds a generation that is no lower than any program's.
+        self.datapath.adopt_pins()?;
         self.datapath.attach(Hook::FromOverlay, VXLAN_DEVICE)?;
         let names: Vec<String> = self
             .locals
@@ -386,7 +388,6 @@ impl Daemon {
                 block_in_place(|| net::prepare_node(&local.endpoint.interface, &local.veth, address, underlay))?;
             }
         }
-        self.datapath.adopt_pins()?;
         let mut known: Vec<&str> = names.iter().map(String::as_str).collect();
         known.push(VXLAN_DEVICE);
         Ok(self.datapath.forget_links_except(&known)?)

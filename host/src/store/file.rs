@@ -1,8 +1,9 @@
 //! The embedded store: a folder, with a folder for each collection and a file for each value.
 //!
 //! A value is written aside, synced and renamed into place, so that a reader or a crash sees the old one or the new
-//! one. Writers hold a lock on the folder (flock), which makes comparison and change one step. Watches are inotify.
-//! A lease is the time of the file's last touch: the clock that counts is the one of the machine that the folder is on.
+//! one. Writers hold a lock on the folder (flock), which makes comparison and change one step. A watch is inotify,
+//! and a listing every two seconds, for on a network file system inotify does not see what other machines write. A lease
+//! is the time of the file's last touch: machines that share a folder need clocks that agree to within a second or so.
 
 use crate::{
     codec,
@@ -43,6 +44,9 @@ const ASIDE: &str = ".new-";
 
 /// Changes that wait for a slow reader of a watch; a writer does not wait for it.
 const WATCH_QUEUE: usize = 1024;
+
+/// How often a watch lists its folders anew: on a network file system inotify does not see what other machines write.
+const RELIST: Duration = Duration::from_secs(2);
 
 trait Context<T> {
     fn context(self, what: &str, path: &Path) -> Result<T, StoreError>;
@@ -388,10 +392,22 @@ impl Watcher {
         if self.list().await.is_err() || self.sender.send(Change::Synced).await.is_err() {
             return;
         }
-        while let Some(event) = self.events.next().await {
+        let mut relist = tokio::time::interval(RELIST);
+        relist.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            let event = tokio::select! {
+                event = self.events.next() => event,
+                _ = relist.tick() => {
+                    if self.list().await.is_err() {
+                        return;
+                    }
+                    continue;
+                }
+            };
             let done = match event {
-                Ok(event) if event.mask.contains(EventMask::Q_OVERFLOW) => self.list().await,
-                Ok(event) => match (
+                None => return,
+                Some(Ok(event)) if event.mask.contains(EventMask::Q_OVERFLOW) => self.list().await,
+                Some(Ok(event)) => match (
                     self.collections.get(&event.wd),
                     event.name.as_ref().and_then(|n| n.to_str()),
                 ) {
@@ -400,7 +416,7 @@ impl Watcher {
                     }
                     _ => Ok(()),
                 },
-                Err(error) => {
+                Some(Err(error)) => {
                     tracing::warn!("watching the store: {error}; listing it anew");
                     self.list().await
                 }
