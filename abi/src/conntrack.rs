@@ -10,7 +10,7 @@ pub struct ConntrackKey {
     pub lower: Address,
     /// The upper end's address.
     pub upper: Address,
-    /// The lower end's port, in network byte order. ICMP echo has its identifier in both.
+    /// The lower end's port, in network byte order. An ICMP echo has its identifier at the end that asks, 0 at the other.
     pub lower_port: u16,
     /// The upper end's port, in network byte order.
     pub upper_port: u16,
@@ -35,8 +35,8 @@ pub const RESET: u32 = 1 << 3;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Peer {
-    /// Slot of the address.
-    pub slot: u32,
+    /// Who had the address.
+    pub owner: u32,
     /// Epoch of the address.
     pub epoch: u32,
 }

@@ -39,7 +39,7 @@ reasons! {
     8 Fragment "fragment" "IPv4 fragments are not carried yet.";
     9 UnknownProtocol "unknown_protocol" "The IP protocol is none of TCP, UDP, SCTP and ICMP.";
     10 IcmpType "icmp_type" "An ICMP type that is neither echo nor an error.";
-    11 IcmpUnrelated "icmp_unrelated" "An ICMP error about a flow that does not exist.";
+    11 IcmpUnrelated "icmp_unrelated" "An ICMP error or echo reply that belongs to no flow.";
     12 SpoofedAddress "spoofed_address" "A pod sent from an address that is not its own.";
     13 SpoofedMac "spoofed_mac" "A pod sent from a MAC address that is not its own.";
     14 SpoofedArp "spoofed_arp" "A pod sent an ARP packet with an address that is not its own.";
@@ -47,7 +47,7 @@ reasons! {
     16 NotForGateway "not_for_gateway" "A pod sent a frame to another MAC address than its gateway's.";
     17 TunnelPort "tunnel_port" "A pod sent UDP to a node's tunnel port.";
     18 UnknownDestination "unknown_destination" "No pod and no node has the destination address.";
-    19 UnknownSource "unknown_source" "The node routed a packet to a pod from an address that no pod and no node has.";
+    19 UnknownSource "unknown_source" "The node routed a packet to a pod that is not its own: nobody has checked where it is from.";
     20 TtlExceeded "ttl_exceeded" "The time to live ran out.";
     21 EgressDenied "egress_denied" "Policy does not let the sender reach this destination.";
     22 IngressDenied "ingress_denied" "Policy does not let the receiver be reached by this source.";

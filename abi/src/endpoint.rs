@@ -1,23 +1,33 @@
 //! The endpoint map: the pods of this node.
 
-use crate::Identity;
+use crate::{Identity, address::Address};
 
 /// What the programs know of a pod on this node.
 ///
 /// `identity`, `row` and `column` are pairs: the element that the parity of the generation word selects is in force,
 /// the other belongs to the generation before or the one that is being prepared.
+///
+/// The kernel may hand the memory of an entry that was replaced to another key while a program still reads it
+/// (`bpf_mem_cache_free` in `kernel/bpf/memalloc.c`, Linux 6.1 and later). So every entry that hostd writes has a stamp
+/// of its own at both ends, and its own key in between: a reader that finds the same stamp at both ends, before and
+/// after, and the key that it looked for, has read one entry whole.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Endpoint {
+    /// Number of the write, as in `last_stamp`.
+    pub first_stamp: u32,
+    /// The address that this is the entry of.
+    pub address: Address,
     /// Security identity, by parity.
     pub identity: [Identity; 2],
     /// Row of the pod's identity in the policy matrix, by parity.
     pub row: [u32; 2],
     /// Column of the pod's identity in the policy matrix, by parity.
     pub column: [u32; 2],
-    /// Slot of the pod's address: stable while the address belongs to this pod.
-    pub slot: u32,
-    /// Raised with each change of what the address means; conntrack entries of another epoch are judged again.
+    /// Who has the address: another number for every pod that ever has it. Flows of another owner are none of this
+    /// one's.
+    pub owner: u32,
+    /// Raised with each change of what the address means; flows of another epoch are judged again.
     pub epoch: u32,
     /// Interface index of the host's end of the veth pair.
     pub ifindex: u32,
@@ -25,6 +35,8 @@ pub struct Endpoint {
     pub mac: [u8; 6],
     /// MAC address of the host's end, which the pod sees as its gateway's.
     pub gateway_mac: [u8; 6],
+    /// Number of the write, as in `first_stamp`.
+    pub last_stamp: u32,
 }
 
-const _: () = assert!(size_of::<Endpoint>() == 48);
+const _: () = assert!(size_of::<Endpoint>() == 72);

@@ -5,16 +5,21 @@ use crate::{Identity, address::Address};
 /// The address is one of this node's own.
 pub const IPCACHE_HOST: u8 = 1;
 
-/// What the programs know of an address. Pairs are selected by parity, as in [`Endpoint`](crate::Endpoint).
+/// What the programs know of an address. Pairs are selected by parity, and stamps have the same use, as in
+/// [`Endpoint`](crate::Endpoint).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IpcacheEntry {
+    /// Number of the write, as in `last_stamp`.
+    pub first_stamp: u32,
+    /// The address that this is the entry of.
+    pub address: Address,
     /// Security identity, by parity.
     pub identity: [Identity; 2],
     /// Column of the identity in the policy matrix, by parity.
     pub column: [u32; 2],
-    /// Slot of the address.
-    pub slot: u32,
+    /// Who has the address.
+    pub owner: u32,
     /// Raised with each change of what the address means.
     pub epoch: u32,
     /// Underlay address of the node that the address lives behind; all zero where that is this node.
@@ -25,6 +30,8 @@ pub struct IpcacheEntry {
     pub flags: u8,
     /// Zero.
     pub zero: [u8; 6],
+    /// Number of the write, as in `first_stamp`.
+    pub last_stamp: u32,
 }
 
-const _: () = assert!(size_of::<IpcacheEntry>() == 48);
+const _: () = assert!(size_of::<IpcacheEntry>() == 72);

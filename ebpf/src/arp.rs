@@ -1,8 +1,8 @@
 //! ARP (RFC 826): pods know one neighbour, their gateway, and the datapath answers for it.
 
 use crate::{
-    forward::Action,
-    maps,
+    forward::{self, Action},
+    identify, maps,
     parse::{self, Frame},
 };
 use abi::{AddressKey, DropReason};
@@ -31,9 +31,8 @@ pub fn answer(ctx: &TcContext, frame: &Frame) -> Result<Action, DropReason> {
     if request.kind != REQUEST || request.target != config.gateway {
         return Err(DropReason::UnexpectedArp);
     }
-    // SAFETY: the map is without preallocation, so the element outlives this program run.
-    let pod = unsafe { maps::ENDPOINTS.get(AddressKey::v4(request.sender)) }.ok_or(DropReason::SpoofedArp)?;
-    let ifindex = crate::identify::ifindex(ctx);
+    let pod = identify::endpoint(&AddressKey::v4(request.sender), 0).ok_or(DropReason::SpoofedArp)?;
+    let ifindex = identify::ifindex(ctx);
     if pod.ifindex != ifindex || pod.mac != request.sender_mac || pod.mac != frame.source {
         return Err(DropReason::SpoofedArp);
     }
@@ -47,5 +46,6 @@ pub fn answer(ctx: &TcContext, frame: &Frame) -> Result<Action, DropReason> {
         target: request.sender,
     };
     parse::write(ctx, parse::ETHERNET_LEN, reply)?;
+    forward::for_host(ctx)?;
     Ok(Action::AnswerArp { ifindex })
 }

@@ -17,7 +17,9 @@ use aya_ebpf::{bindings::BPF_ANY, helpers::generated::bpf_ktime_get_ns};
 
 /// Where a packet's flow is found, and which way the packet travels in it.
 pub struct Place {
-    pub key: ConntrackKey,
+    pub key: &'static ConntrackKey,
+    /// Where an entry is put together.
+    entry: &'static mut ConntrackEntry,
     /// 0 where the lower end sent the packet, 1 where the upper end did.
     pub sender: u32,
 }
@@ -32,27 +34,30 @@ pub struct Tracked {
 
 /// The same for both directions of a flow.
 #[inline(always)]
-pub fn place(flow: &Flow) -> Place {
+pub fn place(flow: &Flow) -> Option<Place> {
+    let scratch = maps::scratch()?;
+    // SAFETY: as in `Flow::begin`; these parts are taken once a packet, here.
+    let (key, entry) = unsafe { (&mut (*scratch).key, &mut (*scratch).entry) };
     let sender_is_upper = is_above(flow);
-    let mut key = ConntrackKey {
-        lower: flow.source,
-        upper: flow.destination,
-        lower_port: flow.source_port,
-        upper_port: flow.destination_port,
-        scope: SHARED_SCOPE,
-        family: flow.family,
-        protocol: flow.protocol,
-    };
     if sender_is_upper {
         key.lower = flow.destination;
         key.upper = flow.source;
         key.lower_port = flow.destination_port;
         key.upper_port = flow.source_port;
+    } else {
+        key.lower = flow.source;
+        key.upper = flow.destination;
+        key.lower_port = flow.source_port;
+        key.upper_port = flow.destination_port;
     }
-    Place {
+    key.scope = SHARED_SCOPE;
+    key.family = flow.family;
+    key.protocol = flow.protocol;
+    Some(Place {
         key,
+        entry,
         sender: u32::from(sender_is_upper),
-    }
+    })
 }
 
 /// Whether (source, port) is above (destination, port).
@@ -100,8 +105,8 @@ fn cookie(key: &ConntrackKey) -> u64 {
 /// The live entry of a flow.
 #[inline(always)]
 pub fn find(place: &Place, now: u64) -> Option<Tracked> {
-    let pointer = maps::CONNTRACK.get_ptr(&place.key)?;
-    let cookie = cookie(&place.key);
+    let pointer = maps::CONNTRACK.get_ptr(place.key)?;
+    let cookie = cookie(place.key);
     // SAFETY: the kernel never unmaps an LRU element, it only gives it to another key: the reads are of valid memory.
     // They are volatile because that may happen at any moment; the cookie, read before and after the copy, tells.
     let (before, entry, after) = unsafe {
@@ -126,6 +131,12 @@ impl Tracked {
     pub fn is_closed(&self) -> bool {
         let fins = FIN_ORIGINAL | FIN_REPLY;
         self.entry.state & RESET != 0 || self.entry.state & fins == fins
+    }
+
+    /// Whether the flow is between those who have its addresses now. If not, it is none of theirs.
+    #[inline(always)]
+    pub fn is_between(&self, peers: &[Peer; 2]) -> bool {
+        self.entry.peers[0].owner == peers[0].owner && self.entry.peers[1].owner == peers[1].owner
     }
 
     /// Whether the verdict still holds: same generation, and both addresses mean what they meant.
@@ -156,7 +167,7 @@ pub fn touch(place: &Place, tracked: &Tracked, flow: &Flow, now: u64) {
     if flow.related || (state == tracked.entry.state && same_time) {
         return;
     }
-    if let Some(pointer) = maps::CONNTRACK.get_ptr_mut(&place.key) {
+    if let Some(pointer) = maps::CONNTRACK.get_ptr_mut(place.key) {
         // SAFETY: the element is valid memory (see `find`). Should it belong to another flow by now, that flow gets
         // a wrong time-out at worst: neither verdict nor peers are written here.
         unsafe {
@@ -168,26 +179,25 @@ pub fn touch(place: &Place, tracked: &Tracked, flow: &Flow, now: u64) {
 
 /// Enters a flow that policy lets open, or renews one that it lets go on. False where the map took no entry.
 #[inline(always)]
-pub fn enter(place: &Place, known: Option<&Tracked>, flow: &Flow, peers: [Peer; 2], now: u64) -> bool {
+pub fn enter(place: &mut Place, known: Option<&Tracked>, flow: &Flow, peers: [Peer; 2], now: u64) -> bool {
     let (reply, state) = known.map_or((false, 0), |tracked| (tracked.reply, tracked.entry.state));
     let state = state | seen(flow, reply);
-    let entry = ConntrackEntry {
-        cookie: cookie(&place.key),
-        expires: now + lifetime(flow.protocol, state),
-        generation: flow.generation,
-        state,
-        peers,
-        originator: if reply { 1 - place.sender } else { place.sender },
-        zero: 0,
-    };
-    maps::CONNTRACK.insert(&place.key, &entry, u64::from(BPF_ANY)).is_ok()
+    let entry = &mut *place.entry;
+    entry.cookie = cookie(place.key);
+    entry.expires = now + lifetime(flow.protocol, state);
+    entry.generation = flow.generation;
+    entry.state = state;
+    entry.peers = peers;
+    entry.originator = if reply { 1 - place.sender } else { place.sender };
+    entry.zero = 0;
+    maps::CONNTRACK.insert(place.key, &*entry, u64::from(BPF_ANY)).is_ok()
 }
 
 /// Forgets a flow that policy lets go on no longer.
 #[inline(always)]
 pub fn forget(place: &Place) {
     // Already gone is as good.
-    let _ = maps::CONNTRACK.remove(&place.key);
+    let _ = maps::CONNTRACK.remove(place.key);
 }
 
 /// Time, in nanoseconds of `CLOCK_MONOTONIC`.

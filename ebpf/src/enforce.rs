@@ -17,15 +17,17 @@ use abi::{
 /// 2. A tracked flow whose verdict is of another generation, or one of whose addresses means something else by now, is
 ///    judged again as it was opened. If it may not go on, it is forgotten, and both directions stop.
 /// 3. A SYN against the direction of a flow, or on one that is closed, asks for a new one, and is judged as such.
-/// 4. Anything else opens a flow, if policy lets it. TCP that is no SYN must be allowed both ways, since nobody knows
+/// 4. An ICMP error or an echo reply passes only with its flow.
+/// 5. Anything else opens a flow, if policy lets it. TCP that is no SYN must be allowed both ways, since nobody knows
 ///    which end opened it.
 #[inline(always)]
 pub fn admit(flow: &mut Flow, from: &Party, to: &Party) -> Result<(), DropReason> {
-    let place = conntrack::place(flow);
+    let mut place = conntrack::place(flow).ok_or(DropReason::Internal)?;
     let peers = conntrack::peers(&place, from, to);
     let now = conntrack::now();
 
-    if let Some(tracked) = conntrack::find(&place, now) {
+    let tracked = conntrack::find(&place, now).filter(|tracked| tracked.is_between(&peers));
+    if let Some(tracked) = tracked {
         if !opens_anew(flow, &tracked) {
             if tracked.is_current(flow, peers) {
                 conntrack::touch(&place, &tracked, flow, now);
@@ -40,11 +42,11 @@ pub fn admit(flow: &mut Flow, from: &Party, to: &Party) -> Result<(), DropReason
                 conntrack::forget(&place);
             } else {
                 // Where the map takes no entry the next packet is judged as this one was.
-                conntrack::enter(&place, Some(&tracked), flow, peers, now);
+                conntrack::enter(&mut place, Some(&tracked), flow, peers, now);
             }
             return verdict;
         }
-    } else if flow.related {
+    } else if flow.related || flow.answer {
         return Err(DropReason::IcmpUnrelated);
     }
 
@@ -52,7 +54,7 @@ pub fn admit(flow: &mut Flow, from: &Party, to: &Party) -> Result<(), DropReason
     if flow.protocol == TCP && !flow.is_syn() {
         judge(flow, to, from, flow.source_port).map_err(|_| DropReason::MidStream)?;
     }
-    if !conntrack::enter(&place, None, flow, peers, now) {
+    if !conntrack::enter(&mut place, None, flow, peers, now) {
         return Err(DropReason::ConntrackFull);
     }
     flow.opened = true;

@@ -5,7 +5,7 @@ use crate::{
     maps,
     parse::{self, IPV4_CHECKSUM, IPV4_TTL},
 };
-use abi::{DropReason, Endpoint, Identity};
+use abi::{DropReason, Identity};
 use aya_ebpf::{
     bindings::{BPF_F_ZERO_CSUM_TX, bpf_tunnel_key},
     helpers::bpf_skb_set_tunnel_key,
@@ -36,18 +36,19 @@ pub enum Action {
 #[inline(always)]
 pub fn deliver(ctx: &TcContext, sender: Identity, receiver: &Receiver) -> Result<Action, DropReason> {
     match receiver.place {
-        Place::Pod(endpoint) => {
-            into_pod(ctx, endpoint)?;
-            Ok(Action::Local {
-                ifindex: endpoint.ifindex,
-            })
+        Place::Pod {
+            ifindex,
+            mac,
+            gateway_mac,
+        } => {
+            into_pod(ctx, mac, gateway_mac)?;
+            Ok(Action::Local { ifindex })
         }
         Place::Host => Ok(Action::ToHost),
         Place::Remote(tunnel_endpoint) => {
             let config = maps::config().ok_or(DropReason::Internal)?;
             decrement_ttl(ctx)?;
-            let [a, b, c, d, ..] = tunnel_endpoint;
-            let remote = u32::from_be_bytes([a, b, c, d]);
+            let remote = u32::from_be_bytes(tunnel_endpoint);
             set_tunnel_key(ctx, remote, sender)?;
             Ok(Action::Encap {
                 ifindex: config.vxlan_ifindex,
@@ -61,20 +62,25 @@ pub fn deliver(ctx: &TcContext, sender: Identity, receiver: &Receiver) -> Result
 /// Sends a packet from the tunnel into its pod.
 #[inline(always)]
 pub fn from_overlay(ctx: &TcContext, receiver: &Pod) -> Result<Action, DropReason> {
-    into_pod(ctx, receiver.endpoint)?;
-    // The frame was addressed to no interface of this node, and older kernels keep that mark into the pod's
-    // namespace, where the stack drops it.
-    ctx.change_type(PACKET_HOST).map_err(|_| DropReason::Internal)?;
+    into_pod(ctx, receiver.mac, receiver.gateway_mac)?;
+    for_host(ctx)?;
     Ok(Action::Overlay {
-        ifindex: receiver.endpoint.ifindex,
+        ifindex: receiver.ifindex,
     })
 }
 
+/// A frame from the tunnel was addressed to no interface of this node, a pod's ARP request to all. Older kernels keep
+/// that mark into the pod's namespace, where the stack drops the first and makes little of the second.
 #[inline(always)]
-fn into_pod(ctx: &TcContext, endpoint: &Endpoint) -> Result<(), DropReason> {
+pub fn for_host(ctx: &TcContext) -> Result<(), DropReason> {
+    ctx.change_type(PACKET_HOST).map_err(|_| DropReason::Internal)
+}
+
+#[inline(always)]
+fn into_pod(ctx: &TcContext, mac: [u8; 6], gateway_mac: [u8; 6]) -> Result<(), DropReason> {
     decrement_ttl(ctx)?;
-    parse::write(ctx, 0, endpoint.mac)?;
-    parse::write(ctx, 6, endpoint.gateway_mac)
+    parse::write(ctx, 0, mac)?;
+    parse::write(ctx, 6, gateway_mac)
 }
 
 /// One hop more (RFC 1812, section 5.3.1), with the checksum updated in place (RFC 1624).

@@ -6,8 +6,8 @@ use crate::{
     parse::Frame,
 };
 use abi::{
-    AddressKey, DropReason, Endpoint, Family, Identity, IpcacheEntry, address::Address, conntrack::Peer,
-    ipcache::IPCACHE_HOST, policy::NOT_ENFORCED,
+    AddressKey, DropReason, Family, Identity, address::Address, conntrack::Peer, ipcache::IPCACHE_HOST,
+    policy::NOT_ENFORCED,
 };
 use aya_ebpf::{bindings::bpf_tunnel_key, helpers::bpf_skb_get_tunnel_key, programs::TcContext};
 
@@ -18,22 +18,38 @@ pub struct Party {
     /// Row in the policy matrix, or [`NOT_ENFORCED`] where this node does not enforce this end's policy.
     pub row: u32,
     pub column: u32,
-    /// Slot and epoch of the address.
+    /// Owner and epoch of the address.
     pub peer: Peer,
 }
 
-/// A pod of this node.
+/// A pod of this node, copied out of the map.
 pub struct Pod {
     pub party: Party,
-    pub endpoint: &'static Endpoint,
+    pub ifindex: u32,
+    pub mac: [u8; 6],
+    pub gateway_mac: [u8; 6],
+}
+
+/// An address of the cluster, copied out of the map.
+struct Known {
+    party: Party,
+    /// Underlay address of its node, IPv4.
+    tunnel: [u8; 4],
+    tunnel_family: u8,
+    identity: [Identity; 2],
+    is_host: bool,
 }
 
 /// Where a packet goes.
 pub enum Place {
-    Pod(&'static Endpoint),
+    Pod {
+        ifindex: u32,
+        mac: [u8; 6],
+        gateway_mac: [u8; 6],
+    },
     Host,
     /// Behind the node with this underlay address.
-    Remote(Address),
+    Remote([u8; 4]),
 }
 
 /// Whom a pod's packet is for.
@@ -44,7 +60,8 @@ pub struct Receiver {
 
 /// The outer header of a packet from the tunnel.
 pub struct Outer {
-    pub source: AddressKey,
+    /// IPv4 address, in network byte order.
+    pub source: [u8; 4],
     pub vni: Identity,
 }
 
@@ -65,69 +82,106 @@ fn key(flow: &Flow, address: Address) -> AddressKey {
     AddressKey::new(family, address)
 }
 
-#[inline(always)]
-fn endpoint(key: &AddressKey) -> Option<&'static Endpoint> {
-    // SAFETY: the map is without preallocation: an element that is replaced or removed is freed after a grace period,
-    // and a program run is part of one.
-    unsafe { maps::ENDPOINTS.get(key) }
+/// Times that an entry is looked up when it is replaced just as it is read. Each is one write of hostd's.
+const ATTEMPTS: usize = 2;
+
+/// Reads a field that hostd, or the kernel for another key, may be writing: whether the value holds is known only
+/// after the stamps were read once more.
+macro_rules! volatile {
+    ($pointer:expr, $($field:tt)+) => {
+        // SAFETY: the pointer is to an element of a map, whose memory is never unmapped while programs run. All fields
+        // are integers or arrays of them, for which any bytes are a value.
+        unsafe { core::ptr::read_volatile(&raw const (*$pointer).$($field)+) }
+    };
 }
 
+/// A pod of this node.
 #[inline(always)]
-fn ipcache(key: &AddressKey) -> Option<&'static IpcacheEntry> {
-    // SAFETY: as in `endpoint`.
-    unsafe { maps::IPCACHE.get(key) }
+pub fn endpoint(key: &AddressKey, parity: usize) -> Option<Pod> {
+    for _ in 0..ATTEMPTS {
+        let entry = maps::ENDPOINTS.get_ptr(key)?;
+        let stamp = volatile!(entry, first_stamp);
+        let whole_before = volatile!(entry, last_stamp) == stamp;
+        let pod = Pod {
+            party: Party {
+                identity: volatile!(entry, identity[parity]),
+                row: volatile!(entry, row[parity]),
+                column: volatile!(entry, column[parity]),
+                peer: Peer {
+                    owner: volatile!(entry, owner),
+                    epoch: volatile!(entry, epoch),
+                },
+            },
+            ifindex: volatile!(entry, ifindex),
+            mac: volatile!(entry, mac),
+            gateway_mac: volatile!(entry, gateway_mac),
+        };
+        let own = volatile!(entry, address) == key.address;
+        let whole_after = volatile!(entry, last_stamp) == stamp && volatile!(entry, first_stamp) == stamp;
+        if whole_before && own && whole_after {
+            return Some(pod);
+        }
+    }
+    None
+}
+
+/// An address of the cluster.
+#[inline(always)]
+fn ipcache(key: &AddressKey, parity: usize) -> Option<Known> {
+    for _ in 0..ATTEMPTS {
+        let entry = maps::IPCACHE.get_ptr(key)?;
+        let stamp = volatile!(entry, first_stamp);
+        let whole_before = volatile!(entry, last_stamp) == stamp;
+        let identity = [volatile!(entry, identity[0]), volatile!(entry, identity[1])];
+        let known = Known {
+            party: Party {
+                identity: volatile!(entry, identity[parity]),
+                row: NOT_ENFORCED,
+                column: volatile!(entry, column[parity]),
+                peer: Peer {
+                    owner: volatile!(entry, owner),
+                    epoch: volatile!(entry, epoch),
+                },
+            },
+            tunnel: [
+                volatile!(entry, tunnel_endpoint[0]),
+                volatile!(entry, tunnel_endpoint[1]),
+                volatile!(entry, tunnel_endpoint[2]),
+                volatile!(entry, tunnel_endpoint[3]),
+            ],
+            tunnel_family: volatile!(entry, tunnel_family),
+            identity,
+            is_host: volatile!(entry, flags) & IPCACHE_HOST != 0,
+        };
+        let own = volatile!(entry, address) == key.address;
+        let whole_after = volatile!(entry, last_stamp) == stamp && volatile!(entry, first_stamp) == stamp;
+        if whole_before && own && whole_after {
+            return Some(known);
+        }
+    }
+    None
 }
 
 #[inline(always)]
 fn is_node(key: &AddressKey) -> bool {
-    // SAFETY: as in `endpoint`.
-    unsafe { maps::NODES.get(key) }.is_some()
-}
-
-impl Party {
-    #[inline(always)]
-    fn pod(endpoint: &Endpoint, parity: usize) -> Self {
-        Self {
-            identity: endpoint.identity[parity],
-            row: endpoint.row[parity],
-            column: endpoint.column[parity],
-            peer: Peer {
-                slot: endpoint.slot,
-                epoch: endpoint.epoch,
-            },
-        }
-    }
-
-    #[inline(always)]
-    fn address(entry: &IpcacheEntry, parity: usize) -> Self {
-        Self {
-            identity: entry.identity[parity],
-            row: NOT_ENFORCED,
-            column: entry.column[parity],
-            peer: Peer {
-                slot: entry.slot,
-                epoch: entry.epoch,
-            },
-        }
-    }
+    maps::NODES.get_ptr(key).is_some()
 }
 
 /// The pod that sent a packet: it must own the source address, the source MAC and the interface.
 #[inline(always)]
-pub fn sending_pod(ctx: &TcContext, frame: &Frame, flow: &mut Flow) -> Result<Pod, DropReason> {
-    let endpoint = endpoint(&key(flow, flow.source)).ok_or(DropReason::SpoofedAddress)?;
-    if endpoint.ifindex != ifindex(ctx) {
+pub fn sending_pod(ctx: &TcContext, frame: &Frame, flow: &mut Flow) -> Result<Party, DropReason> {
+    let pod = endpoint(&key(flow, flow.source), flow.parity()).ok_or(DropReason::SpoofedAddress)?;
+    if pod.ifindex != ifindex(ctx) {
         return Err(DropReason::SpoofedAddress);
     }
-    if endpoint.mac != frame.source {
+    if pod.mac != frame.source {
         return Err(DropReason::SpoofedMac);
     }
-    if endpoint.gateway_mac != frame.destination {
+    if pod.gateway_mac != frame.destination {
         return Err(DropReason::NotForGateway);
     }
-    let party = Party::pod(endpoint, flow.parity());
-    flow.from = party.identity;
-    Ok(Pod { party, endpoint })
+    flow.from = pod.party.identity;
+    Ok(pod.party)
 }
 
 /// Whom a pod's packet is for. A node's tunnel port is no destination: behind masquerade such a packet would arrive
@@ -135,12 +189,15 @@ pub fn sending_pod(ctx: &TcContext, frame: &Frame, flow: &mut Flow) -> Result<Po
 #[inline(always)]
 pub fn receiver(flow: &mut Flow) -> Result<Receiver, DropReason> {
     let key = key(flow, flow.destination);
-    if let Some(endpoint) = endpoint(&key) {
-        let party = Party::pod(endpoint, flow.parity());
-        flow.to = party.identity;
+    if let Some(pod) = endpoint(&key, flow.parity()) {
+        flow.to = pod.party.identity;
         return Ok(Receiver {
-            party,
-            place: Place::Pod(endpoint),
+            party: pod.party,
+            place: Place::Pod {
+                ifindex: pod.ifindex,
+                mac: pod.mac,
+                gateway_mac: pod.gateway_mac,
+            },
         });
     }
     let config = maps::config().ok_or(DropReason::Internal)?;
@@ -148,27 +205,28 @@ pub fn receiver(flow: &mut Flow) -> Result<Receiver, DropReason> {
     if to_tunnel && is_node(&key) {
         return Err(DropReason::TunnelPort);
     }
-    let entry = ipcache(&key).ok_or(DropReason::UnknownDestination)?;
-    let party = Party::address(entry, flow.parity());
-    flow.to = party.identity;
-    let place = if entry.flags & IPCACHE_HOST != 0 {
+    let known = ipcache(&key, flow.parity()).ok_or(DropReason::UnknownDestination)?;
+    flow.to = known.party.identity;
+    let place = if known.is_host {
         Place::Host
-    } else if entry.tunnel_family != 0 {
-        Place::Remote(entry.tunnel_endpoint)
+    } else if known.tunnel_family != 0 {
+        Place::Remote(known.tunnel)
     } else {
         // A pod of this node that is being added or removed: known, but not reachable.
         return Err(DropReason::UnknownDestination);
     };
-    Ok(Receiver { party, place })
+    Ok(Receiver {
+        party: known.party,
+        place,
+    })
 }
 
 /// The pod of this node that a packet from outside is for.
 #[inline(always)]
 pub fn local_receiver(flow: &mut Flow) -> Result<Pod, DropReason> {
-    let endpoint = endpoint(&key(flow, flow.destination)).ok_or(DropReason::NotLocal)?;
-    let party = Party::pod(endpoint, flow.parity());
-    flow.to = party.identity;
-    Ok(Pod { party, endpoint })
+    let pod = endpoint(&key(flow, flow.destination), flow.parity()).ok_or(DropReason::NotLocal)?;
+    flow.to = pod.party.identity;
+    Ok(pod)
 }
 
 /// The node that a packet from the tunnel came from, which must be one of the cluster, and the VNI.
@@ -182,8 +240,8 @@ pub fn outer_source(ctx: &TcContext) -> Result<Outer, DropReason> {
         return Err(DropReason::NoTunnelKey);
     }
     // SAFETY: without BPF_F_TUNINFO_IPV6 the helper fills the IPv4 address, in host byte order.
-    let source = AddressKey::v4(unsafe { tunnel.__bindgen_anon_1.remote_ipv4 }.to_be_bytes());
-    if !is_node(&source) {
+    let source = unsafe { tunnel.__bindgen_anon_1.remote_ipv4 }.to_be_bytes();
+    if !is_node(&AddressKey::v4(source)) {
         return Err(DropReason::UnknownNode);
     }
     Ok(Outer {
@@ -201,35 +259,31 @@ pub fn remote_sender(flow: &mut Flow, outer: &Outer) -> Result<Party, DropReason
     if !outer.vni.is_pod() {
         return Err(DropReason::ReservedVni);
     }
-    let entry = ipcache(&key(flow, flow.source)).ok_or(DropReason::WrongNode)?;
-    if entry.tunnel_endpoint != outer.source.address || entry.tunnel_family != outer.source.family {
+    let known = ipcache(&key(flow, flow.source), flow.parity()).ok_or(DropReason::WrongNode)?;
+    if known.tunnel_family != Family::V4 as u8 || known.tunnel != outer.source {
         return Err(DropReason::WrongNode);
     }
-    if outer.vni != entry.identity[0] && outer.vni != entry.identity[1] {
+    if outer.vni != known.identity[0] && outer.vni != known.identity[1] {
         return Err(DropReason::WrongVni);
     }
-    let party = Party::address(entry, flow.parity());
-    flow.from = party.identity;
-    Ok(party)
+    flow.from = known.party.identity;
+    Ok(known.party)
 }
 
-/// The source of a packet from the node's own stack: the node itself, if the packet came in nowhere, or an address
-/// that the node routes for.
+/// The node itself as the sender. What it routes from elsewhere is dropped: the source address of such a packet says
+/// nothing, for neither an interface nor a tunnel vouches for it.
 #[inline(always)]
-pub fn node_or_routed(ctx: &TcContext, flow: &mut Flow) -> Result<Party, DropReason> {
+pub fn node(ctx: &TcContext, flow: &mut Flow) -> Result<Party, DropReason> {
     // SAFETY: the context is the kernel's `__sk_buff`, valid as long as the program runs.
-    let came_in_nowhere = unsafe { (*ctx.skb.skb).ingress_ifindex } == 0;
-    if came_in_nowhere {
-        flow.from = Identity::HOST;
-        return Ok(Party {
-            identity: Identity::HOST,
-            row: NOT_ENFORCED,
-            column: Identity::HOST.0,
-            peer: Peer { slot: 0, epoch: 0 },
-        });
+    let came_in_by = unsafe { (*ctx.skb.skb).ingress_ifindex };
+    if came_in_by != 0 {
+        return Err(DropReason::UnknownSource);
     }
-    let entry = ipcache(&key(flow, flow.source)).ok_or(DropReason::UnknownSource)?;
-    let party = Party::address(entry, flow.parity());
-    flow.from = party.identity;
-    Ok(party)
+    flow.from = Identity::HOST;
+    Ok(Party {
+        identity: Identity::HOST,
+        row: NOT_ENFORCED,
+        column: Identity::HOST.0,
+        peer: Peer { owner: 0, epoch: 0 },
+    })
 }

@@ -20,9 +20,11 @@ use packet::Flow;
 /// tc ingress of a pod's host veth: what the pod sends.
 #[classifier]
 pub fn from_pod(ctx: TcContext) -> i32 {
-    let mut flow = Flow::new();
-    let outcome = pod_sends(&ctx, &mut flow);
-    verdict::act(&ctx, Hook::FromPod, &flow, outcome)
+    let Some(flow) = Flow::begin() else {
+        return verdict::broken();
+    };
+    let outcome = pod_sends(&ctx, flow);
+    verdict::act(&ctx, Hook::FromPod, flow, outcome)
 }
 
 #[inline(always)]
@@ -34,16 +36,18 @@ fn pod_sends(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReason> {
     parse::ipv4(ctx, &frame, flow)?;
     let sender = identify::sending_pod(ctx, &frame, flow)?;
     let receiver = identify::receiver(flow)?;
-    enforce::admit(flow, &sender.party, &receiver.party)?;
-    forward::deliver(ctx, sender.party.identity, &receiver)
+    enforce::admit(flow, &sender, &receiver.party)?;
+    forward::deliver(ctx, sender.identity, &receiver)
 }
 
 /// tc ingress of the vxlan device: what other nodes send.
 #[classifier]
 pub fn from_overlay(ctx: TcContext) -> i32 {
-    let mut flow = Flow::new();
-    let outcome = overlay_delivers(&ctx, &mut flow);
-    verdict::act(&ctx, Hook::FromOverlay, &flow, outcome)
+    let Some(flow) = Flow::begin() else {
+        return verdict::broken();
+    };
+    let outcome = overlay_delivers(&ctx, flow);
+    verdict::act(&ctx, Hook::FromOverlay, flow, outcome)
 }
 
 #[inline(always)]
@@ -61,9 +65,11 @@ fn overlay_delivers(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReas
 /// themselves does not pass here: `bpf_redirect_peer` goes straight into the pod.
 #[classifier]
 pub fn to_pod(ctx: TcContext) -> i32 {
-    let mut flow = Flow::new();
-    let outcome = node_sends(&ctx, &mut flow);
-    verdict::act(&ctx, Hook::ToPod, &flow, outcome)
+    let Some(flow) = Flow::begin() else {
+        return verdict::broken();
+    };
+    let outcome = node_sends(&ctx, flow);
+    verdict::act(&ctx, Hook::ToPod, flow, outcome)
 }
 
 #[inline(always)]
@@ -73,8 +79,11 @@ fn node_sends(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReason> {
         return Err(DropReason::UnexpectedArp);
     }
     parse::ipv4(ctx, &frame, flow)?;
-    let sender = identify::node_or_routed(ctx, flow)?;
+    let sender = identify::node(ctx, flow)?;
     let receiver = identify::local_receiver(flow)?;
+    if receiver.ifindex != identify::ifindex(ctx) {
+        return Err(DropReason::NotLocal);
+    }
     enforce::admit(flow, &sender, &receiver.party)?;
     Ok(Action::IntoPod)
 }

@@ -1,5 +1,6 @@
 //! The maps and the constants that hostd sets before the programs are loaded. Names are in [`abi::map`].
 
+use crate::packet::Flow;
 use abi::{
     AddressKey, ConntrackEntry, ConntrackKey, Endpoint, Event, IpcacheEntry, NodeConfig, NodeEntry, PortSet,
     drop::DROP_REASONS,
@@ -13,8 +14,8 @@ use aya_ebpf::{
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 
-/// Elements of a hash without preallocation are freed only after a grace period. A preallocated one hands them to the
-/// next key at once, under the eyes of a program that still reads them.
+/// These maps are small most of the time. Their entries have stamps, since either kind of hash may hand the memory of a
+/// replaced element to another key under the eyes of a program that still reads it.
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
 
 // Numbers of entries are placeholders where hostd sets them from its configuration.
@@ -27,6 +28,23 @@ pub static IPCACHE: HashMap<AddressKey, IpcacheEntry, 65536, NO_PREALLOC> = Hash
 pub static NODES: HashMap<AddressKey, NodeEntry, 8192, NO_PREALLOC> = HashMap::new();
 #[btf_map]
 pub static CONNTRACK: LruHashMap<ConntrackKey, ConntrackEntry, 131_072> = LruHashMap::new();
+/// What the stack of 512 bytes has no room for.
+#[repr(C)]
+pub struct Scratch {
+    pub flow: Flow,
+    pub key: ConntrackKey,
+    pub entry: ConntrackEntry,
+}
+
+#[btf_map]
+static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
+
+/// This CPU's scratch.
+#[inline(always)]
+pub fn scratch() -> Option<*mut Scratch> {
+    SCRATCH.get_ptr_mut(0)
+}
+
 #[btf_map]
 pub static GENERATION: Array<u64, 1, MMAPABLE> = Array::new();
 #[btf_map]

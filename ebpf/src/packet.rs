@@ -11,7 +11,7 @@ pub struct Flow {
     /// it travels as that flow's replies do.
     pub source: Address,
     pub destination: Address,
-    /// In network byte order; an ICMP echo has its identifier in both.
+    /// In network byte order; an ICMP echo has its identifier at the end that asks, and zero at the other.
     pub source_port: u16,
     pub destination_port: u16,
     pub family: u8,
@@ -20,6 +20,8 @@ pub struct Flow {
     pub tcp_flags: u8,
     /// An ICMP error: it passes only with the flow that it is about.
     pub related: bool,
+    /// An echo reply: it opens no flow.
+    pub answer: bool,
     /// The packet opened a flow.
     pub opened: bool,
     pub from: Identity,
@@ -37,8 +39,19 @@ pub const UDP: u8 = 17;
 pub const SCTP: u8 = 132;
 
 impl Flow {
+    /// The flow of the packet that this CPU works on.
     #[inline(always)]
-    pub fn new() -> Self {
+    pub fn begin() -> Option<&'static mut Self> {
+        let scratch = crate::maps::scratch()?;
+        // SAFETY: an element of a per-CPU array is there as long as the program, and tc programs do not interrupt each
+        // other on a CPU: they run with bottom halves disabled. Nothing else refers to this part of it.
+        let flow = unsafe { &mut (*scratch).flow };
+        *flow = Self::new();
+        Some(flow)
+    }
+
+    #[inline(always)]
+    fn new() -> Self {
         Self {
             generation: crate::maps::generation(),
             source: [0; 16],
@@ -49,6 +62,7 @@ impl Flow {
             protocol: 0,
             tcp_flags: 0,
             related: false,
+            answer: false,
             opened: false,
             from: Identity::NONE,
             to: Identity::NONE,

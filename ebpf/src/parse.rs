@@ -143,9 +143,13 @@ fn ports(ctx: &TcContext, offset: usize, flow: &mut Flow) -> Result<(), DropReas
 #[inline(always)]
 fn icmp(ctx: &TcContext, flow: &mut Flow) -> Result<(), DropReason> {
     match read::<u8>(ctx, L4)? {
-        ECHO | ECHO_REPLY => {
+        ECHO => {
             flow.source_port = read(ctx, L4 + 4)?;
-            flow.destination_port = flow.source_port;
+            Ok(())
+        }
+        ECHO_REPLY => {
+            flow.answer = true;
+            flow.destination_port = read(ctx, L4 + 4)?;
             Ok(())
         }
         UNREACHABLE | TIME_EXCEEDED | PARAMETER_PROBLEM => icmp_error(ctx, flow),
@@ -169,10 +173,11 @@ fn icmp_error(ctx: &TcContext, flow: &mut Flow) -> Result<(), DropReason> {
             flow.destination_port = read(ctx, QUOTED + IPV4_LEN)?;
             flow.source_port = read(ctx, QUOTED + IPV4_LEN + 2)?;
         }
-        ICMP => {
-            flow.source_port = read(ctx, QUOTED + IPV4_LEN + 4)?;
-            flow.destination_port = flow.source_port;
-        }
+        ICMP => match read::<u8>(ctx, QUOTED + IPV4_LEN)? {
+            ECHO => flow.destination_port = read(ctx, QUOTED + IPV4_LEN + 4)?,
+            ECHO_REPLY => flow.source_port = read(ctx, QUOTED + IPV4_LEN + 4)?,
+            _ => return Err(DropReason::IcmpUnrelated),
+        },
         _ => return Err(DropReason::IcmpUnrelated),
     }
     Ok(())

@@ -17,6 +17,12 @@ use aya_ebpf::{
     programs::TcContext,
 };
 
+/// For a packet that nothing can be said of, for this CPU has no scratch: it never happens.
+#[inline(always)]
+pub fn broken() -> i32 {
+    TC_ACT_SHOT
+}
+
 /// Carries out an outcome.
 #[inline(always)]
 pub fn act(ctx: &TcContext, hook: Hook, flow: &Flow, outcome: Result<Action, DropReason>) -> i32 {
@@ -83,7 +89,15 @@ fn report(ctx: &TcContext, hook: Hook, flow: &Flow, wanted: u32, reason: u8, pat
         return;
     }
     let Some(mut slot) = EVENTS.reserve(0) else { return };
-    slot.write(Event {
+    let event: *mut Event = slot.as_mut_ptr();
+    // Field by field into the ring buffer: a whole event would not fit on the stack beside everything else.
+    macro_rules! put {
+        ($($field:ident: $value:expr,)*) => {
+            // SAFETY: the slot is reserved for an event, and is ours until it is submitted.
+            unsafe { $((&raw mut (*event).$field).write($value);)* }
+        };
+    }
+    put! {
         time: crate::conntrack::now(),
         source: flow.source,
         destination: flow.destination,
@@ -97,10 +111,10 @@ fn report(ctx: &TcContext, hook: Hook, flow: &Flow, wanted: u32, reason: u8, pat
         family: flow.family,
         protocol: flow.protocol,
         hook: hook as u8,
-        reason,
-        path,
+        reason: reason,
+        path: path,
         zero: [0; 3],
-    });
+    }
     slot.submit(0);
 }
 

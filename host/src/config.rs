@@ -106,8 +106,8 @@ impl Lease {
 pub struct Wasm {
     /// Size of a module, in bytes.
     pub max_module_bytes: usize,
-    /// Time to compile a module, in milliseconds.
-    pub compile_ms: u64,
+    /// CPU time to compile a module, in seconds.
+    pub compile_seconds: u64,
     /// Memory for compiling a module, in mebibytes.
     pub compile_memory_mib: u64,
     /// Time for all that one load or one change asks of a module, in milliseconds.
@@ -122,7 +122,7 @@ impl Default for Wasm {
     fn default() -> Self {
         Self {
             max_module_bytes: 16 << 20,
-            compile_ms: 1500,
+            compile_seconds: 1,
             compile_memory_mib: 1024,
             evaluate_ms: 700,
             memory_mib: 64,
@@ -338,7 +338,7 @@ mod tests {
             "ttl_seconds",
             "grace_seconds",
             "max_module_bytes",
-            "compile_ms",
+            "compile_seconds",
             "compile_memory_mib",
             "evaluate_ms",
             "memory_mib",

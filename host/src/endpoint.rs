@@ -85,6 +85,13 @@ pub fn interface_name(namespace: &str, name: &str) -> String {
     })
 }
 
+/// Whether an interface's name is one that [`interface_name`] gives.
+#[must_use]
+pub fn is_interface_name(name: &str) -> bool {
+    let digits = name.strip_prefix("wg-").unwrap_or_default();
+    digits.len() == 12 && digits.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+}
+
 /// Why a pod got no address.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AddressError {
@@ -207,7 +214,7 @@ impl EndpointFile {
 
 #[cfg(test)]
 mod tests {
-    use super::{AddressError, check_labels, check_name, choose_address, interface_name};
+    use super::{AddressError, check_labels, check_name, choose_address, interface_name, is_interface_name};
     use ipnet::IpNet;
     use std::{collections::BTreeMap, net::IpAddr};
 
@@ -264,5 +271,9 @@ mod tests {
     fn an_interface_name_fits_the_kernel_and_differs_by_pod() {
         assert_eq!(interface_name("red", "a").len(), 15);
         assert_ne!(interface_name("red", "a"), interface_name("red", "b"));
+        assert!(is_interface_name(&interface_name("red", "a")));
+        for other in ["wg-mesh", "wg0", "wg-0123456789ag", "eth0"] {
+            assert!(!is_interface_name(other), "{other}");
+        }
     }
 }

@@ -77,6 +77,8 @@ pub enum Command {
     CompileModule {
         /// Memory that it may use, in bytes.
         memory: u64,
+        /// CPU time that it may use, in seconds.
+        seconds: u64,
     },
 }
 

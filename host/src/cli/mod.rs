@@ -43,8 +43,8 @@ fn with_causes(error: &anyhow::Error) -> String {
 }
 
 fn run(arguments: Arguments) -> anyhow::Result<()> {
-    if let Command::CompileModule { memory } = arguments.command {
-        return wasm::child_main(memory);
+    if let Command::CompileModule { memory, seconds } = arguments.command {
+        return wasm::child_main(memory, seconds);
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async move {

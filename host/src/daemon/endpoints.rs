@@ -18,6 +18,15 @@ fn pod_key(address: IpAddr) -> Key {
     Key::new(Collection::Pods, address)
 }
 
+/// A number that no other pod has had, as good as.
+fn incarnation() -> Result<u32, DaemonError> {
+    let mut bytes = [0; 4];
+    let failed = |error| DaemonError::Request(format!("the kernel gives no random number: {error}"));
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()).map_err(failed)?;
+    // 0 is the node itself.
+    Ok(u32::from_ne_bytes(bytes).max(1))
+}
+
 impl Daemon {
     /// Connects a pod; traffic can flow when this returns. On an error nothing is left.
     pub(super) async fn endpoint_add(&mut self, request: EndpointAdd) -> Result<EndpointView, DaemonError> {
@@ -48,6 +57,7 @@ impl Daemon {
                 labels,
                 address,
                 node: self.config.node.clone(),
+                incarnation: incarnation()?,
             },
         };
         let connected = self.connect(&pod, endpoint, &netns, v4).await;
@@ -96,8 +106,20 @@ impl Daemon {
         self.datapath.attach(Hook::ToPod, &name)?;
         let underlay = self.config.underlay;
         block_in_place(|| net::prepare_node(&name, &veth, address, underlay))?;
-        records::put(&*self.store, &pod_key(record.address), &record, Expect::Absent).await?;
+        self.publish(&record).await?;
         self.save()
+    }
+
+    /// Tells the cluster of a pod. A record that this node has left behind at the address is replaced.
+    async fn publish(&self, record: &PodRecord) -> Result<(), DaemonError> {
+        let key = pod_key(record.address);
+        let found = records::get::<PodRecord>(&*self.store, &key).await?;
+        let expect = match found {
+            Some((left, revision)) if left.node == self.config.node => Expect::Revision(revision),
+            Some(_) | None => Expect::Absent,
+        };
+        records::put(&*self.store, &key, record, expect).await?;
+        Ok(())
     }
 
     fn save(&self) -> Result<(), DaemonError> {
@@ -109,16 +131,27 @@ impl Daemon {
     /// Takes away everything of a pod of this node, as far as it is there: attachment, endpoint, ipcache, policy.
     async fn disconnect(&mut self, pod: &PodName, address: IpAddr) -> Result<(), DaemonError> {
         let interface = endpoint::interface_name(&pod.namespace, &pod.name);
+        let mut problems: Vec<DaemonError> = Vec::new();
+        let mut note = |result: Result<(), DaemonError>| problems.extend(result.err());
         // A pod whose namespace was occupied has no link of ours.
         if self.locals.contains_key(pod) {
-            block_in_place(|| net::delete_link(&interface))?;
-            self.datapath.detach(&interface)?;
-            self.remove_pod(&AddressKey::from(address))?;
+            note(block_in_place(|| net::delete_link(&interface)).map_err(DaemonError::from));
+            note(self.datapath.detach(&interface).map_err(DaemonError::from));
+            note(self.remove_pod(&AddressKey::from(address)));
             self.locals.remove(pod);
-            self.save()?;
         }
-        let ours = records::get::<PodRecord>(&*self.store, &pod_key(address)).await?;
-        if let Some((record, revision)) = ours
+        note(self.delete_record(pod, address).await);
+        note(self.save());
+        match problems.into_iter().next() {
+            Some(problem) => Err(problem),
+            None => Ok(()),
+        }
+    }
+
+    /// Deletes a pod's record, if it is this node's and this pod's.
+    async fn delete_record(&self, pod: &PodName, address: IpAddr) -> Result<(), DaemonError> {
+        let found = records::get::<PodRecord>(&*self.store, &pod_key(address)).await?;
+        if let Some((record, revision)) = found
             && record.node == self.config.node
             && record.full_name() == pod.to_string()
         {

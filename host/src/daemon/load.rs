@@ -45,7 +45,10 @@ impl Daemon {
     pub(super) async fn policy_seen(&mut self, record: PolicyRecord, revision: u64) -> Result<(), DaemonError> {
         self.policy = Some((record.clone(), revision));
         if matches!(record.phase, Phase::Prepare | Phase::Aborted) {
-            self.catch_up(&record).await?;
+            // A node that can't do even that may still be able to do what comes now.
+            if let Err(error) = self.catch_up(&record).await {
+                tracing::error!("{error}");
+            }
         }
         match record.phase {
             Phase::Prepare => {
@@ -198,7 +201,7 @@ impl Daemon {
         if let Some(module) = record.as_ref().and_then(PolicyRecord::in_force).cloned() {
             let candidate = self.fetch(&module).await?;
             let compiled = self.compile(&candidate).await?;
-            let (asked, _) = self.identify_all(&compiled, &module)?;
+            let asked = super::policy::Asked::start(&compiled, &module)?;
             self.active = Side {
                 module: Some(module),
                 serial,
@@ -213,8 +216,12 @@ impl Daemon {
             .map(|(address, pod)| (*address, pod.record.clone()))
             .collect();
         for (address, record) in addresses {
-            let key = self.active.asked.identify(&record)?;
-            identified.push((address, self.number(key.as_ref()).await?, key));
+            self.active.asked.begin();
+            match self.active.asked.identify(&record) {
+                Ok(key) => identified.push((address, self.number(key.as_ref()).await?, key)),
+                // One pod must not keep the node down: nothing reaches it.
+                Err(error) => tracing::error!("{}: {error}", record.full_name()),
+            }
         }
         let asked = std::mem::replace(&mut self.active.asked, super::policy::Asked::nobody());
         let compilation = self.compile_matrix(asked, identified)?;
@@ -277,7 +284,7 @@ impl Coordinator {
         }
         let mut load = self.propose(&candidate.record).await?;
         let result = self.run(&mut load, request.skip_unreachable, &mut report).await;
-        self.tidy(&load.record).await;
+        self.tidy(&load.record, load.displaced.as_ref()).await;
         result.map(|()| report)
     }
 
@@ -318,6 +325,7 @@ impl Coordinator {
         };
         match records::put(&*self.store, &policy_key(), &record, expect).await {
             Ok(revision) => Ok(Load {
+                displaced: last.and_then(|last| last.previous.clone()),
                 record,
                 revision,
                 answers,
@@ -332,12 +340,15 @@ impl Coordinator {
         let began = Instant::now();
         let prepared = load.wait(&nodes.alive, &nodes.all, skip).await?;
         report.steps.push(("prepare".to_owned(), micros(began)));
+        // A refusal has ended the wait: nothing is known of those who have not answered by then.
+        let refused = prepared.values().any(|(result, _)| result.is_err());
         let refusals: Vec<String> = nodes
             .all
             .iter()
             .filter_map(|node| match prepared.get(node) {
                 Some((Ok(_), _)) => None,
                 Some((Err(problem), _)) => Some(format!("node {node} refuses: {problem}")),
+                None if refused => None,
                 None if skip => None,
                 None => Some(format!(
                     "node {node} does not answer (is it down? `--skip-unreachable` goes on without it)"
@@ -410,8 +421,8 @@ impl Coordinator {
         Ok(Nodes { all, alive })
     }
 
-    /// Deletes answers and modules that nobody needs any more. Left behind, they would only take space.
-    async fn tidy(&self, record: &PolicyRecord) {
+    /// Deletes answers that nobody needs any more, and the module that this load has displaced. Left behind, they would only take space.
+    async fn tidy(&self, record: &PolicyRecord, displaced: Option<&ModuleRecord>) {
         let tidied = async {
             for (key, value) in self.store.list(Collection::Answers).await? {
                 let answer: AnswerRecord = records::decode(&key, &value.value)?;
@@ -420,10 +431,12 @@ impl Coordinator {
                 }
             }
             let needed = [Some(&record.module), record.previous.as_ref()];
-            for (key, _) in self.store.list(Collection::Modules).await? {
-                if !needed.iter().flatten().any(|module| module.sha256 == key.name) {
-                    self.store.delete(&key, Expect::Any).await?;
-                }
+            if let Some(old) = displaced
+                && !needed.iter().flatten().any(|module| module.sha256 == old.sha256)
+            {
+                self.store
+                    .delete(&Key::new(Collection::Modules, &old.sha256), Expect::Any)
+                    .await?;
             }
             Ok::<(), StoreError>(())
         };
@@ -440,6 +453,8 @@ struct Nodes {
 
 /// A load that is under way.
 struct Load {
+    /// The policy before the one that this load replaces: nobody goes back to it.
+    displaced: Option<ModuleRecord>,
     record: PolicyRecord,
     revision: u64,
     answers: mpsc::Receiver<Change>,

@@ -98,7 +98,6 @@ struct Node {
 /// An address of the cluster.
 struct Pod {
     record: PodRecord,
-    slot: u32,
     epoch: u32,
 }
 
@@ -120,7 +119,6 @@ struct Daemon {
     nodes: BTreeMap<String, Node>,
     pods: BTreeMap<AddressKey, Pod>,
     locals: BTreeMap<PodName, Local>,
-    next_slot: u32,
     active: Side,
     /// During a load: the next side until the flip, the last one from there until all nodes have flipped.
     aside: Option<Side>,
@@ -131,6 +129,8 @@ struct Daemon {
     underlay_mtu: u32,
     names: Arc<RwLock<Names>>,
     monitors: (i32, i32),
+    /// Changes of the store that could not be taken in, to be tried again.
+    missed: Vec<Change>,
 }
 
 /// How often the daemon looks at its lease and at stale nodes.

@@ -12,14 +12,18 @@ use std::{
 };
 
 impl Daemon {
-    /// Takes in a change of the store. What can't be taken in is reported, and stays as it was.
+    /// Takes in a change of the store. What can't be taken in is reported, and tried again.
     pub(super) async fn follow(&mut self, change: Change) {
-        let what = match &change {
-            Change::Put(key, _) | Change::Delete(key) => key.to_string(),
+        let key = match &change {
+            Change::Put(key, _) | Change::Delete(key) => key.clone(),
             Change::Synced => return,
         };
-        if let Err(error) = self.try_follow(change).await {
-            tracing::error!("{what}: {error}");
+        // What comes later about the same key says more.
+        self.missed
+            .retain(|missed| !matches!(missed, Change::Put(known, _) | Change::Delete(known) if *known == key));
+        if let Err(error) = self.try_follow(change.clone()).await {
+            tracing::error!("{key}: {error}; trying again");
+            self.missed.push(change);
         }
     }
 
@@ -52,6 +56,7 @@ impl Daemon {
                 Collection::Cluster | Collection::Modules | Collection::Answers => {}
             },
             Change::Delete(key) => match key.collection {
+                Collection::Nodes if key.name == self.config.node => self.register().await?,
                 Collection::Nodes => self.node_gone(&key.name)?,
                 Collection::Alive => self.lease_expired(&key.name).await?,
                 Collection::Pods => self.pod_gone(&key)?,
@@ -86,9 +91,6 @@ impl Daemon {
     }
 
     fn node_gone(&mut self, name: &str) -> Result<(), DaemonError> {
-        if name == self.config.node {
-            return Ok(());
-        }
         for address in self.pods_of(name) {
             self.datapath.remove(&address)?;
         }
@@ -126,7 +128,25 @@ impl Daemon {
                 known.record.full_name()
             )));
         }
-        self.upsert_pod(record).await
+        let taken = self.upsert_pod(record).await;
+        if taken.is_err() {
+            // What it was is no longer true, and what it is can't be told: nothing passes until it can.
+            self.datapath.remove(&address)?;
+        }
+        taken
+    }
+
+    /// Tells the cluster of this node and its pods: at a start, and when somebody has removed it while it was away.
+    pub(super) async fn register(&mut self) -> Result<(), DaemonError> {
+        let record = NodeRecord {
+            name: self.config.node.clone(),
+            underlay: self.config.underlay,
+            pod_cidrs: self.config.pod_cidrs.clone(),
+        };
+        let key = Key::new(Collection::Nodes, &record.name);
+        records::put(&*self.store, &key, &record, Expect::Any).await?;
+        self.announce().await?;
+        self.renew().await
     }
 
     fn pod_gone(&mut self, key: &Key) -> Result<(), DaemonError> {
@@ -175,6 +195,9 @@ impl Daemon {
             }
         }
         self.finish_abandoned_load().await;
+        for change in std::mem::take(&mut self.missed) {
+            self.follow(change).await;
+        }
     }
 
     /// Removes a node that is gone, with its pods; false where there is none.

@@ -44,12 +44,9 @@ impl Daemon {
         self.datapath.write(parity, &change)?;
         self.assign_aside(&record, address, local).await;
 
-        let (slot, epoch) = match self.pods.get(&address) {
-            Some(pod) => (pod.slot, pod.epoch + 1),
-            None => (self.fresh_slot(), 1),
-        };
+        let epoch = self.pods.get(&address).map_or(1, |pod| pod.epoch + 1);
         self.names_mut().set_address(address, record.full_name());
-        let before = self.pods.insert(address, Pod { record, slot, epoch });
+        let before = self.pods.insert(address, Pod { record, epoch });
         if let Err(error) = self.place(&address) {
             self.undo(address, before);
             return Err(error);
@@ -91,21 +88,17 @@ impl Daemon {
         }
     }
 
-    pub(super) fn fresh_slot(&mut self) -> u32 {
-        self.next_slot += 1;
-        self.next_slot
-    }
-
     /// Makes the maps say of an address what both sides make of it.
     pub(super) fn place(&mut self, address: &AddressKey) -> Result<(), DaemonError> {
         let Some(pod) = self.pods.get(address) else {
             return Ok(());
         };
         let Some(stance) = self.stance(&pod.record) else {
-            return Ok(());
+            // It has moved to a node that is not known yet.
+            return Ok(self.datapath.remove(address)?);
         };
         let facts = Facts {
-            slot: pod.slot,
+            owner: pod.record.incarnation,
             epoch: pod.epoch,
             stance,
         };

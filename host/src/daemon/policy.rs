@@ -8,7 +8,7 @@ use crate::{
         Collection, Expect, Key, StoreError,
         records::{self, IdentityRecord, ModuleRecord, PodRecord, TenantRecord},
     },
-    wasm::{Runtime, WasmError},
+    wasm::{Compiled, Runtime, WasmError},
 };
 use abi::{AddressKey, Identity};
 
@@ -21,8 +21,10 @@ impl Asked {
         Self(None)
     }
 
-    pub const fn module(runtime: Runtime) -> Self {
-        Self(Some(runtime))
+    /// Starts a module.
+    pub fn start(compiled: &Compiled, record: &ModuleRecord) -> Result<Self, WasmError> {
+        let runtime = tokio::task::block_in_place(|| Runtime::start(compiled, &record.config))?;
+        Ok(Self(Some(runtime)))
     }
 
     /// Begins a load or a change, with a time limit of its own.

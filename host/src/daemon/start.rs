@@ -160,7 +160,8 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
     agree(&*store, layout).await?;
     check_against_others(&*store, &record).await?;
     let file = EndpointFile::open(&config.state_dir)?;
-    let compiler = Compiler::new(std::env::current_exe()?, config.wasm.into())?;
+    // This very program, also after another was installed in its place.
+    let compiler = Compiler::new("/proc/self/exe".into(), config.wasm.into())?;
     let settings = Settings {
         bpffs: config.bpffs.clone(),
         maps: config.maps,
@@ -180,13 +181,13 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
         nodes: BTreeMap::new(),
         pods: BTreeMap::new(),
         locals: BTreeMap::new(),
-        next_slot: 0,
         policy: None,
         out_of_step: None,
         file,
         underlay_mtu,
         names,
         monitors: (0, 0),
+        missed: Vec::new(),
     };
     let vxlan = block_in_place(|| net::ensure_vxlan(abi::node::TUNNEL_PORT, underlay_mtu))?;
     daemon.datapath.set_vxlan(vxlan)?;
@@ -250,6 +251,12 @@ async fn check_against_others(store: &dyn Store, record: &NodeRecord) -> anyhow:
             other.underlay
         );
         for ours in &record.pod_cidrs {
+            anyhow::ensure!(
+                !ours.contains(&IpAddr::V4(other.underlay)),
+                "pod CIDR {ours} contains the underlay address {} of node {}",
+                other.underlay,
+                other.name
+            );
             for theirs in &other.pod_cidrs {
                 anyhow::ensure!(
                     !ours.contains(&theirs.network()) && !theirs.contains(&ours.network()),
@@ -266,7 +273,6 @@ impl Daemon {
     /// Finds the pods that an earlier hostd connected. Those whose namespace or interface is gone are forgotten.
     fn restore(&mut self) -> anyhow::Result<()> {
         let endpoints = self.file.load()?;
-        let known: Vec<String> = endpoints.iter().map(|endpoint| endpoint.interface.clone()).collect();
         for endpoint in endpoints {
             let pod = PodName {
                 namespace: endpoint.pod.namespace.clone(),
@@ -280,21 +286,17 @@ impl Daemon {
                 Err(error) => tracing::warn!("pod {pod} is gone: {error}"),
             }
         }
-        // What an addition that was cut short has left.
+        // What an addition that was cut short has left, and the interfaces of pods that are gone: without a pod's record
+        // nothing would guard them.
         for name in block_in_place(net::pod_links)? {
-            if !known.contains(&name) {
+            if !self.locals.values().any(|local| local.endpoint.interface == name) {
                 tracing::warn!("removing {name}: no pod is known to have it");
                 block_in_place(|| net::delete_link(&name))?;
             }
         }
         for local in self.locals.values() {
             let record = local.endpoint.pod.clone();
-            self.next_slot += 1;
-            let pod = Pod {
-                slot: self.next_slot,
-                epoch: 1,
-                record,
-            };
+            let pod = Pod { epoch: 1, record };
             let name = pod.record.full_name();
             let address = AddressKey::from(pod.record.address);
             self.names_mut().set_address(address, name);
@@ -347,8 +349,7 @@ impl Daemon {
             return Ok(());
         }
         self.names_mut().set_address(address, record.full_name());
-        let slot = self.fresh_slot();
-        self.pods.insert(address, Pod { record, slot, epoch: 1 });
+        self.pods.insert(address, Pod { record, epoch: 1 });
         Ok(())
     }
 
@@ -356,7 +357,7 @@ impl Daemon {
     fn place_host(&mut self) -> Result<(), DaemonError> {
         let address = AddressKey::v4(self.config.underlay.octets());
         let facts = Facts {
-            slot: 0,
+            owner: 0,
             epoch: 0,
             stance: Stance::Host,
         };
@@ -373,6 +374,8 @@ impl Daemon {
         // Pins first: a start that is cut short after this finds a generation that is no lower than any program's.
         self.datapath.adopt_pins()?;
         self.datapath.attach(Hook::FromOverlay, VXLAN_DEVICE)?;
+        // Only now: without the program everybody's packets would reach the node's own stack.
+        block_in_place(|| net::bring_up(VXLAN_DEVICE))?;
         let names: Vec<String> = self
             .locals
             .values()
@@ -394,7 +397,7 @@ impl Daemon {
     }
 
     /// Tells the cluster of this node's pods, where it has forgotten them.
-    async fn announce(&mut self) -> Result<(), DaemonError> {
+    pub(super) async fn announce(&self) -> Result<(), DaemonError> {
         for local in self.locals.values() {
             let record = &local.endpoint.pod;
             records::put(

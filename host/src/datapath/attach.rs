@@ -74,9 +74,12 @@ impl Attacher {
             .try_into()
             .map_err(|error: aya::programs::ProgramError| failed(error.to_string()))?;
         if self.tcx {
-            attach_tcx(program, interface, hook, &pin).map_err(failed)
+            attach_tcx(program, interface, hook, &pin).map_err(failed)?;
+            // What a hostd that was configured otherwise has left would go on with its own maps.
+            remove_clsact(interface, hook).map_err(failed)
         } else {
-            attach_clsact(program, interface, hook).map_err(failed)
+            attach_clsact(program, interface, hook).map_err(failed)?;
+            remove_pin(&pin)
         }
     }
 
@@ -114,25 +117,21 @@ fn remove_pin(pin: &Path) -> Result<(), DatapathError> {
     }
 }
 
-/// Swaps the program into the pinned link, or makes a link in front of all others and pins it.
+/// Swaps the program into the pinned link; where there is none, or it is no longer the first on its hook, makes another
+/// in front of all and pins that. The old one goes last.
 fn attach_tcx(program: &mut SchedClassifier, interface: &str, hook: Hook, pin: &Path) -> Result<(), String> {
     if pin.exists() {
-        let swapped = PinnedLink::from_pin(pin)
-            .map_err(|error| error.to_string())
-            .and_then(|link| SchedClassifierLink::try_from(FdLink::from(link)).map_err(|error| error.to_string()))
-            .and_then(|link| program.attach_to_link(link).map_err(|error| chain(&error)));
-        match swapped {
-            Ok(id) => {
-                // The pin holds the link; our descriptor of it may be closed.
-                drop(program.take_link(id).map_err(|error| error.to_string())?);
-                return Ok(());
-            }
+        match swap(program, pin).and_then(|()| is_first(program, interface, hook)) {
+            Ok(true) => return Ok(()),
+            Ok(false) => tracing::warn!(
+                "another program was before {} on {interface}; going in front",
+                hook.name()
+            ),
             Err(problem) => {
                 tracing::info!(
                     "the link pinned at {} is of no use ({problem}); making another",
                     pin.display()
                 );
-                fs::remove_file(pin).map_err(|error| error.to_string())?;
             }
         }
     }
@@ -144,8 +143,43 @@ fn attach_tcx(program: &mut SchedClassifier, interface: &str, hook: Hook, pin: &
     let link: FdLink = link
         .try_into()
         .map_err(|error: aya::programs::links::LinkError| error.to_string())?;
+    remove_pin(pin).map_err(|error| error.to_string())?;
     link.pin(pin).map_err(|error| chain(&error))?;
+    if is_first(program, interface, hook)? {
+        return Ok(());
+    }
+    Err("another program is in front, which could let packets past".to_owned())
+}
+
+fn swap(program: &mut SchedClassifier, pin: &Path) -> Result<(), String> {
+    let link = PinnedLink::from_pin(pin).map_err(|error| error.to_string())?;
+    let link = SchedClassifierLink::try_from(FdLink::from(link)).map_err(|error| error.to_string())?;
+    let id = program.attach_to_link(link).map_err(|error| chain(&error))?;
+    // The pin holds the link; our descriptor of it may be closed.
+    drop(program.take_link(id).map_err(|error| error.to_string())?);
     Ok(())
+}
+
+fn is_first(program: &SchedClassifier, interface: &str, hook: Hook) -> Result<bool, String> {
+    let ours = program.info().map_err(|error| chain(&error))?.id();
+    let (_, attached) = SchedClassifier::query_tcx(interface, attach_type(hook)).map_err(|error| chain(&error))?;
+    Ok(attached.first().is_some_and(|first| first.id() == ours))
+}
+
+/// Removes the filter of a hostd that used clsact; that there is none is no error.
+fn remove_clsact(interface: &str, hook: Hook) -> Result<(), String> {
+    match tc::qdisc_detach_program(interface, attach_type(hook), hook.name()) {
+        Ok(()) => Ok(()),
+        Err(error)
+            if chain(&error).contains("No such file")
+                || matches!(&error, tc::TcError::IoError(error) if error.kind() == io::ErrorKind::NotFound) =>
+        {
+            Ok(())
+        }
+        // An interface that never had the qdisc.
+        Err(error) if chain(&error).contains("Invalid argument") => Ok(()),
+        Err(error) => Err(chain(&error)),
+    }
 }
 
 /// Replaces our filter, or adds it.

@@ -122,6 +122,8 @@ pub struct Datapath {
     shape: Shape,
     /// What the maps hold, so that what has not changed is not written.
     placed: BTreeMap<AddressKey, Desired>,
+    /// Number of the last write of an entry.
+    stamp: u32,
     node_config: NodeConfig,
     bpffs: PathBuf,
 }
@@ -208,6 +210,7 @@ impl Datapath {
             config,
             shape,
             placed: BTreeMap::new(),
+            stamp: 0,
             node_config: NodeConfig {
                 vxlan_ifindex: 0,
                 report: 0,
@@ -328,12 +331,24 @@ impl Datapath {
         if before == Some(&desired) {
             return Ok(());
         }
+        self.stamp = self.stamp.wrapping_add(1);
+        let stamp = self.stamp;
+        let ipcache = IpcacheEntry {
+            first_stamp: stamp,
+            last_stamp: stamp,
+            ..desired.ipcache
+        };
         let had_endpoint = before.is_some_and(|before| before.endpoint.is_some());
         self.ipcache
-            .insert(address, desired.ipcache, 0)
+            .insert(address, ipcache, 0)
             .map_err(|error| full(error, map::IPCACHE, "maps.addresses"))?;
         match desired.endpoint {
             Some(endpoint) => {
+                let endpoint = Endpoint {
+                    first_stamp: stamp,
+                    last_stamp: stamp,
+                    ..endpoint
+                };
                 let inserted = self.endpoints.insert(address, endpoint, 0);
                 if let Err(error) = inserted {
                     if before.is_none() {

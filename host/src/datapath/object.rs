@@ -14,6 +14,7 @@ use rustix::{
 use std::{
     ffi::CStr,
     fs, io,
+    os::unix::fs::{MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
 };
 
@@ -96,15 +97,14 @@ pub fn leftovers(bpffs: &Path, maps: &Maps) -> Result<Leftovers, DatapathError> 
         && MapData::from_pin(&conntrack)
             .and_then(|data| data.info())
             .is_ok_and(|info| info.max_entries() == maps.conntrack);
-    let generation = match MapData::from_pin(pins.join(map::GENERATION)) {
-        Ok(data) => Array::<MapData, u64>::try_from(Map::Array(data))
-            .and_then(|array| array.get(&0, 0))
-            .map_err(DatapathError::map(map::GENERATION))?,
-        Err(_) => 0,
-    };
+    let generation = MapData::from_pin(pins.join(map::GENERATION))
+        .and_then(|data| Array::<MapData, u64>::try_from(Map::Array(data)))
+        .and_then(|array| array.get(&0, 0))
+        .map(low_half);
     Ok(Leftovers {
-        conntrack: usable.then_some(conntrack),
-        generation: low_half(generation),
+        // Without the generation nobody could tell old verdicts from new ones.
+        conntrack: (usable && generation.is_ok()).then_some(conntrack),
+        generation: generation.unwrap_or(0),
     })
 }
 
@@ -116,11 +116,18 @@ pub fn remake(folder: &Path) -> Result<(), DatapathError> {
     fs::create_dir_all(&version).map_err(DatapathError::io(format!("create {}", version.display())))
 }
 
-/// Puts `maps-new` in the place of `maps`.
+/// Puts `maps-new` in the place of `maps`, so that at any moment there is one of them whole.
 pub fn swap_pins(bpffs: &Path) -> Result<(), DatapathError> {
-    let (old, new) = (bpffs.join("maps"), bpffs.join("maps-new"));
-    remove_folder(&old)?;
-    fs::rename(&new, &old).map_err(DatapathError::io(format!("rename {}", new.display())))
+    let [old, new, oldest] = ["maps", "maps-new", "maps-old"].map(|name| bpffs.join(name));
+    remove_folder(&oldest)?;
+    match fs::rename(&old, &oldest) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(DatapathError::io(format!("rename {}", old.display()))(error));
+        }
+        _ => {}
+    }
+    fs::rename(&new, &old).map_err(DatapathError::io(format!("rename {}", new.display())))?;
+    remove_folder(&oldest)
 }
 
 fn remove_folder(folder: &Path) -> Result<(), DatapathError> {
@@ -134,7 +141,7 @@ fn remove_folder(folder: &Path) -> Result<(), DatapathError> {
 
 /// Removes all pins of a node.
 pub fn remove_all(bpffs: &Path) -> Result<(), DatapathError> {
-    for folder in ["links", "maps", "maps-new"] {
+    for folder in ["links", "maps", "maps-new", "maps-old"] {
         remove_folder(&bpffs.join(folder))?;
     }
     Ok(())
@@ -155,6 +162,12 @@ pub fn mount_bpffs(folder: &Path) -> Result<(), DatapathError> {
     if !is_bpffs(folder).map_err(failed("look at"))? {
         mount_on(folder).map_err(failed("mount a bpffs on"))?;
     }
+    let metadata = fs::metadata(folder).map_err(failed("look at"))?;
+    if metadata.uid() != rustix::process::geteuid().as_raw() {
+        let problem = io::Error::other("it belongs to another user, who could remove the pins in it");
+        return Err(failed("use")(problem));
+    }
+    fs::set_permissions(folder, fs::Permissions::from_mode(0o700)).map_err(failed("close to others"))?;
     let links = folder.join("links");
     fs::create_dir_all(&links).map_err(failed("create links in"))
 }
@@ -164,12 +177,13 @@ fn is_bpffs(folder: &Path) -> io::Result<bool> {
 }
 
 fn mount_on(folder: &Path) -> io::Result<()> {
-    const NO_DATA: Option<&CStr> = None;
+    // Pins are root's: whoever can remove a link's pin detaches a program.
+    const DATA: Option<&CStr> = Some(c"mode=0700");
     Ok(mount(
         "bpf",
         folder,
         "bpf",
         MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC,
-        NO_DATA,
+        DATA,
     )?)
 }

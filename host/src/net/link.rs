@@ -143,8 +143,8 @@ fn pod_mtu(underlay: u32) -> Result<u32, NetError> {
         .ok_or(NetError::SmallMtu(underlay))
 }
 
-/// Makes the one vxlan device, whose tunnel keys come from the programs. One with the wrong settings is replaced.
-/// The answer is its index.
+/// Makes the one vxlan device, whose tunnel keys come from the programs; it is down until [`bring_up`]. One with the wrong
+/// settings is replaced. The answer is its index.
 ///
 /// # Errors
 ///
@@ -180,14 +180,34 @@ pub fn ensure_vxlan(port: u16, underlay_mtu: u32) -> Result<u32, NetError> {
             }
             let index = get(&handle, VXLAN_DEVICE).await?.header.index;
             disable_ipv6(VXLAN_DEVICE)?;
-            let up = LinkUnspec::new_with_index(index).mtu(mtu).up().build();
             handle
                 .link()
-                .set(up)
+                .set(LinkUnspec::new_with_index(index).mtu(mtu).build())
                 .execute()
                 .await
-                .map_err(NetError::kernel(format!("bringing {VXLAN_DEVICE} up")))?;
+                .map_err(NetError::kernel(format!("setting the MTU of {VXLAN_DEVICE} to {mtu}")))?;
             Ok(index)
+        }
+        .boxed()
+    })
+}
+
+/// Brings an interface up.
+///
+/// # Errors
+///
+/// Where it is not there.
+pub fn bring_up(name: &str) -> Result<(), NetError> {
+    let name = name.to_owned();
+    netlink_here(move |handle| {
+        async move {
+            let index = get(&handle, &name).await?.header.index;
+            handle
+                .link()
+                .set(LinkUnspec::new_with_index(index).up().build())
+                .execute()
+                .await
+                .map_err(NetError::kernel(format!("bringing {name} up")))
         }
         .boxed()
     })
@@ -223,9 +243,6 @@ fn disable_ipv6(interface: &str) -> Result<(), NetError> {
     }
 }
 
-/// What the names of the host's ends of pods' veth pairs begin with.
-const POD_LINK_PREFIX: &str = "wg-";
-
 /// Names of the host's ends of pods' veth pairs.
 ///
 /// # Errors
@@ -238,7 +255,7 @@ pub fn pod_links() -> Result<Vec<String>, NetError> {
             let mut names = Vec::new();
             while let Some(link) = links.try_next().await.map_err(NetError::kernel("listing interfaces"))? {
                 names.extend(link.attributes.into_iter().filter_map(|attribute| match attribute {
-                    LinkAttribute::IfName(name) if name.starts_with(POD_LINK_PREFIX) => Some(name),
+                    LinkAttribute::IfName(name) if crate::endpoint::is_interface_name(&name) => Some(name),
                     _ => None,
                 }));
             }
@@ -314,6 +331,20 @@ fn make_pair(name: &str, netns: &Netns, mtu: u32) -> Result<Veth, NetError> {
                 .execute()
                 .await
                 .map_err(NetError::kernel(format!("making the veth pair {name}")))?;
+            let (host, pod) = (get(&handle, &name).await?, get(&handle, &peer).await?);
+            // Set, if only to what the kernel chose: an address that nobody has set udev may change at any time, and
+            // the programs know pods by theirs.
+            for link in [&host, &pod] {
+                let message = LinkUnspec::new_with_index(link.header.index)
+                    .address(mac(link).to_vec())
+                    .build();
+                handle
+                    .link()
+                    .set(message)
+                    .execute()
+                    .await
+                    .map_err(NetError::kernel(format!("setting the MAC addresses of {name}")))?;
+            }
             let (host, pod) = (get(&handle, &name).await?, get(&handle, &peer).await?);
             let veth = Veth {
                 ifindex: host.header.index,

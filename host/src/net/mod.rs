@@ -3,7 +3,9 @@
 mod link;
 mod netns;
 
-pub use link::{Veth, delete_link, ensure_vxlan, find_pod_link, make_pod_link, pod_links, prepare_node, underlay_mtu};
+pub use link::{
+    Veth, bring_up, delete_link, ensure_vxlan, find_pod_link, make_pod_link, pod_links, prepare_node, underlay_mtu,
+};
 pub use netns::{Netns, in_netns};
 
 use std::{net::IpAddr, path::PathBuf};

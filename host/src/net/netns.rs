@@ -1,10 +1,13 @@
 //! Network namespaces.
 
 use super::NetError;
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use rustix::{
+    fs::OFlags,
+    thread::{LinkNameSpaceType, move_into_link_name_space},
+};
 use std::{
     fs::File,
-    os::fd::AsFd,
+    os::{fd::AsFd, unix::fs::OpenOptionsExt},
     path::{Path, PathBuf},
     thread,
 };
@@ -41,7 +44,12 @@ impl Netns {
             path: path.to_owned(),
             problem,
         };
-        let file = File::open(path).map_err(|error| failed(error.to_string()))?;
+        // Without O_NONBLOCK a path to a FIFO would hold hostd up for ever.
+        let file = File::options()
+            .read(true)
+            .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
+            .open(path)
+            .map_err(|error| failed(error.to_string()))?;
         let netns = Self {
             file,
             path: path.to_owned(),

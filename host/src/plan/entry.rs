@@ -6,8 +6,8 @@ use abi::{AddressKey, Endpoint, Identity, IpcacheEntry, address::Address, ipcach
 /// What is known of an address, whatever the policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Facts {
-    /// Slot of the address.
-    pub slot: u32,
+    /// Who has the address.
+    pub owner: u32,
     /// Epoch of the address.
     pub epoch: u32,
     /// Where it is.
@@ -41,7 +41,7 @@ pub struct Desired {
     pub endpoint: Option<Endpoint>,
 }
 
-/// The entries of an address. `parity` is that of the generation in force. An address that the generation in force
+/// The entries of an address, but for their stamps, which whoever writes them gives. `parity` is that of the generation in force. An address that the generation in force
 /// does not know has no entry. Where there is no generation aside, its half repeats the identity in force, so that no
 /// other is accepted from the tunnel, and stands nowhere in the matrix.
 #[must_use]
@@ -66,20 +66,23 @@ pub fn entry(
             (identity[1 - parity], row[1 - parity], column[1 - parity]) = (next.identity, next.row, next.column);
         }
     }
-    let Facts { slot, epoch, stance } = *facts;
+    let Facts { owner, epoch, stance } = *facts;
     let (tunnel_endpoint, tunnel_family): (Address, u8) = match stance {
         Stance::Remote(node) => (node.address, node.family),
         Stance::Local { .. } | Stance::Host => ([0; 16], 0),
     };
     let ipcache = IpcacheEntry {
+        first_stamp: 0,
+        address: address.address,
         identity,
         column,
-        slot,
+        owner,
         epoch,
         tunnel_endpoint,
         tunnel_family,
         flags: if stance == Stance::Host { IPCACHE_HOST } else { 0 },
         zero: [0; 6],
+        last_stamp: 0,
     };
     let endpoint = match stance {
         Stance::Local {
@@ -87,14 +90,17 @@ pub fn entry(
             mac,
             gateway_mac,
         } => Some(Endpoint {
+            first_stamp: 0,
+            address: address.address,
             identity,
             row,
             column,
-            slot,
+            owner,
             epoch,
             ifindex,
             mac,
             gateway_mac,
+            last_stamp: 0,
         }),
         Stance::Remote(_) | Stance::Host => None,
     };

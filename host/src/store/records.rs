@@ -43,6 +43,8 @@ pub struct PodRecord {
     pub address: IpAddr,
     /// The node that it is on.
     pub node: String,
+    /// Another number for every pod that is ever connected, also for one of the same name at the same address.
+    pub incarnation: u32,
 }
 
 impl PodRecord {

@@ -2,11 +2,12 @@
 
 use super::{INTERFACE, Limits, WasmError, clock::Clock, engine};
 use crate::codec;
-use rustix::process::{Resource, Rlimit, setrlimit};
+use rustix::process::{Resource, Rlimit, Signal, setrlimit};
 use sha2::{Digest, Sha256};
 use std::{
     fmt::Write as _,
     io::{Read, Write},
+    os::unix::process::ExitStatusExt,
     path::PathBuf,
     process::Stdio,
     sync::Arc,
@@ -14,6 +15,9 @@ use std::{
 use tokio::{io::AsyncWriteExt, process::Command, time::timeout};
 use wasmtime::{Engine, component::Component};
 use wit_component::ComponentEncoder;
+
+/// A busy machine may take so many times a module's CPU time.
+const PATIENCE: u32 = 8;
 
 /// The hidden command that runs the child.
 pub const CHILD_COMMAND: &str = "compile-module";
@@ -80,7 +84,7 @@ impl Compiler {
                 limit: self.limits.module_bytes,
             });
         }
-        let artifact = timeout(self.limits.compile, self.in_child(module))
+        let artifact = timeout(self.limits.compile * PATIENCE, self.in_child(module))
             .await
             .map_err(|_| WasmError::CompileTime(self.limits.compile))??;
         // SAFETY: the bytes come from our own program, started by us, over a pipe that nobody else can write to; and
@@ -101,6 +105,7 @@ impl Compiler {
         let mut child = Command::new(&self.program)
             .arg(CHILD_COMMAND)
             .arg(self.limits.compile_memory.to_string())
+            .arg(self.limits.compile.as_secs().to_string())
             .env_clear()
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -116,6 +121,10 @@ impl Compiler {
         match codec::decode::<Result<Vec<u8>, String>>(&output.stdout) {
             Ok(Ok(artifact)) => Ok(artifact),
             Ok(Err(problem)) => Err(WasmError::Invalid(problem)),
+            // At its hard limit of CPU time the kernel kills a process (getrlimit(2)).
+            Err(_) if output.status.signal() == Some(Signal::KILL.as_raw()) => {
+                Err(WasmError::CompileTime(self.limits.compile))
+            }
             Err(_) => {
                 let said = String::from_utf8_lossy(&output.stderr);
                 let last = said.lines().last().unwrap_or("it said nothing");
@@ -128,17 +137,18 @@ impl Compiler {
     }
 }
 
-/// The child: module on stdin, artifact or error on stdout.
+/// The child: module on stdin, artifact or error on stdout. It may use so many bytes of memory and seconds of CPU time.
 ///
 /// # Errors
 ///
 /// Where stdin or stdout fail, or the limits can't be set.
-pub fn child_main(memory: u64) -> anyhow::Result<()> {
+pub fn child_main(memory: u64, seconds: u64) -> anyhow::Result<()> {
     let limit = |most| Rlimit {
         current: Some(most),
         maximum: Some(most),
     };
     setrlimit(Resource::As, limit(memory))?;
+    setrlimit(Resource::Cpu, limit(seconds))?;
     setrlimit(Resource::Core, limit(0))?;
     setrlimit(Resource::Fsize, limit(0))?;
     let mut module = Vec::new();

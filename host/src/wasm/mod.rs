@@ -30,7 +30,7 @@ pub enum WasmError {
     #[error("not a policy module: {0}")]
     Invalid(String),
     /// The compiler was stopped.
-    #[error("the module takes longer than {} ms to compile (`wasm.compile_ms`)", .0.as_millis())]
+    #[error("the module takes longer than {} s to compile (`wasm.compile_seconds`)", .0.as_secs())]
     CompileTime(Duration),
     /// The compiler ended by itself.
     #[error("compiling the module failed: {0}")]
@@ -77,7 +77,7 @@ pub enum WasmError {
 pub struct Limits {
     /// Size of a module, in bytes.
     pub module_bytes: usize,
-    /// Time to compile one.
+    /// CPU time to compile one, in whole seconds.
     pub compile: Duration,
     /// Memory to compile one, in bytes.
     pub compile_memory: u64,
@@ -93,7 +93,7 @@ impl From<config::Wasm> for Limits {
     fn from(config: config::Wasm) -> Self {
         Self {
             module_bytes: config.max_module_bytes,
-            compile: Duration::from_millis(config.compile_ms),
+            compile: Duration::from_secs(config.compile_seconds),
             compile_memory: config.compile_memory_mib << 20,
             evaluate: Duration::from_millis(config.evaluate_ms),
             memory: config.memory_mib << 20,

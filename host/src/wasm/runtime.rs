@@ -97,7 +97,17 @@ impl Runtime {
             .map_err(WasmError::Configuration)?;
         let known = std::mem::take(&mut self.order);
         self.learned.clear();
-        self.learn(known)
+        let learned = self.learn(known.clone());
+        if learned.is_err() {
+            // The next start tells it again.
+            self.learned = (0..)
+                .zip(&known)
+                .map(|(number, (identity, _))| (*identity, number))
+                .collect();
+            self.order = known;
+            self.instance = None;
+        }
+        learned
     }
 
     /// Fuel for one call, and what is left of the time.

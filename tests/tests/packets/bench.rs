@@ -60,6 +60,8 @@ pub struct Bench {
     pub pod_b: u32,
     pub vxlan: u32,
     generation: u64,
+    /// Who has the addresses of the pods that are put.
+    pub owner: u32,
 }
 
 /// `TC_ACT_*` (`include/uapi/linux/pkt_cls.h`).
@@ -114,6 +116,7 @@ impl Bench {
             pod_b,
             vxlan,
             generation: 2,
+            owner: 1,
         };
         bench.furnish();
         bench
@@ -160,14 +163,17 @@ impl Bench {
             (POD_A_MAC, GATEWAY_A)
         };
         let endpoint = Endpoint {
+            first_stamp: 1,
+            address: AddressKey::v4(address).address,
             identity,
             row: [place.0; 2],
             column: [place.1; 2],
-            slot: u32::from(address[3]),
+            owner: self.owner,
             epoch,
             ifindex,
             mac,
             gateway_mac,
+            last_stamp: 1,
         };
         self.hash(map::ENDPOINTS)
             .insert(AddressKey::v4(address), endpoint, 0)
@@ -188,14 +194,18 @@ impl Bench {
     ) {
         let tunnel = node.map(AddressKey::v4);
         let entry = IpcacheEntry {
+            first_stamp: 1,
+            address: AddressKey::v4(address).address,
             identity,
             column: [column; 2],
-            slot: 100,
-            epoch: 1,
+            // The node itself is nobody's pod.
+            owner: if flags & IPCACHE_HOST == 0 { 100 } else { 0 },
+            epoch: u32::from(flags & IPCACHE_HOST == 0),
             tunnel_endpoint: tunnel.map_or([0; 16], |key| key.address),
             tunnel_family: tunnel.map_or(0, |key| key.family),
             flags,
             zero: [0; 6],
+            last_stamp: 1,
         };
         self.hash(map::IPCACHE)
             .insert(AddressKey::v4(address), entry, 0)

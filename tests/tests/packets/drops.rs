@@ -160,6 +160,22 @@ const TABLE: &[(DropReason, &str, Run)] = &[
         let vb = b.pod_b;
         b.to_pod(&Frame::tcp(NOBODY, 1, POD_A, 2, SYN), vb)
     }),
+    (
+        DropReason::UnknownSource,
+        "a routed packet that claims to be another pod's",
+        |b| {
+            let vb = b.pod_b;
+            b.to_pod(&Frame::tcp(REMOTE, 1, POD_A, 2, SYN), vb)
+        },
+    ),
+    (
+        DropReason::NotLocal,
+        "the node's packet on another pod's interface",
+        |b| b.to_pod(&Frame::tcp(NODE, 1, POD_B, 2, SYN), 0),
+    ),
+    (DropReason::IcmpUnrelated, "an echo reply that nobody asked for", |b| {
+        b.from_pod_a(&Frame::echo(POD_A, POD_B, true, 1))
+    }),
     (DropReason::TtlExceeded, "TTL 1 to a pod of the node", |b| {
         b.from_pod_a(&syn().ttl(1))
     }),

@@ -4,7 +4,7 @@ use super::{
     bench::{BLUE, BLUE_PLACE, Bench, GREEN, GREEN_COLUMN, RED, RED_PLACE},
     frame::{ACK, FIN, Frame, NODE, OTHER_NODE, POD_A, POD_B, REMOTE, RST, SYN},
 };
-use abi::{Direction, DropReason, Path};
+use abi::{AddressKey, Direction, DropReason, Endpoint, Path, map};
 use harness::kernel_test;
 
 fn there(flags: u8) -> Frame {
@@ -60,7 +60,7 @@ fn udp_and_echo_replies_pass() {
     );
     assert_eq!(
         bench.from_pod_b(&Frame::echo(POD_B, POD_A, true, 8)).reason(),
-        DropReason::EgressDenied
+        DropReason::IcmpUnrelated
     );
 }
 
@@ -142,10 +142,62 @@ fn an_address_used_again_inherits_nothing() {
     assert_eq!(bench.from_pod_a(&there(ACK)).reason(), DropReason::UnknownDestination);
     // Another pod gets the address, and policy does not let red reach it.
     let vb = bench.pod_b;
-    bench.put_pod(POD_B, [BLUE; 2], (3, BLUE_PLACE.1), 9, vb);
+    bench.owner = 2;
+    bench.put_pod(POD_B, [BLUE; 2], (3, BLUE_PLACE.1), 1, vb);
     bench.set_cell(Direction::Ingress, 3, RED_PLACE.1, 0);
     assert_eq!(bench.from_pod_a(&there(ACK)).reason(), DropReason::IngressDenied);
     assert_eq!(bench.from_pod_b(&back(ACK)).reason(), DropReason::MidStream);
+}
+
+#[test]
+fn a_reply_to_the_former_owner_of_an_address_is_none_to_the_next_one() {
+    kernel_test!();
+    let mut bench = one_way();
+    assert_eq!(bench.from_pod_a(&Frame::udp(POD_A, 9, POD_B, 53)).path(), Path::Local);
+    let answer = Frame::udp(POD_B, 53, POD_A, 9);
+    assert_eq!(bench.from_pod_b(&answer).path(), Path::Local);
+    let va = bench.pod_a;
+    bench.owner = 2;
+    bench.put_pod(POD_A, [RED; 2], RED_PLACE, 1, va);
+    assert_eq!(bench.from_pod_b(&answer).reason(), DropReason::EgressDenied);
+}
+
+#[test]
+fn an_echo_request_is_no_reply_to_another() {
+    kernel_test!();
+    let mut bench = one_way();
+    assert_eq!(
+        bench.from_pod_a(&Frame::echo(POD_A, POD_B, false, 7)).path(),
+        Path::Local
+    );
+    assert_eq!(
+        bench.from_pod_b(&Frame::echo(POD_B, POD_A, false, 7)).reason(),
+        DropReason::EgressDenied
+    );
+    assert_eq!(
+        bench.from_pod_b(&Frame::echo(POD_B, POD_A, true, 7)).path(),
+        Path::Local
+    );
+    // The error about the request belongs to its flow, too.
+    let error = Frame::unreachable(POD_B, &Frame::echo(POD_A, POD_B, false, 7));
+    assert_eq!(bench.from_pod_b(&error).path(), Path::Local);
+}
+
+#[test]
+fn an_entry_that_is_another_ones_or_half_written_is_not_believed() {
+    kernel_test!();
+    for damage in [
+        |endpoint: &mut Endpoint| endpoint.last_stamp += 1,
+        |endpoint: &mut Endpoint| endpoint.address[3] += 1,
+    ] {
+        let mut bench = Bench::new();
+        let key = AddressKey::v4(POD_B);
+        let mut endpoints = bench.hash::<Endpoint>(map::ENDPOINTS);
+        let mut endpoint = endpoints.get(&key, 0).unwrap();
+        damage(&mut endpoint);
+        endpoints.insert(key, endpoint, 0).unwrap();
+        assert_eq!(bench.from_pod_a(&there(SYN)).reason(), DropReason::UnknownDestination);
+    }
 }
 
 #[test]
