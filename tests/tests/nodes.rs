@@ -1,6 +1,7 @@
 //! Nodes: they meet, grow stale, go, and come back, and hostd may be killed at any time.
 #![expect(clippy::unwrap_used, reason = "helpers of tests, which fail as a whole")]
 
+use aya::programs::{SchedClassifier, TcAttachType};
 use harness::{Cluster, Listener, Options, TcpOutcome, Traffic, kernel_test, run, tcp_exchange, wait_until};
 use std::{collections::BTreeSet, time::Duration};
 
@@ -228,4 +229,120 @@ fn cleanup_takes_everything_away() {
     .unwrap();
     assert_eq!(pins, "");
     assert!(wait_until(LONG, || addresses(&cluster, 0).len() == 2));
+}
+
+#[test]
+fn a_restart_in_another_attach_mode_leaves_none_of_the_other_behind() {
+    kernel_test!();
+    let options = Options {
+        nodes: 1,
+        ..Options::default()
+    };
+    let mut cluster = Cluster::with(&options).unwrap();
+    for name in ["red/a", "red/b"] {
+        cluster.add_pod(0, name, &[]).unwrap();
+    }
+    let _listener = Listener::new(cluster.pod("red/b").netns.name(), 80).unwrap();
+    let (a, b) = (
+        cluster.pod("red/a").netns.name().to_owned(),
+        cluster.pod("red/b").address,
+    );
+    let config = cluster.nodes[0].config();
+    let text = std::fs::read_to_string(&config).unwrap();
+    for attach in ["clsact", "tcx", "clsact"] {
+        cluster.nodes[0].stop(true).unwrap();
+        std::fs::write(&config, format!("attach = \"{attach}\"\n{text}")).unwrap();
+        cluster.nodes[0].start().unwrap();
+        let node = &cluster.nodes[0];
+        let interface = node.json(&["endpoint", "list"]).unwrap()[0]["interface"]
+            .as_str()
+            .unwrap()
+            .to_owned();
+        let query = || {
+            SchedClassifier::query_tcx(&interface, TcAttachType::Ingress)
+                .unwrap()
+                .1
+                .len()
+        };
+        let links = harness::in_netns(node.netns.name(), query).unwrap();
+        let filters = node
+            .netns
+            .command("tc")
+            .args(["filter", "show", "dev", &interface, "ingress"])
+            .output();
+        let filters = String::from_utf8(filters.unwrap().stdout).unwrap();
+        let has_filter = filters.contains("from_pod");
+        assert_eq!(
+            (links, has_filter),
+            if attach == "tcx" { (1, false) } else { (0, true) },
+            "{attach}: {filters}"
+        );
+        // With the other mode's programs in front a change of policy would have no effect.
+        cluster.load("allow-all").unwrap();
+        assert_eq!(tcp_exchange(&a, b, 80, WAIT).unwrap(), TcpOutcome::Open, "{attach}");
+        cluster.load("web-app").unwrap();
+        assert_eq!(tcp_exchange(&a, b, 80, WAIT).unwrap(), TcpOutcome::Silence, "{attach}");
+    }
+}
+
+#[test]
+fn a_restart_takes_the_interfaces_of_gone_pods_and_no_others() {
+    kernel_test!();
+    let options = Options {
+        nodes: 1,
+        ..Options::default()
+    };
+    let mut cluster = Cluster::with(&options).unwrap();
+    for name in ["red/a", "red/b"] {
+        cluster.add_pod(0, name, &[]).unwrap();
+    }
+    let foreign = ["link", "add", "wg-mesh", "type", "veth", "peer", "name", "wg-peer"];
+    cluster.nodes[0].netns.ip(&foreign).unwrap();
+    let interface_of = |cluster: &Cluster, name: &str| -> String {
+        let listed = cluster.nodes[0].json(&["endpoint", "list"]).unwrap();
+        let of = |one: &&serde_json::Value| one["pod"]["name"] == name;
+        let found = listed.as_array().unwrap().iter().find(of).unwrap();
+        found["interface"].as_str().unwrap().to_owned()
+    };
+    let (gone, stays) = (interface_of(&cluster, "a"), interface_of(&cluster, "b"));
+    cluster.nodes[0].stop(true).unwrap();
+    // Somebody inside renames the interface: hostd can't tell the pod from another one any more.
+    let inside = &cluster.pod("red/a").netns;
+    inside.ip(&["link", "set", "eth0", "down"]).unwrap();
+    inside.ip(&["link", "set", "eth0", "name", "eth9"]).unwrap();
+    cluster.nodes[0].start().unwrap();
+    let links = cluster.nodes[0].netns.ip(&["-o", "link", "show"]).unwrap();
+    assert!(
+        !links.contains(&gone) && links.contains(&stays) && links.contains("wg-mesh"),
+        "{links}"
+    );
+    assert_eq!(
+        cluster.nodes[0]
+            .json(&["endpoint", "list"])
+            .unwrap()
+            .as_array()
+            .unwrap()
+            .len(),
+        1
+    );
+}
+
+#[test]
+fn a_node_that_was_removed_while_it_was_away_registers_again() {
+    kernel_test!();
+    let mut cluster = with_lease("ttl_seconds = 1");
+    let pid = cluster.nodes[1].pid().unwrap();
+    let signal = |name: &str| run("kill", &[&format!("-{name}"), &pid.to_string()]).unwrap();
+    signal("STOP");
+    assert!(wait_until(LONG, || is_stale(&cluster)));
+    cluster.nodes[0].json(&["node", "delete", "node2"]).unwrap();
+    let known = cluster.pod("red/b").address.to_string();
+    assert!(wait_until(LONG, || !addresses(&cluster, 0).contains(&known)));
+    signal("CONT");
+    assert!(wait_until(LONG, || addresses(&cluster, 0).contains(&known)));
+    let (a, b) = (cluster.pod("red/a"), cluster.pod("red/b"));
+    let _listener = Listener::new(b.netns.name(), 80).unwrap();
+    let open = || tcp_exchange(a.netns.name(), b.address, 80, WAIT).unwrap() == TcpOutcome::Open;
+    assert!(wait_until(LONG, open));
+    cluster.pods.clear();
 }

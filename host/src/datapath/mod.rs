@@ -161,7 +161,7 @@ impl Datapath {
     pub fn load(settings: &Settings) -> Result<(Self, EventStream), DatapathError> {
         object::mount_bpffs(&settings.bpffs)?;
         let shape = shape(&settings.maps);
-        let before = object::leftovers(&settings.bpffs, &settings.maps)?;
+        let before = object::leftovers(&settings.bpffs, &settings.maps);
         let constants = Constants {
             shape,
             record_action: false,

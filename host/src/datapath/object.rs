@@ -89,7 +89,7 @@ const VERSION_FILE: &str = "abi-version";
 
 /// Looks at the pins of an earlier hostd. A conntrack map of another ABI version or another size is not used again:
 /// flows are then judged as if they were new.
-pub fn leftovers(bpffs: &Path, maps: &Maps) -> Result<Leftovers, DatapathError> {
+pub fn leftovers(bpffs: &Path, maps: &Maps) -> Leftovers {
     let pins = bpffs.join("maps");
     let conntrack = pins.join(map::CONNTRACK);
     let same_abi = pins.join(format!("{VERSION_FILE}-{}", abi::VERSION)).exists();
@@ -101,11 +101,11 @@ pub fn leftovers(bpffs: &Path, maps: &Maps) -> Result<Leftovers, DatapathError> 
         .and_then(|data| Array::<MapData, u64>::try_from(Map::Array(data)))
         .and_then(|array| array.get(&0, 0))
         .map(low_half);
-    Ok(Leftovers {
+    Leftovers {
         // Without the generation nobody could tell old verdicts from new ones.
         conntrack: (usable && generation.is_ok()).then_some(conntrack),
         generation: generation.unwrap_or(0),
-    })
+    }
 }
 
 /// Makes an empty folder, in place of what is there.
