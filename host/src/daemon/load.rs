@@ -5,41 +5,36 @@
 //! 2. *Commit*: when all have answered, every node flips its generation word, waits for a grace period, and answers.
 //! 3. *Retired*: when all have flipped, nodes forget the old side.
 //!
+//! This is what each node does; `coordinate.rs` has the node that runs the load.
+//!
 //! A node that refuses or does not answer makes the coordinator write *Aborted* instead of the commit, and nothing has
 //! changed anywhere.
 
 use super::{
-    Command, Daemon, DaemonError,
-    evaluate::{Candidate, Evaluation, micros},
-    policy::Side,
+    Daemon, DaemonError,
+    evaluate::{Candidate, micros},
+    policy::{Asked, Side},
 };
-use crate::{
-    api::{LoadPolicy, LoadReport, NodeReport},
-    store::{
-        Change, Collection, Expect, Key, Store, StoreError,
-        records::{self, AnswerRecord, ModuleRecord, NodeRecord, POLICY, Phase, PolicyRecord, Prepared},
-    },
+use crate::store::{
+    Collection, Expect, Key, StoreError,
+    records::{self, AnswerRecord, ModuleRecord, POLICY, Phase, PolicyRecord, Prepared},
 };
 use std::{
-    collections::{BTreeMap, BTreeSet},
     sync::Arc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
-use tokio::sync::{mpsc, oneshot};
 
-/// Nodes have to answer a phase within this time.
-const PHASE_TIME: Duration = Duration::from_secs(10);
-
-fn policy_key() -> Key {
+/// Key of the one policy record.
+pub fn policy_key() -> Key {
     Key::new(Collection::Policy, POLICY)
 }
 
-fn now_ms() -> u64 {
+/// Milliseconds since 1970.
+pub fn now_ms() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }
 
-// What each node does.
 impl Daemon {
     /// Follows the policy record.
     pub(super) async fn policy_seen(&mut self, record: PolicyRecord, revision: u64) -> Result<(), DaemonError> {
@@ -201,7 +196,7 @@ impl Daemon {
         if let Some(module) = record.as_ref().and_then(PolicyRecord::in_force).cloned() {
             let candidate = self.fetch(&module).await?;
             let compiled = self.compile(&candidate).await?;
-            let asked = super::policy::Asked::start(&compiled, &module)?;
+            let asked = Asked::start(&compiled, &module)?;
             self.active = Side {
                 module: Some(module),
                 serial,
@@ -223,7 +218,7 @@ impl Daemon {
                 Err(error) => tracing::error!("{}: {error}", record.full_name()),
             }
         }
-        let asked = std::mem::replace(&mut self.active.asked, super::policy::Asked::nobody());
+        let asked = std::mem::replace(&mut self.active.asked, Asked::nobody());
         let compilation = self.compile_matrix(asked, identified)?;
         self.active.asked = compilation.asked;
         self.active.generation = compilation.generation;
@@ -252,256 +247,5 @@ impl Daemon {
             Err(StoreError::Conflict { .. }) => {}
             Err(error) => tracing::error!("finishing a load that was left unfinished: {error}"),
         }
-    }
-}
-
-/// Runs a load. Not on the daemon's task: that one has to prepare and commit as every other node's does.
-pub struct Coordinator {
-    pub store: Arc<dyn Store>,
-    pub node: String,
-    pub daemon: mpsc::Sender<Command>,
-}
-
-impl Coordinator {
-    /// Loads a policy, or says what it would change.
-    pub async fn load(&self, request: LoadPolicy) -> Result<LoadReport, DaemonError> {
-        let candidate = Candidate {
-            record: ModuleRecord {
-                name: request.name,
-                sha256: crate::wasm::sha256(&request.module),
-                config: request.config,
-            },
-            module: Arc::new(request.module),
-        };
-        let evaluation = self.evaluate(&candidate).await?;
-        let mut report = report(&candidate.record, request.dry_run, evaluation);
-        if request.dry_run {
-            return Ok(report);
-        }
-        let key = Key::new(Collection::Modules, &candidate.record.sha256);
-        if self.store.get(&key).await?.is_none() {
-            self.store.put(&key, candidate.module.to_vec(), Expect::Any).await?;
-        }
-        let mut load = self.propose(&candidate.record).await?;
-        let result = self.run(&mut load, request.skip_unreachable, &mut report).await;
-        self.tidy(&load.record, load.displaced.as_ref()).await;
-        result.map(|()| report)
-    }
-
-    async fn evaluate(&self, candidate: &Candidate) -> Result<Evaluation, DaemonError> {
-        let (reply, answer) = oneshot::channel();
-        let gone = || DaemonError::Request("hostd is stopping".to_owned());
-        let command = Command::Evaluate(candidate.clone(), reply);
-        self.daemon.send(command).await.map_err(|_| gone())?;
-        answer.await.map_err(|_| gone())?
-    }
-
-    async fn propose(&self, module: &ModuleRecord) -> Result<Load, DaemonError> {
-        let found = records::get::<PolicyRecord>(&*self.store, &policy_key()).await?;
-        let (last, expect) = match &found {
-            Some((record, revision)) => (Some(record), Expect::Revision(*revision)),
-            None => (None, Expect::Absent),
-        };
-        let busy = |coordinator: &str| {
-            DaemonError::Request(format!(
-                "node {coordinator} is loading a policy; try again when it is done"
-            ))
-        };
-        if let Some(last) = last
-            && matches!(last.phase, Phase::Prepare | Phase::Commit)
-            && now_ms() < last.deadline_ms
-        {
-            return Err(busy(&last.coordinator));
-        }
-        let answers = self.store.watch(&[Collection::Answers]).await?;
-        let record = PolicyRecord {
-            serial: last.map_or(0, |last| last.serial) + 1,
-            phase: Phase::Prepare,
-            module: module.clone(),
-            previous: last.and_then(PolicyRecord::in_force).cloned(),
-            coordinator: self.node.clone(),
-            // Two phases, each of which may take its time.
-            deadline_ms: now_ms() + 2 * u64::try_from(PHASE_TIME.as_millis()).unwrap_or(0),
-        };
-        match records::put(&*self.store, &policy_key(), &record, expect).await {
-            Ok(revision) => Ok(Load {
-                displaced: last.and_then(|last| last.previous.clone()),
-                record,
-                revision,
-                answers,
-            }),
-            Err(StoreError::Conflict { .. }) => Err(busy("another")),
-            Err(error) => Err(error.into()),
-        }
-    }
-
-    async fn run(&self, load: &mut Load, skip: bool, report: &mut LoadReport) -> Result<(), DaemonError> {
-        let nodes = self.nodes().await?;
-        let began = Instant::now();
-        let prepared = load.wait(&nodes.alive, &nodes.all, skip).await?;
-        report.steps.push(("prepare".to_owned(), micros(began)));
-        // A refusal has ended the wait: nothing is known of those who have not answered by then.
-        let refused = prepared.values().any(|(result, _)| result.is_err());
-        let refusals: Vec<String> = nodes
-            .all
-            .iter()
-            .filter_map(|node| match prepared.get(node) {
-                Some((Ok(_), _)) => None,
-                Some((Err(problem), _)) => Some(format!("node {node} refuses: {problem}")),
-                None if refused => None,
-                None if skip => None,
-                None => Some(format!(
-                    "node {node} does not answer (is it down? `--skip-unreachable` goes on without it)"
-                )),
-            })
-            .collect();
-        if !refusals.is_empty() {
-            self.advance(load, Phase::Aborted).await?;
-            let problem = format!("no node has changed its policy: {}", refusals.join("; "));
-            return Err(DaemonError::Request(problem));
-        }
-
-        let began = Instant::now();
-        self.advance(load, Phase::Commit).await?;
-        let taking_part: BTreeSet<String> = prepared.keys().cloned().collect();
-        let committed = load.wait(&taking_part, &taking_part, false).await?;
-        report.steps.push(("commit".to_owned(), micros(began)));
-        self.advance(load, Phase::Retired).await?;
-
-        for node in nodes.all {
-            let result = match (prepared.get(&node), committed.get(&node)) {
-                (None, _) => Err("skipped: it did not answer; it switches when it is back".to_owned()),
-                (Some(_), None) => {
-                    Err("prepared, but did not answer the commit; it switches when it is back".to_owned())
-                }
-                (Some(_), Some((Err(problem), _))) => Err(format!("could not switch: {problem}")),
-                (Some((prepared, _)), Some(_)) => prepared.clone(),
-            };
-            report.nodes.push(NodeReport {
-                commit_micros: committed
-                    .get(&node)
-                    .map(|(_, at)| u64::try_from(at.saturating_duration_since(began).as_micros()).unwrap_or(u64::MAX)),
-                node,
-                result,
-            });
-        }
-        Ok(())
-    }
-
-    async fn advance(&self, load: &mut Load, phase: Phase) -> Result<(), DaemonError> {
-        let record = PolicyRecord {
-            phase,
-            ..load.record.clone()
-        };
-        match records::put(&*self.store, &policy_key(), &record, Expect::Revision(load.revision)).await {
-            Ok(revision) => {
-                load.record = record;
-                load.revision = revision;
-                Ok(())
-            }
-            Err(StoreError::Conflict { .. }) => Err(DaemonError::Request(
-                "the load took too long, and another node has aborted or replaced it".to_owned(),
-            )),
-            Err(error) => Err(error.into()),
-        }
-    }
-
-    async fn nodes(&self) -> Result<Nodes, DaemonError> {
-        let mut all = BTreeSet::new();
-        for (key, value) in self.store.list(Collection::Nodes).await? {
-            let record: NodeRecord = records::decode(&key, &value.value)?;
-            all.insert(record.name);
-        }
-        let alive = self.store.list(Collection::Alive).await?;
-        let alive = alive
-            .into_iter()
-            .map(|(key, _)| key.name)
-            .filter(|name| all.contains(name))
-            .collect();
-        Ok(Nodes { all, alive })
-    }
-
-    /// Deletes answers that nobody needs any more, and the module that this load has displaced. Left behind, they would only take space.
-    async fn tidy(&self, record: &PolicyRecord, displaced: Option<&ModuleRecord>) {
-        let tidied = async {
-            for (key, value) in self.store.list(Collection::Answers).await? {
-                let answer: AnswerRecord = records::decode(&key, &value.value)?;
-                if answer.serial <= record.serial {
-                    self.store.delete(&key, Expect::Any).await?;
-                }
-            }
-            let needed = [Some(&record.module), record.previous.as_ref()];
-            if let Some(old) = displaced
-                && !needed.iter().flatten().any(|module| module.sha256 == old.sha256)
-            {
-                self.store
-                    .delete(&Key::new(Collection::Modules, &old.sha256), Expect::Any)
-                    .await?;
-            }
-            Ok::<(), StoreError>(())
-        };
-        if let Err(error) = tidied.await {
-            tracing::warn!("tidying up after a policy load: {error}");
-        }
-    }
-}
-
-struct Nodes {
-    all: BTreeSet<String>,
-    alive: BTreeSet<String>,
-}
-
-/// A load that is under way.
-struct Load {
-    /// The policy before the one that this load replaces: nobody goes back to it.
-    displaced: Option<ModuleRecord>,
-    record: PolicyRecord,
-    revision: u64,
-    answers: mpsc::Receiver<Change>,
-}
-
-type Answers = BTreeMap<String, (Result<Prepared, String>, Instant)>;
-
-impl Load {
-    /// Waits until every node in `all` has answered the present phase, or, where nodes may be skipped, every one that
-    /// is `alive`; and no longer than [`PHASE_TIME`]. A refusal ends the wait: nothing can come of it.
-    async fn wait(
-        &mut self,
-        alive: &BTreeSet<String>,
-        all: &BTreeSet<String>,
-        skip: bool,
-    ) -> Result<Answers, DaemonError> {
-        let wanted = if skip { alive } else { all };
-        let mut answers = Answers::new();
-        let deadline = tokio::time::Instant::now() + PHASE_TIME;
-        while !wanted.iter().all(|node| answers.contains_key(node)) {
-            let Ok(Some(change)) = tokio::time::timeout_at(deadline, self.answers.recv()).await else {
-                break;
-            };
-            let Change::Put(key, value) = change else { continue };
-            let answer: AnswerRecord = records::decode(&key, &value.value)?;
-            if answer.serial == self.record.serial && answer.phase == self.record.phase {
-                let refused = answer.result.is_err();
-                answers.insert(answer.node, (answer.result, Instant::now()));
-                if refused && self.record.phase == Phase::Prepare {
-                    break;
-                }
-            }
-        }
-        Ok(answers)
-    }
-}
-
-fn report(module: &ModuleRecord, dry_run: bool, evaluation: Evaluation) -> LoadReport {
-    LoadReport {
-        module: module.clone(),
-        dry_run,
-        pods: evaluation.pods,
-        identities: evaluation.identities,
-        pairs: evaluation.pairs,
-        cells: evaluation.cells,
-        changed: evaluation.changed,
-        steps: evaluation.steps,
-        nodes: Vec::new(),
     }
 }

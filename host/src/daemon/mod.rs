@@ -1,5 +1,6 @@
 //! The daemon: one task owns the node's state, and everything that changes it is a message to that task.
 
+mod coordinate;
 mod endpoints;
 mod evaluate;
 mod load;

@@ -1,6 +1,6 @@
 //! Requests of the control socket, turned into messages to the daemon's task; and the monitor.
 
-use super::{Command, Names, load::Coordinator};
+use super::{Command, Names, coordinate::Coordinator};
 use crate::{
     api::{Monitor, PacketView, Request, Response},
     codec,

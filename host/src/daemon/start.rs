@@ -3,7 +3,7 @@
 
 use super::{
     Daemon, DaemonError, Local, Names, Node, Pod,
-    load::Coordinator,
+    coordinate::Coordinator,
     policy::Side,
     serve::{self, Front},
 };
