@@ -243,3 +243,30 @@ fn a_module_that_fails_later_refuses_the_pod_and_stays_in_force() {
     cluster.load("allow-all").unwrap();
     cluster.add_pod(0, "red/c", &[]).unwrap();
 }
+
+#[test]
+fn a_module_with_much_fuel_still_has_little_time() {
+    kernel_test!();
+    let options = Options {
+        nodes: 1,
+        tables: "[wasm]\nfuel_per_call = 1000000000000\nevaluate_ms = 200".to_owned(),
+        ..Options::default()
+    };
+    let mut cluster = Cluster::with(&options).unwrap();
+    cluster.add_pod(0, "red/a", &[]).unwrap();
+    let hostile = test_policy("hostile").unwrap().display().to_string();
+    let config = cluster.folder().join("deed.json");
+    for call in ["configure", "identify", "learn", "decide"] {
+        fs::write(&config, format!("\"{call} loop\"")).unwrap();
+        let config = config.display().to_string();
+        let began = Instant::now();
+        let refusal = cluster.nodes[0]
+            .refusal(&["load-policy", &hostile, "--config", &config])
+            .unwrap();
+        assert!(
+            refusal.contains(call) && refusal.contains("took longer than 200 ms"),
+            "{refusal}"
+        );
+        assert!(began.elapsed() < REFUSED_WITHIN, "{call}: {:?}", began.elapsed());
+    }
+}
