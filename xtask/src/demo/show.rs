@@ -138,12 +138,12 @@ pub fn commands(cluster: &Cluster) -> anyhow::Result<()> {
         harness::policy("web-app")?.display()
     );
     println!();
-    for pod in &cluster.pods {
+    let others = cluster.pods.iter().cycle().skip(1);
+    for (pod, other) in cluster.pods.iter().zip(others) {
+        let (from, to) = (pod.netns.name(), other.address);
         println!(
-            "ip netns exec {} ping -c 1 -W 1 ADDRESS   # {} at {}",
-            pod.netns.name(),
-            pod.name,
-            pod.address
+            "ip netns exec {from} ping -c 1 -W 1 {to}   # {} to {}",
+            pod.name, other.name
         );
     }
     Ok(())
