@@ -12,9 +12,11 @@
 
 mod attach;
 mod cells;
+mod error;
 mod events;
 mod object;
 
+pub use error::DatapathError;
 pub use events::EventStream;
 pub use object::{Constants, load_programs};
 
@@ -32,68 +34,12 @@ use aya::{
     maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, of_maps::ArrayOfMaps},
 };
 use cells::Mapped;
+use error::chain;
 use std::{
     collections::BTreeMap,
     net::Ipv4Addr,
     path::{Path, PathBuf},
 };
-
-/// Why the datapath could not be changed.
-#[derive(Debug, thiserror::Error)]
-pub enum DatapathError {
-    /// A map took no more entries.
-    #[error("map {map} is full; raise `{setting}` and restart hostd")]
-    Full {
-        /// The map.
-        map: &'static str,
-        /// The key in the configuration.
-        setting: &'static str,
-    },
-    /// A map operation failed.
-    #[error("map {map}: {source}")]
-    Map {
-        /// The map.
-        map: String,
-        /// Why.
-        source: Box<MapError>,
-    },
-    /// The object could not be loaded.
-    #[error("loading the tc programs: {0}")]
-    Load(String),
-    /// A program could not be attached.
-    #[error("attaching {program} to {interface}: {problem}")]
-    Attach {
-        /// The program.
-        program: &'static str,
-        /// The interface.
-        interface: String,
-        /// Why.
-        problem: String,
-    },
-    /// A pin, a mount or a memory map failed.
-    #[error("{what}: {source}")]
-    Io {
-        /// What was being done.
-        what: String,
-        /// Why it failed.
-        source: std::io::Error,
-    },
-}
-
-impl DatapathError {
-    fn map(name: &str) -> impl FnOnce(MapError) -> Self {
-        let map = name.to_owned();
-        move |source| Self::Map {
-            map,
-            source: Box::new(source),
-        }
-    }
-
-    fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
-        let what = what.into();
-        move |source| Self::Io { what, source }
-    }
-}
 
 /// What the datapath is opened with.
 #[derive(Clone, Debug)]
@@ -474,14 +420,6 @@ pub struct Counters {
     pub drops: Vec<(DropReason, Counter)>,
     /// Forwarded, by path.
     pub forwarded: Vec<(ForwardPath, Counter)>,
-}
-
-/// An error with its causes.
-fn chain(error: &dyn std::error::Error) -> String {
-    match error.source() {
-        Some(source) => format!("{error}: {}", chain(source)),
-        None => error.to_string(),
-    }
 }
 
 /// Removing what is not there is as good.
