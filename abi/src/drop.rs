@@ -46,8 +46,8 @@ reasons! {
     15 UnexpectedArp "unexpected_arp" "An ARP packet other than a pod's request for its gateway.";
     16 NotForGateway "not_for_gateway" "A pod sent a frame to another MAC address than its gateway's.";
     17 TunnelPort "tunnel_port" "A pod sent UDP to a node's tunnel port.";
-    18 UnknownDestination "unknown_destination" "No pod and no node has the destination address.";
-    19 UnknownSource "unknown_source" "The node routed a packet to a pod that is not its own: nobody has checked where it is from.";
+    18 UnknownDestination "unknown_destination" "No pod has the destination address, which is one of a pod CIDR or no unicast address.";
+    19 UnknownSource "unknown_source" "The node routed a packet to a pod from an address that is a pod's, its own, or no unicast address.";
     20 TtlExceeded "ttl_exceeded" "The time to live ran out.";
     21 EgressDenied "egress_denied" "Policy does not let the sender reach this destination.";
     22 IngressDenied "ingress_denied" "Policy does not let the receiver be reached by this source.";

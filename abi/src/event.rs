@@ -30,10 +30,14 @@ pub enum Path {
     FromHost = 4,
     /// An ARP request for the gateway, answered.
     ArpReply = 5,
+    /// From a pod to an address that is no pod's, routed by the node.
+    ToOutside = 6,
+    /// From such an address into a pod, routed by the node.
+    FromOutside = 7,
 }
 
 /// Elements of the counter map.
-pub const PATHS: u32 = 6;
+pub const PATHS: u32 = 8;
 
 impl Path {
     /// All paths, by number.
@@ -44,6 +48,8 @@ impl Path {
         Self::ToHost,
         Self::FromHost,
         Self::ArpReply,
+        Self::ToOutside,
+        Self::FromOutside,
     ];
 
     /// Name, as in metrics and on the command line.
@@ -56,6 +62,8 @@ impl Path {
             Self::ToHost => "to_host",
             Self::FromHost => "from_host",
             Self::ArpReply => "arp_reply",
+            Self::ToOutside => "to_outside",
+            Self::FromOutside => "from_outside",
         }
     }
 }

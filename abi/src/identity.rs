@@ -7,6 +7,9 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Identity(pub u32);
 
+/// The first number that is given out; those before it are kept for reserved identities.
+pub const FIRST_ALLOCATED: u32 = 16;
+
 /// Bits of an identity, and of a VNI.
 pub const IDENTITY_BITS: u32 = 24;
 
@@ -33,11 +36,12 @@ impl Identity {
         (Self::REMOTE_NODE, "remote-node"),
     ];
 
-    /// Whether pods that a policy has identified bear it: only these and `remote-node` may arrive as a VNI.
+    /// Whether it was given out, to pods or to networks, and is not one of the reserved ones: no other may arrive as a
+    /// VNI. That no network's does is the ipcache's to see: it holds pods.
     #[inline(always)]
     #[must_use]
-    pub const fn is_pod(self) -> bool {
-        self.0 > Self::REMOTE_NODE.0 && self.0 < 1 << IDENTITY_BITS
+    pub const fn is_allocated(self) -> bool {
+        self.0 >= FIRST_ALLOCATED && self.0 < 1 << IDENTITY_BITS
     }
 
     /// Name of a reserved identity.

@@ -16,6 +16,7 @@ pub mod endpoint;
 pub mod event;
 pub mod identity;
 pub mod ipcache;
+pub mod network;
 pub mod node;
 pub mod policy;
 
@@ -26,11 +27,12 @@ pub use endpoint::Endpoint;
 pub use event::{Event, Hook, Path};
 pub use identity::Identity;
 pub use ipcache::IpcacheEntry;
+pub use network::NetworkEntry;
 pub use node::{NodeConfig, NodeEntry};
-pub use policy::{Direction, PortRule, PortSet};
+pub use policy::{Direction, PortSet};
 
 /// Version of all layouts in this crate. Raise it with every change that an older program would misread.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Names of the maps in the eBPF object: what hostd asks aya for, and the file names of the pins.
 pub mod map {
@@ -50,6 +52,11 @@ pub mod map {
     pub const POLICY: [&str; 2] = ["POLICY_EVEN", "POLICY_ODD"];
     /// Arrays of [`PortSet`](crate::PortSet), by parity of the generation.
     pub const PORT_SETS: [&str; 2] = ["PORT_SETS_EVEN", "PORT_SETS_ODD"];
+    /// Arrays of `u64`: the pools of breakpoints that port sets refer to, by parity of the generation.
+    pub const PORT_POOL: [&str; 2] = ["PORT_POOL_EVEN", "PORT_POOL_ODD"];
+    /// LPM trie: a prefix of an [`AddressKey`](crate::AddressKey) to [`NetworkEntry`](crate::NetworkEntry), for addresses
+    /// that the ipcache does not hold.
+    pub const NETWORKS: &str = "NETWORKS";
     /// Per-CPU array of [`Counter`](crate::event::Counter), by [`DropReason`](crate::DropReason).
     pub const DROPS: &str = "DROPS";
     /// Per-CPU array of [`Counter`](crate::event::Counter), by [`Path`](crate::Path).
@@ -78,6 +85,7 @@ mod pod {
         crate::Endpoint,
         crate::Event,
         crate::IpcacheEntry,
+        crate::NetworkEntry,
         crate::NodeConfig,
         crate::NodeEntry,
         crate::PortSet,

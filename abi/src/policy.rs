@@ -38,52 +38,64 @@ pub const fn cell_index(direction: Direction, row: u32, column: u32, rows: u32, 
     (direction as u32 * rows + row) * columns + column
 }
 
-/// Protocol of a rule that holds for every protocol.
-pub const ANY_PROTOCOL: u8 = 0;
+/// Protocol numbers (IANA) of what the datapath carries.
+pub const ICMP: u8 = 1;
+/// TCP.
+pub const TCP: u8 = 6;
+/// UDP.
+pub const UDP: u8 = 17;
+/// ICMP for IPv6.
+pub const ICMPV6: u8 = 58;
+/// SCTP.
+pub const SCTP: u8 = 132;
 
-/// One range of destination ports that a port set allows.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct PortRule {
-    /// First port.
-    pub first: u16,
-    /// Last port, inclusive.
-    pub last: u16,
-    /// IP protocol number, or [`ANY_PROTOCOL`].
-    pub protocol: u8,
-    /// Zero.
-    pub zero: u8,
+/// Where a packet stands on the line that port sets cut into pieces: the protocol in the high bits, then 16 bits of
+/// destination port, in host byte order. ICMP has its type in place of the port.
+#[inline(always)]
+#[must_use]
+pub const fn port_key(protocol: u8, port: u16) -> u32 {
+    (protocol as u32) << 16 | port as u32
 }
 
-/// Rules in one port set at the most.
-pub const PORT_RULES: usize = 32;
+/// End of the line: one more than the highest [`port_key`].
+pub const PORT_KEYS: u32 = 1 << 24;
 
-/// What a cell allows where it is neither everything nor nothing.
+/// A port set, for a cell that is neither everything nor nothing: a run of breakpoints in the pool, by rising key. The
+/// first one has key 0. What a packet meets is what the last breakpoint says that is not above its [`port_key`]: a
+/// range takes two breakpoints at the most, as a single port does, and a set with `n` of them takes `log2 n` steps.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PortSet {
-    /// Rules in use.
+    /// Number of the first breakpoint in the pool.
+    pub first: u32,
+    /// Breakpoints, at most [`MAX_BREAKPOINTS`].
     pub len: u32,
-    /// The rules; those past `len` are zero.
-    pub rules: [PortRule; PORT_RULES],
 }
 
-impl PortRule {
-    /// Fills the places of a [`PortSet`] that are not in use.
-    pub const EMPTY: Self = Self {
-        first: 0,
-        last: 0,
-        protocol: 0,
-        zero: 0,
-    };
+/// Breakpoints in one port set at the most.
+pub const MAX_BREAKPOINTS: u32 = 1 << SEARCH_STEPS;
+/// Steps that a search through the longest port set takes.
+pub const SEARCH_STEPS: u32 = 16;
 
-    /// Whether a packet to `port` by `protocol` is in the range. Protocols without ports have port 0.
-    #[inline(always)]
-    #[must_use]
-    pub const fn contains(&self, protocol: u8, port: u16) -> bool {
-        (self.protocol == protocol || self.protocol == ANY_PROTOCOL) && self.first <= port && port <= self.last
-    }
+/// A breakpoint as the pool holds it: key in the low half, 1 in the high half where what follows is allowed.
+#[inline(always)]
+#[must_use]
+pub const fn breakpoint(key: u32, allow: bool) -> u64 {
+    (allow as u64) << 32 | key as u64
 }
 
-const _: () = assert!(size_of::<PortRule>() == 6);
-const _: () = assert!(size_of::<PortSet>() == 4 + 6 * PORT_RULES);
+/// Key of a breakpoint.
+#[inline(always)]
+#[must_use]
+pub const fn breakpoint_key(breakpoint: u64) -> u32 {
+    (breakpoint & 0xffff_ffff) as u32
+}
+
+/// Whether what follows a breakpoint is allowed.
+#[inline(always)]
+#[must_use]
+pub const fn breakpoint_allows(breakpoint: u64) -> bool {
+    breakpoint >> 32 != 0
+}
+
+const _: () = assert!(size_of::<PortSet>() == 8);

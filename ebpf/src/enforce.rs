@@ -4,11 +4,14 @@ use crate::{
     conntrack::{self, Tracked},
     identify::Party,
     maps,
-    packet::{Flow, TCP},
+    packet::{Flow, ICMP, ICMP_ECHO, TCP},
 };
 use abi::{
     Direction, DropReason,
-    policy::{CELL_ALLOW, CELL_DENY, CELL_PORT_SET, CELLS_PER_ELEMENT, NOT_ENFORCED, PORT_RULES, cell_index},
+    policy::{
+        CELL_ALLOW, CELL_DENY, CELL_PORT_SET, CELLS_PER_ELEMENT, NOT_ENFORCED, SEARCH_STEPS, breakpoint_allows,
+        breakpoint_key, cell_index, port_key,
+    },
 };
 
 /// Lets a packet pass or says why not.
@@ -110,6 +113,7 @@ fn cell(flow: &Flow, direction: Direction, row: u32, column: u32) -> u16 {
     })
 }
 
+/// Searches the set for the last breakpoint that is not above the packet's place on the line.
 #[inline(always)]
 fn port_set_permits(flow: &Flow, index: u32, port: u16) -> bool {
     let set = if flow.parity() == 0 {
@@ -118,15 +122,37 @@ fn port_set_permits(flow: &Flow, index: u32, port: u16) -> bool {
         maps::PORT_SETS_ODD.get(index)
     };
     let Some(set) = set else { return false };
-    // Only TCP, UDP and SCTP have ports; an ICMP echo's identifier is none.
-    let port = if flow.protocol == crate::packet::ICMP { 0 } else { port };
-    for index in 0..PORT_RULES {
-        if index as u32 >= set.len {
-            return false;
+    // A flow of ICMP is an echo; its identifier is no port.
+    let port = if flow.protocol == ICMP {
+        u16::from(ICMP_ECHO)
+    } else {
+        port
+    };
+    let key = port_key(flow.protocol, port);
+    let (mut low, mut left) = (set.first, set.len);
+    for _ in 0..SEARCH_STEPS {
+        if left <= 1 {
+            break;
         }
-        if set.rules[index].contains(flow.protocol, port) {
-            return true;
+        let half = left / 2;
+        if breakpoint_key(breakpoint(flow, low + half)) <= key {
+            low += half;
+            left -= half;
+        } else {
+            left = half;
         }
     }
-    false
+    breakpoint_allows(breakpoint(flow, low))
+}
+
+/// A breakpoint of the pool; one that is not there denies.
+#[inline(always)]
+fn breakpoint(flow: &Flow, index: u32) -> u64 {
+    let pointer = if flow.parity() == 0 {
+        maps::PORT_POOL_EVEN.get_ptr(index)
+    } else {
+        maps::PORT_POOL_ODD.get_ptr(index)
+    };
+    // SAFETY: as in `cell`.
+    pointer.map_or(0, |word| unsafe { core::ptr::read_volatile(word) })
 }

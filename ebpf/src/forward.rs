@@ -1,7 +1,7 @@
 //! Forwarding: rewrites the packet for where it goes, and names the action. Nothing is redirected here.
 
 use crate::{
-    identify::{Place, Pod, Receiver},
+    identify::{Pod, Receiver, Way},
     maps,
     parse::{self, IPV4_CHECKSUM, IPV4_TTL},
 };
@@ -28,27 +28,29 @@ pub enum Action {
     Encap { ifindex: u32, vni: Identity, remote: u32 },
     /// Up the node's own stack.
     ToHost,
-    /// On its way, into the pod.
+    /// Up the node's own stack, to be routed to where no pod is.
+    ToOutside,
+    /// On its way from the node itself, into the pod.
     IntoPod,
+    /// On its way from where no pod is, into the pod.
+    FromOutside,
 }
 
 /// Sends a pod's packet on its way.
 #[inline(always)]
 pub fn deliver(ctx: &TcContext, sender: Identity, receiver: &Receiver) -> Result<Action, DropReason> {
-    match receiver.place {
-        Place::Pod {
-            ifindex,
-            mac,
-            gateway_mac,
-        } => {
-            into_pod(ctx, mac, gateway_mac)?;
-            Ok(Action::Local { ifindex })
+    let place = &receiver.place;
+    match place.way {
+        Way::Pod => {
+            into_pod(ctx, place.mac, place.gateway_mac)?;
+            Ok(Action::Local { ifindex: place.ifindex })
         }
-        Place::Host => Ok(Action::ToHost),
-        Place::Remote(tunnel_endpoint) => {
+        Way::Host => Ok(Action::ToHost),
+        Way::Outside => Ok(Action::ToOutside),
+        Way::Remote => {
             let config = maps::config().ok_or(DropReason::Internal)?;
             decrement_ttl(ctx)?;
-            let remote = u32::from_be_bytes(tunnel_endpoint);
+            let remote = u32::from_be_bytes(place.tunnel);
             set_tunnel_key(ctx, remote, sender)?;
             Ok(Action::Encap {
                 ifindex: config.vxlan_ifindex,

@@ -6,10 +6,19 @@ use crate::{
     parse::Frame,
 };
 use abi::{
-    AddressKey, DropReason, Family, Identity, address::Address, conntrack::Peer, ipcache::IPCACHE_HOST,
+    AddressKey, DropReason, Family, Identity,
+    address::Address,
+    conntrack::Peer,
+    ipcache::IPCACHE_HOST,
+    network::{NETWORK_KEY_BITS, UNROUTED},
     policy::NOT_ENFORCED,
 };
-use aya_ebpf::{bindings::bpf_tunnel_key, helpers::bpf_skb_get_tunnel_key, programs::TcContext};
+use aya_ebpf::{
+    bindings::{BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NOT_FWDED, bpf_fib_lookup, bpf_tunnel_key},
+    btf_maps::lpm_trie::Key,
+    helpers::{bpf_skb_get_tunnel_key, generated},
+    programs::TcContext,
+};
 
 /// One end of a flow, as policy and conntrack see it.
 #[derive(Clone, Copy)]
@@ -40,16 +49,40 @@ struct Known {
     is_host: bool,
 }
 
-/// Where a packet goes.
-pub enum Place {
-    Pod {
-        ifindex: u32,
-        mac: [u8; 6],
-        gateway_mac: [u8; 6],
-    },
+/// How a packet gets to where it goes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// Into a pod of this node.
+    Pod,
+    /// Up this node's own stack, to itself.
     Host,
-    /// Behind the node with this underlay address.
-    Remote([u8; 4]),
+    /// Up this node's own stack, which routes it: no pod, and not this node.
+    Outside,
+    /// Through the tunnel.
+    Remote,
+}
+
+/// Where a packet goes. What does not belong to its way is zero: an enum with fields would leave them unset, and the
+/// verifier does not let a program copy what was never written.
+pub struct Place {
+    pub way: Way,
+    pub ifindex: u32,
+    pub mac: [u8; 6],
+    pub gateway_mac: [u8; 6],
+    /// Underlay address of the node that it lives behind.
+    pub tunnel: [u8; 4],
+}
+
+impl Place {
+    const fn new(way: Way) -> Self {
+        Self {
+            way,
+            ifindex: 0,
+            mac: [0; 6],
+            gateway_mac: [0; 6],
+            tunnel: [0; 4],
+        }
+    }
 }
 
 /// Whom a pod's packet is for.
@@ -187,16 +220,18 @@ pub fn sending_pod(ctx: &TcContext, frame: &Frame, flow: &mut Flow) -> Result<Pa
 /// Whom a pod's packet is for. A node's tunnel port is no destination: behind masquerade such a packet would arrive
 /// as the node's own.
 #[inline(always)]
-pub fn receiver(flow: &mut Flow) -> Result<Receiver, DropReason> {
+pub fn receiver(ctx: &TcContext, flow: &mut Flow) -> Result<Receiver, DropReason> {
     let key = key(flow, flow.destination);
     if let Some(pod) = endpoint(&key, flow.parity()) {
         flow.to = pod.party.identity;
         return Ok(Receiver {
             party: pod.party,
-            place: Place::Pod {
+            place: Place {
+                way: Way::Pod,
                 ifindex: pod.ifindex,
                 mac: pod.mac,
                 gateway_mac: pod.gateway_mac,
+                tunnel: [0; 4],
             },
         });
     }
@@ -205,12 +240,29 @@ pub fn receiver(flow: &mut Flow) -> Result<Receiver, DropReason> {
     if to_tunnel && is_node(&key) {
         return Err(DropReason::TunnelPort);
     }
-    let known = ipcache(&key, flow.parity()).ok_or(DropReason::UnknownDestination)?;
+    let Some(known) = ipcache(&key, flow.parity()) else {
+        let party = outside(flow, &key).ok_or(DropReason::UnknownDestination)?;
+        flow.to = party.identity;
+        if party.identity != Identity::REMOTE_NODE && is_for_this_node(ctx, flow)? {
+            flow.to = Identity::HOST;
+            return Ok(Receiver {
+                party: reserved(Identity::HOST),
+                place: Place::new(Way::Host),
+            });
+        }
+        return Ok(Receiver {
+            party,
+            place: Place::new(Way::Outside),
+        });
+    };
     flow.to = known.party.identity;
     let place = if known.is_host {
-        Place::Host
+        Place::new(Way::Host)
     } else if known.tunnel_family != 0 {
-        Place::Remote(known.tunnel)
+        Place {
+            tunnel: known.tunnel,
+            ..Place::new(Way::Remote)
+        }
     } else {
         // A pod of this node that is being added or removed: known, but not reachable.
         return Err(DropReason::UnknownDestination);
@@ -256,7 +308,7 @@ pub fn outer_source(ctx: &TcContext) -> Result<Outer, DropReason> {
 #[inline(always)]
 pub fn remote_sender(flow: &mut Flow, outer: &Outer) -> Result<Party, DropReason> {
     flow.from = outer.vni;
-    if !outer.vni.is_pod() {
+    if !outer.vni.is_allocated() {
         return Err(DropReason::ReservedVni);
     }
     let known = ipcache(&key(flow, flow.source), flow.parity()).ok_or(DropReason::WrongNode)?;
@@ -270,20 +322,86 @@ pub fn remote_sender(flow: &mut Flow, outer: &Outer) -> Result<Party, DropReason
     Ok(known.party)
 }
 
-/// The node itself as the sender. What it routes from elsewhere is dropped: the source address of such a packet says
-/// nothing, for neither an interface nor a tunnel vouches for it.
+/// Who sends what the node's stack gives to a pod: the node itself, or an address from which the node has routed the
+/// packet. Such an address may be anything but a pod's and the node's own: those do not come this way.
 #[inline(always)]
-pub fn node(ctx: &TcContext, flow: &mut Flow) -> Result<Party, DropReason> {
+pub fn node_or_outside(ctx: &TcContext, flow: &mut Flow) -> Result<Party, DropReason> {
     // SAFETY: the context is the kernel's `__sk_buff`, valid as long as the program runs.
     let came_in_by = unsafe { (*ctx.skb.skb).ingress_ifindex };
-    if came_in_by != 0 {
+    if came_in_by == 0 {
+        flow.from = Identity::HOST;
+        return Ok(reserved(Identity::HOST));
+    }
+    let key = key(flow, flow.source);
+    if maps::IPCACHE.get_ptr(&key).is_some() || maps::ENDPOINTS.get_ptr(&key).is_some() {
         return Err(DropReason::UnknownSource);
     }
-    flow.from = Identity::HOST;
-    Ok(Party {
-        identity: Identity::HOST,
+    let party = outside(flow, &key).ok_or(DropReason::UnknownSource)?;
+    flow.from = party.identity;
+    Ok(party)
+}
+
+#[inline(always)]
+fn reserved(identity: Identity) -> Party {
+    Party {
+        identity,
         row: NOT_ENFORCED,
-        column: Identity::HOST.0,
+        column: identity.0,
+        peer: Peer { owner: 0, epoch: 0 },
+    }
+}
+
+/// What an address is that the ipcache does not know: another node, or whatever the networks say of it. None where
+/// nothing is routed to or from it.
+#[inline(always)]
+fn outside(flow: &Flow, address: &AddressKey) -> Option<Party> {
+    if is_node(address) {
+        return Some(reserved(Identity::REMOTE_NODE));
+    }
+    let scratch = maps::scratch()?;
+    // SAFETY: as in `Flow::begin`; nothing else refers to this part.
+    let key: &mut Key<AddressKey> = unsafe { &mut (*scratch).network };
+    let bits = if address.family == Family::V6 as u8 { 128 } else { 32 };
+    *key = Key::new(NETWORK_KEY_BITS + bits, *address);
+    let Some(entry) = maps::NETWORKS.get(&*key) else {
+        return Some(reserved(Identity::WORLD));
+    };
+    if entry.flags & UNROUTED != 0 {
+        return None;
+    }
+    // From map memory by the parity: see `endpoint`.
+    let identity = volatile!(entry as *const abi::NetworkEntry, identity[flow.parity()]);
+    let column = volatile!(entry as *const abi::NetworkEntry, column[flow.parity()]);
+    Some(Party {
+        identity,
+        row: NOT_ENFORCED,
+        column,
         peer: Peer { owner: 0, epoch: 0 },
     })
+}
+
+/// Whether the node would deliver a packet to itself: its routes know all its addresses, also those that hostd was
+/// not told of. Where the node does not forward at all, nothing else can become of the packet.
+#[inline(always)]
+fn is_for_this_node(ctx: &TcContext, flow: &Flow) -> Result<bool, DropReason> {
+    let scratch = maps::scratch().ok_or(DropReason::Internal)?;
+    // SAFETY: as in `Flow::begin`; nothing else refers to this part. All zero is a value of this plain C struct.
+    let route: &mut bpf_fib_lookup = unsafe {
+        let route = &raw mut (*scratch).route;
+        core::ptr::write_bytes(route.cast::<u8>(), 0, size_of::<bpf_fib_lookup>());
+        &mut *route
+    };
+    let address = |address: &Address| u32::from_ne_bytes([address[0], address[1], address[2], address[3]]);
+    // `AF_INET`.
+    route.family = 2;
+    route.l4_protocol = flow.protocol;
+    route.ifindex = ifindex(ctx);
+    route.__bindgen_anon_3.ipv4_src = address(&flow.source);
+    route.__bindgen_anon_4.ipv4_dst = address(&flow.destination);
+    // SAFETY: context and parameters are valid, and the size is the parameters' own.
+    let found = unsafe { generated::bpf_fib_lookup(ctx.skb.skb.cast(), route, size_of::<bpf_fib_lookup>() as i32, 0) };
+    if found < 0 {
+        return Err(DropReason::Internal);
+    }
+    Ok(found == BPF_FIB_LKUP_RET_NOT_FWDED as i64 || found == BPF_FIB_LKUP_RET_FWD_DISABLED as i64)
 }

@@ -12,7 +12,7 @@ mod packet;
 mod parse;
 mod verdict;
 
-use abi::{DropReason, Hook};
+use abi::{DropReason, Hook, Identity};
 use aya_ebpf::{macros::classifier, programs::TcContext};
 use forward::Action;
 use packet::Flow;
@@ -35,7 +35,7 @@ fn pod_sends(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReason> {
     }
     parse::ipv4(ctx, &frame, flow)?;
     let sender = identify::sending_pod(ctx, &frame, flow)?;
-    let receiver = identify::receiver(flow)?;
+    let receiver = identify::receiver(ctx, flow)?;
     enforce::admit(flow, &sender, &receiver.party)?;
     forward::deliver(ctx, sender.identity, &receiver)
 }
@@ -79,13 +79,17 @@ fn node_sends(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReason> {
         return Err(DropReason::UnexpectedArp);
     }
     parse::ipv4(ctx, &frame, flow)?;
-    let sender = identify::node(ctx, flow)?;
+    let sender = identify::node_or_outside(ctx, flow)?;
     let receiver = identify::local_receiver(flow)?;
     if receiver.ifindex != identify::ifindex(ctx) {
         return Err(DropReason::NotLocal);
     }
     enforce::admit(flow, &sender, &receiver.party)?;
-    Ok(Action::IntoPod)
+    Ok(if sender.identity == Identity::HOST {
+        Action::IntoPod
+    } else {
+        Action::FromOutside
+    })
 }
 
 /// The programs cannot panic: every path that would is one that the verifier refuses.

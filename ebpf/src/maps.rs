@@ -2,13 +2,14 @@
 
 use crate::packet::Flow;
 use abi::{
-    AddressKey, ConntrackEntry, ConntrackKey, Endpoint, Event, IpcacheEntry, NodeConfig, NodeEntry, PortSet,
+    AddressKey, ConntrackEntry, ConntrackKey, Endpoint, Event, IpcacheEntry, NetworkEntry, NodeConfig, NodeEntry,
+    PortSet,
     drop::DROP_REASONS,
     event::{Counter, PATHS},
 };
 use aya_ebpf::{
-    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
-    btf_maps::{Array, ArrayOfMaps, HashMap, LruHashMap, PerCpuArray, RingBuf},
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, bpf_fib_lookup},
+    btf_maps::{Array, ArrayOfMaps, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, lpm_trie::Key},
     macros::btf_map,
 };
 
@@ -27,6 +28,8 @@ pub static IPCACHE: HashMap<AddressKey, IpcacheEntry, 65536, NO_PREALLOC> = Hash
 #[btf_map]
 pub static NODES: HashMap<AddressKey, NodeEntry, 8192, NO_PREALLOC> = HashMap::new();
 #[btf_map]
+pub static NETWORKS: LpmTrie<AddressKey, NetworkEntry, 16384> = LpmTrie::new();
+#[btf_map]
 pub static CONNTRACK: LruHashMap<ConntrackKey, ConntrackEntry, 131_072> = LruHashMap::new();
 /// What the stack of 512 bytes has no room for.
 #[repr(C)]
@@ -34,6 +37,8 @@ pub struct Scratch {
     pub flow: Flow,
     pub key: ConntrackKey,
     pub entry: ConntrackEntry,
+    pub route: bpf_fib_lookup,
+    pub network: Key<AddressKey>,
 }
 
 #[btf_map]
@@ -57,6 +62,10 @@ pub static POLICY_ODD: Array<u64, 1024, MMAPABLE> = Array::new();
 pub static PORT_SETS_EVEN: Array<PortSet, 1024> = Array::new();
 #[btf_map]
 pub static PORT_SETS_ODD: Array<PortSet, 1024> = Array::new();
+#[btf_map]
+pub static PORT_POOL_EVEN: Array<u64, 1024, MMAPABLE> = Array::new();
+#[btf_map]
+pub static PORT_POOL_ODD: Array<u64, 1024, MMAPABLE> = Array::new();
 #[btf_map]
 pub static DROPS: PerCpuArray<Counter, { DROP_REASONS as usize }> = PerCpuArray::new();
 #[btf_map]

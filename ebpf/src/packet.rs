@@ -33,10 +33,10 @@ pub const TCP_SYN: u8 = 0x02;
 pub const TCP_RST: u8 = 0x04;
 pub const TCP_ACK: u8 = 0x10;
 
-pub const ICMP: u8 = 1;
-pub const TCP: u8 = 6;
-pub const UDP: u8 = 17;
-pub const SCTP: u8 = 132;
+pub use abi::policy::{ICMP, SCTP, TCP, UDP};
+
+/// Type of an ICMP echo request (RFC 792).
+pub const ICMP_ECHO: u8 = 8;
 
 impl Flow {
     /// The flow of the packet that this CPU works on.

@@ -1,7 +1,7 @@
 //! Parsing: frames and headers, checked before anything is believed. Without IPv4 options every offset is a constant,
 //! which keeps the verifier's work small.
 
-use crate::packet::{Flow, ICMP, SCTP, TCP, UDP};
+use crate::packet::{Flow, ICMP, ICMP_ECHO, SCTP, TCP, UDP};
 use abi::{DropReason, Family};
 use aya_ebpf::programs::TcContext;
 
@@ -25,7 +25,7 @@ const MORE_FRAGMENTS_OR_OFFSET: u16 = 0x3fff;
 // ICMP types (RFC 792).
 const ECHO_REPLY: u8 = 0;
 const UNREACHABLE: u8 = 3;
-const ECHO: u8 = 8;
+const ECHO: u8 = ICMP_ECHO;
 const TIME_EXCEEDED: u8 = 11;
 const PARAMETER_PROBLEM: u8 = 12;
 

@@ -54,7 +54,7 @@ fn carry_out(action: Action) -> i32 {
                 bpf_redirect_peer(ifindex, 0) as i32
             }
             Action::Encap { ifindex, .. } => bpf_redirect(ifindex, 0) as i32,
-            Action::ToHost | Action::IntoPod => TC_ACT_UNSPEC,
+            Action::ToHost | Action::ToOutside | Action::IntoPod | Action::FromOutside => TC_ACT_UNSPEC,
         }
     }
 }
@@ -67,6 +67,8 @@ fn path(action: Action) -> Path {
         Action::AnswerArp { .. } => Path::ArpReply,
         Action::Encap { .. } => Path::Encap,
         Action::ToHost => Path::ToHost,
+        Action::ToOutside => Path::ToOutside,
+        Action::FromOutside => Path::FromOutside,
         Action::IntoPod => Path::FromHost,
     }
 }
@@ -128,7 +130,7 @@ fn record(ctx: &TcContext, action: Action) {
     let (ifindex, vni, remote) = match action {
         Action::Local { ifindex } | Action::Overlay { ifindex } | Action::AnswerArp { ifindex } => (ifindex, 0, 0),
         Action::Encap { ifindex, vni, remote } => (ifindex, vni.0, remote),
-        Action::ToHost | Action::IntoPod => (0, 0, 0),
+        Action::ToHost | Action::ToOutside | Action::IntoPod | Action::FromOutside => (0, 0, 0),
     };
     // SAFETY: the context is the kernel's `__sk_buff`, whose `cb` a tc program may write.
     unsafe {

@@ -32,6 +32,9 @@ pub struct Config {
     /// How the programs are attached.
     #[serde(default)]
     pub attach: Attach,
+    /// A file of invariants, as for `hostd policy verify`: a policy that breaks one is refused by this node.
+    #[serde(default)]
+    pub invariants: Option<PathBuf>,
     /// How an identity's 24 bits are laid out.
     #[serde(default)]
     pub vni: Vni,
@@ -65,11 +68,16 @@ pub enum Attach {
 pub struct Vni {
     /// High bits that hold the tenant, 1 to 16. The others hold the number within the tenant.
     pub tenant_bits: u32,
+    /// An identity that nobody has used for so many seconds is collected, once all nodes agree. 0: never.
+    pub collect_seconds: u64,
 }
 
 impl Default for Vni {
     fn default() -> Self {
-        Self { tenant_bits: 8 }
+        Self {
+            tenant_bits: 8,
+            collect_seconds: 600,
+        }
     }
 }
 
@@ -145,6 +153,10 @@ pub struct Maps {
     pub local_identities: u32,
     /// Different port sets.
     pub port_sets: u32,
+    /// Breakpoints of all port sets together: at most two for each port or range.
+    pub breakpoints: u32,
+    /// Prefixes of networks and pod CIDRs.
+    pub networks: u32,
     /// Tracked flows.
     pub conntrack: u32,
 }
@@ -157,6 +169,8 @@ impl Default for Maps {
             identities: 4096,
             local_identities: 256,
             port_sets: 1024,
+            breakpoints: 16_384,
+            networks: 16_384,
             conntrack: 131_072,
         }
     }
@@ -261,6 +275,8 @@ impl Config {
             ("maps.identities", self.maps.identities, 64, 65536),
             ("maps.local_identities", self.maps.local_identities, 2, 4096),
             ("maps.port_sets", self.maps.port_sets, 1, 65533),
+            ("maps.breakpoints", self.maps.breakpoints, 16, 1 << 22),
+            ("maps.networks", self.maps.networks, 64, 1 << 20),
             ("maps.conntrack", self.maps.conntrack, 1024, 1 << 24),
         ] {
             if !(least..=most).contains(&value) {
@@ -348,7 +364,10 @@ mod tests {
             "identities",
             "local_identities",
             "port_sets",
+            "breakpoints",
+            "networks",
             "conntrack",
+            "collect_seconds",
         ] {
             assert!(
                 example.contains(&format!("#:{key} = ")),

@@ -75,6 +75,36 @@ pub fn check_labels(labels: &BTreeMap<String, String>) -> Result<(), String> {
     Ok(())
 }
 
+/// Named ports of a pod at the most.
+const MAX_PORTS: usize = 256;
+
+/// Checks the names of a pod's ports: 1 to 15 letters, digits and `-` (RFC 6335, section 5.1), each once for a protocol.
+///
+/// # Errors
+///
+/// Which port is wrong, and why.
+pub fn check_ports(ports: &[(String, u8, u16)]) -> Result<(), String> {
+    if ports.len() > MAX_PORTS {
+        return Err(format!("{} named ports; a pod has at most {MAX_PORTS}", ports.len()));
+    }
+    for (index, (name, protocol, port)) in ports.iter().enumerate() {
+        let fits = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+        if name.is_empty() || name.len() > 15 || !name.chars().all(fits) {
+            return Err(format!(
+                "port {name:?}: a port's name has 1 to 15 lower-case letters, digits and `-`"
+            ));
+        }
+        if *port == 0 {
+            return Err(format!("port {name}: 0 is no port"));
+        }
+        let again = |(other, proto, _): &(String, u8, u16)| other == name && proto == protocol;
+        if ports[..index].iter().any(again) {
+            return Err(format!("port {name}: the name is given twice"));
+        }
+    }
+    Ok(())
+}
+
 /// Name of the host's end of a pod's veth pair: 15 bytes, the most that an interface's name can have.
 #[must_use]
 pub fn interface_name(namespace: &str, name: &str) -> String {

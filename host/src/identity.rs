@@ -5,77 +5,126 @@
 //! node probes in the same order, and the store lets only one of them create an entry, so that two nodes that meet the
 //! same new labels at the same moment come out with the same number, and two different keys never do.
 
-use abi::{Identity, identity::IDENTITY_BITS};
+use crate::plan::Membership;
+use abi::{
+    Identity,
+    identity::{FIRST_ALLOCATED, IDENTITY_BITS},
+};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fmt,
 };
 
-/// What a policy makes of a pod; pods with equal keys are the same to it.
+/// Labels that matter to a module.
+pub type Labels = BTreeMap<String, String>;
+
+/// What the modules make of a pod; pods with equal keys are the same to all of them.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub struct IdentityKey {
+pub struct PodKey {
     /// The tenant.
     pub tenant: String,
-    /// The labels that matter.
-    pub labels: BTreeMap<String, String>,
+    /// By module, the labels that matter to it; none where it could not identify the pod, and need not. Modules to which
+    /// no labels matter are left out, so that loading one changes nobody's key.
+    pub classes: BTreeMap<String, Option<Labels>>,
 }
 
-/// As `tenant{key=value,…}`.
-impl fmt::Display for IdentityKey {
+/// What an identity stands for.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum IdentityKey {
+    /// Pods.
+    Pod(PodKey),
+    /// Addresses that are no pods', in exactly these networks.
+    Networks(Membership),
+}
+
+/// Name of the module that a load without a name replaces. Its labels need no prefix.
+pub const DEFAULT_MODULE: &str = "default";
+
+/// As `tenant{key=value,…}`, with `module:` before the labels of modules other than the default one.
+impl fmt::Display for PodKey {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         out.write_str(&self.tenant)?;
-        if self.labels.is_empty() {
+        let mut texts = Vec::new();
+        for (module, labels) in &self.classes {
+            let prefix = if module == DEFAULT_MODULE {
+                String::new()
+            } else {
+                format!("{module}:")
+            };
+            match labels {
+                Some(labels) => texts.extend(labels.iter().map(|(key, value)| format!("{prefix}{key}={value}"))),
+                None => texts.push(format!("{prefix}?")),
+            }
+        }
+        if texts.is_empty() {
             return Ok(());
         }
-        let labels: Vec<String> = self
-            .labels
-            .iter()
-            .map(|(key, value)| format!("{key}={value}"))
-            .collect();
-        write!(out, "{{{}}}", labels.join(","))
+        write!(out, "{{{}}}", texts.join(","))
     }
 }
 
-/// Bytes of a tenant, and of a label's key or value, at the most: a Kubernetes label value's limit.
-pub const MAX_TEXT: usize = 63;
-/// Labels of an identity at the most.
-pub const MAX_LABELS: usize = 16;
+/// Pods as [`PodKey`], networks as `networks{module/name,…}`.
+impl fmt::Display for IdentityKey {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Pod(key) => key.fmt(out),
+            Self::Networks(names) => {
+                let names: Vec<String> = names.iter().map(|(module, name)| format!("{module}/{name}")).collect();
+                write!(out, "networks{{{}}}", names.join(","))
+            }
+        }
+    }
+}
 
 impl IdentityKey {
-    /// Checks the limits.
-    ///
-    /// # Errors
-    ///
-    /// Which limit, and by how much.
-    pub fn check(&self) -> Result<(), String> {
-        if self.tenant.is_empty() {
-            return Err("the tenant is empty".to_owned());
+    /// The tenant, where it stands for pods.
+    #[must_use]
+    pub fn tenant(&self) -> Option<&str> {
+        match self {
+            Self::Pod(key) => Some(&key.tenant),
+            Self::Networks(_) => None,
         }
-        if self.labels.len() > MAX_LABELS {
-            return Err(format!(
-                "{} labels; at most {MAX_LABELS} are allowed",
-                self.labels.len()
-            ));
-        }
-        let texts = self
-            .labels
-            .iter()
-            .flat_map(|(key, value)| [("a label's key", key), ("a label's value", value)]);
-        for (what, text) in std::iter::once(("the tenant", &self.tenant)).chain(texts) {
-            if text.len() > MAX_TEXT {
-                return Err(format!(
-                    "{what} has {} bytes; at most {MAX_TEXT} are allowed",
-                    text.len()
-                ));
-            }
-            if text.chars().any(char::is_control) {
-                return Err(format!("{what} has a control character: {text:?}"));
-            }
-        }
-        Ok(())
     }
+}
+
+/// Bytes of a tenant, and of a label's value, at the most: a Kubernetes label value's limit.
+pub const MAX_TEXT: usize = 63;
+/// Bytes of a label's key at the most: prefix, slash and name (Kubernetes, "Labels and Selectors").
+pub const MAX_KEY: usize = 253 + 1 + 63;
+/// Labels of a class at the most.
+pub const MAX_LABELS: usize = 64;
+
+/// Checks what a module says.
+///
+/// # Errors
+///
+/// What is wrong with it.
+pub fn check_text(what: &str, text: &str, limit: usize) -> Result<(), String> {
+    if text.len() > limit {
+        return Err(format!("{what} has {} bytes; at most {limit} are allowed", text.len()));
+    }
+    if text.chars().any(char::is_control) {
+        return Err(format!("{what} has a control character: {text:?}"));
+    }
+    Ok(())
+}
+
+/// Checks the labels that matter to a module.
+///
+/// # Errors
+///
+/// Which limit, and by how much.
+pub fn check_labels(labels: &Labels) -> Result<(), String> {
+    if labels.len() > MAX_LABELS {
+        return Err(format!("{} labels; at most {MAX_LABELS} are allowed", labels.len()));
+    }
+    for (key, value) in labels {
+        check_text("a label's key", key, MAX_KEY)?;
+        check_text("a label's value", value, MAX_TEXT)?;
+    }
+    Ok(())
 }
 
 /// How an identity's 24 bits are laid out.
@@ -129,6 +178,8 @@ pub struct Registry {
     tenants: BTreeMap<u32, String>,
     by_number: BTreeMap<Identity, IdentityKey>,
     by_key: HashMap<IdentityKey, Identity>,
+    /// About to be collected: nobody may use them as they are.
+    retiring: BTreeSet<Identity>,
 }
 
 /// What to try next to give a key its number.
@@ -136,6 +187,8 @@ pub struct Registry {
 pub enum Next {
     /// It has one.
     Known(Identity),
+    /// It has one, which is about to be collected: keep it in the store, then ask again.
+    Revive(Identity),
     /// Create the tenant with this number, then ask again.
     CreateTenant(u32),
     /// Create the identity, then ask again.
@@ -151,6 +204,9 @@ pub enum Exhausted {
     /// For identities of a tenant.
     #[error("all {1} identity numbers of tenant {0} are taken; a smaller `vni.tenant_bits` leaves more")]
     Identities(String, u32),
+    /// For sets of networks.
+    #[error("all {0} numbers for sets of networks are taken; a smaller `vni.tenant_bits` leaves more")]
+    Networks(u32),
 }
 
 impl Registry {
@@ -162,6 +218,7 @@ impl Registry {
             tenants: BTreeMap::new(),
             by_number: BTreeMap::new(),
             by_key: HashMap::new(),
+            retiring: BTreeSet::new(),
         }
     }
 
@@ -170,10 +227,38 @@ impl Registry {
         self.tenants.insert(number, name);
     }
 
+    /// Names of the tenants.
+    pub fn tenants(&self) -> impl Iterator<Item = &str> {
+        self.tenants.values().map(String::as_str)
+    }
+
     /// Takes note of an identity in the store.
     pub fn insert(&mut self, identity: Identity, key: IdentityKey) {
         self.by_key.insert(key.clone(), identity);
         self.by_number.insert(identity, key);
+    }
+
+    /// Takes note that an identity is about to be collected, or that it is not.
+    pub fn set_retiring(&mut self, identity: Identity, retiring: bool) {
+        if retiring {
+            self.retiring.insert(identity);
+        } else {
+            self.retiring.remove(&identity);
+        }
+    }
+
+    /// Whether an identity is about to be collected.
+    #[must_use]
+    pub fn is_retiring(&self, identity: Identity) -> bool {
+        self.retiring.contains(&identity)
+    }
+
+    /// Takes note that an identity is gone from the store.
+    pub fn remove(&mut self, identity: Identity) {
+        if let Some(key) = self.by_number.remove(&identity) {
+            self.by_key.remove(&key);
+        }
+        self.retiring.remove(&identity);
     }
 
     /// The key with this number.
@@ -216,21 +301,38 @@ impl Registry {
     /// Where all numbers are taken.
     pub fn next(&self, key: &IdentityKey) -> Result<Next, Exhausted> {
         if let Some(identity) = self.by_key.get(key) {
-            return Ok(Next::Known(*identity));
+            return Ok(if self.retiring.contains(identity) {
+                Next::Revive(*identity)
+            } else {
+                Next::Known(*identity)
+            });
         }
+        let numbers = self.layout.numbers();
+        let Some(name) = key.tenant() else {
+            // Networks are nobody's.
+            let free = numbers + 1 - FIRST_ALLOCATED;
+            return self
+                .free(key, free, |number| {
+                    self.layout.identity(0, number + FIRST_ALLOCATED - 1)
+                })
+                .ok_or(Exhausted::Networks(free));
+        };
         let tenants = self.layout.tenants();
-        let tenant = probe(&key.tenant, tenants)
-            .find(|number| self.tenants.get(number).is_none_or(|name| *name == key.tenant))
+        let tenant = probe(name, tenants)
+            .find(|number| self.tenants.get(number).is_none_or(|there| there == name))
             .ok_or(Exhausted::Tenants(tenants))?;
         if !self.tenants.contains_key(&tenant) {
             return Ok(Next::CreateTenant(tenant));
         }
-        let numbers = self.layout.numbers();
-        probe(&key.to_string(), numbers)
-            .map(|number| self.layout.identity(tenant, number))
+        self.free(key, numbers, |number| self.layout.identity(tenant, number))
+            .ok_or_else(|| Exhausted::Identities(name.to_owned(), numbers))
+    }
+
+    fn free(&self, key: &IdentityKey, count: u32, identity: impl Fn(u32) -> Identity) -> Option<Next> {
+        probe(&key.to_string(), count)
+            .map(identity)
             .find(|identity| !self.by_number.contains_key(identity))
             .map(Next::CreateIdentity)
-            .ok_or_else(|| Exhausted::Identities(key.tenant.clone(), numbers))
     }
 
     /// Gives `key` a number in this registry alone: for an evaluation that must leave the store as it is.
@@ -241,8 +343,10 @@ impl Registry {
     pub fn assign(&mut self, key: &IdentityKey) -> Result<Identity, Exhausted> {
         loop {
             match self.next(key)? {
-                Next::Known(identity) => return Ok(identity),
-                Next::CreateTenant(number) => self.insert_tenant(number, key.tenant.clone()),
+                Next::Known(identity) | Next::Revive(identity) => return Ok(identity),
+                Next::CreateTenant(number) => {
+                    self.insert_tenant(number, key.tenant().unwrap_or_default().to_owned());
+                }
                 Next::CreateIdentity(identity) => self.insert(identity, key.clone()),
             }
         }
@@ -251,15 +355,60 @@ impl Registry {
 
 #[cfg(test)]
 mod tests {
-    use super::{IdentityKey, Layout, Registry};
+    use super::{DEFAULT_MODULE, IdentityKey, Layout, Next, PodKey, Registry, check_labels, check_text};
     use abi::Identity;
     use std::collections::{BTreeMap, BTreeSet};
 
     fn key(tenant: &str, app: &str) -> IdentityKey {
-        IdentityKey {
+        let labels = BTreeMap::from([("app".to_owned(), app.to_owned())]);
+        IdentityKey::Pod(PodKey {
             tenant: tenant.to_owned(),
-            labels: BTreeMap::from([("app".to_owned(), app.to_owned())]),
+            classes: BTreeMap::from([(DEFAULT_MODULE.to_owned(), Some(labels))]),
+        })
+    }
+
+    fn networks(name: &str) -> IdentityKey {
+        IdentityKey::Networks(BTreeSet::from([("m".to_owned(), name.to_owned())]))
+    }
+
+    #[test]
+    fn networks_are_nobodys_and_no_reserved_identity() {
+        for tenant_bits in [1, 8, 16] {
+            let layout = Layout { tenant_bits };
+            let mut registry = Registry::new(layout);
+            let all: BTreeSet<_> = (0..200)
+                .map(|n| registry.assign(&networks(&n.to_string())).unwrap())
+                .collect();
+            assert_eq!(all.len(), 200);
+            assert!(all.iter().all(|one| layout.tenant(*one) == 0 && one.is_allocated()));
         }
+    }
+
+    #[test]
+    fn what_is_about_to_be_collected_is_not_used_as_it_is() {
+        let mut registry = Registry::new(Layout { tenant_bits: 8 });
+        let red = registry.assign(&key("red", "a")).unwrap();
+        registry.set_retiring(red, true);
+        assert_eq!(registry.next(&key("red", "a")), Ok(Next::Revive(red)));
+        registry.set_retiring(red, false);
+        assert_eq!(registry.next(&key("red", "a")), Ok(Next::Known(red)));
+        registry.remove(red);
+        assert_eq!(registry.next(&key("red", "a")), Ok(Next::CreateIdentity(red)));
+    }
+
+    #[test]
+    fn names_tell_modules_apart() {
+        let IdentityKey::Pod(mut pod) = key("red", "web") else {
+            unreachable!()
+        };
+        assert_eq!(pod.to_string(), "red{app=web}");
+        pod.classes.insert(
+            "net".to_owned(),
+            Some(BTreeMap::from([("zone".to_owned(), "a".to_owned())])),
+        );
+        pod.classes.insert("other".to_owned(), None);
+        assert_eq!(pod.to_string(), "red{app=web,net:zone=a,other:?}");
+        assert_eq!(networks("office").to_string(), "networks{m/office}");
     }
 
     #[test]
@@ -287,7 +436,7 @@ mod tests {
             assert_eq!(layout.tenant(red), layout.tenant(also_red));
             assert_ne!(layout.tenant(red), 0);
             assert_ne!(red, also_red);
-            assert!(red.0 < 1 << 24 && red.is_pod());
+            assert!(red.0 < 1 << 24 && red.is_allocated());
             assert_eq!(layout.tenant(Identity::REMOTE_NODE), 0);
         }
     }
@@ -312,13 +461,14 @@ mod tests {
 
     #[test]
     fn limits_name_what_is_too_long() {
-        let mut long = key(&"t".repeat(64), "a");
-        assert!(long.check().unwrap_err().contains("the tenant has 64 bytes"));
-        long.tenant = String::new();
-        assert!(long.check().unwrap_err().contains("empty"));
-        let mut many = key("red", "a");
-        many.labels.extend((0..16).map(|n| (n.to_string(), String::new())));
-        assert!(many.check().unwrap_err().contains("17 labels"));
-        assert!(key("red", "a\nb").check().unwrap_err().contains("control character"));
+        assert!(
+            check_text("the tenant", &"t".repeat(64), 63)
+                .unwrap_err()
+                .contains("the tenant has 64 bytes")
+        );
+        let many: BTreeMap<String, String> = (0..65).map(|n| (n.to_string(), String::new())).collect();
+        assert!(check_labels(&many).unwrap_err().contains("65 labels"));
+        let odd = BTreeMap::from([("a".to_owned(), "a\nb".to_owned())]);
+        assert!(check_labels(&odd).unwrap_err().contains("control character"));
     }
 }

@@ -7,7 +7,7 @@ use harness::{
 };
 use hostd::store::{
     Collection, Expect, FileStore, Key,
-    records::{self, ModuleRecord, POLICY, Phase, PolicyRecord},
+    records::{self, ModuleRecord, POLICY, Phase, PolicyRecord, Revision},
 };
 use std::{collections::BTreeMap, time::Duration};
 
@@ -216,11 +216,11 @@ fn a_dry_run_says_what_would_change_and_touches_nothing() {
     let changed = report["changed"].as_array().unwrap();
     let find = |from: &str, to: &str| changed.iter().find(|pair| pair["from"] == from && pair["to"] == to);
     let to_backend = find("red{app=frontend}", "red{app=backend}").expect("the frontend keeps one port only");
-    assert_eq!(to_backend["before"], "Allow");
-    assert_eq!(to_backend["after"]["Ports"][0], "tcp/8080");
+    assert_eq!(to_backend["before"], "allow");
+    assert_eq!(to_backend["after"], "allow tcp/8080");
     assert_eq!(
         find("red{app=frontend}", "red{app=db}").expect("it loses the database")["after"],
-        "Deny"
+        "deny"
     );
     assert!(
         find("red{app=frontend}", "blue{app=backend}").is_none(),
@@ -259,7 +259,7 @@ fn where_one_node_refuses_no_node_changes() {
         "{error}"
     );
     for node in &cluster.nodes {
-        assert_eq!(node.json(&["status"]).unwrap()["policy"], serde_json::Value::Null);
+        assert_eq!(node.json(&["status"]).unwrap()["modules"], serde_json::json!([]));
     }
     // With one pod less it fits.
     cluster.nodes[1]
@@ -318,7 +318,7 @@ fn a_node_that_is_down_holds_a_load_up_unless_it_may_be_skipped() {
     cluster.nodes[1].start().unwrap();
     let status = cluster.nodes[1].json(&["status"]).unwrap();
     assert_eq!(
-        status["policy"]["name"], "allow-all",
+        status["modules"][0]["file"], "allow-all",
         "back, it enforces what the cluster does"
     );
     let (a, b) = (cluster.pod("red/a"), cluster.pod("red/b"));
@@ -327,6 +327,19 @@ fn a_node_that_is_down_holds_a_load_up_unless_it_may_be_skipped() {
         tcp_exchange(a.netns.name(), b.address, 80, WAIT).unwrap(),
         TcpOutcome::Open
     );
+}
+
+/// The same modules, as if from other files.
+fn renamed(revision: &Revision, serial: u64, file: &str) -> Revision {
+    let rename = |module: &ModuleRecord| ModuleRecord {
+        file: file.to_owned(),
+        ..module.clone()
+    };
+    Revision {
+        serial,
+        modules: revision.modules.iter().map(rename).collect(),
+        ..revision.clone()
+    }
 }
 
 #[test]
@@ -346,7 +359,7 @@ fn a_load_that_its_coordinator_left_unfinished_is_finished_by_others() {
             .unwrap()
             .unwrap()
     };
-    let in_force = |node: usize| cluster.nodes[node].json(&["status"]).unwrap()["policy"]["name"].clone();
+    let in_force = |node: usize| cluster.nodes[node].json(&["status"]).unwrap()["modules"][0]["file"].clone();
 
     // As if a coordinator had died: before its commit the load is aborted, after it is retired. What is loaded is the
     // same module under another name.
@@ -356,13 +369,10 @@ fn a_load_that_its_coordinator_left_unfinished_is_finished_by_others() {
     ] {
         let (last, revision) = record();
         let load = PolicyRecord {
-            serial: last.serial + 1,
             phase: left_in,
-            module: ModuleRecord {
-                name: "renamed".to_owned(),
-                ..last.module.clone()
-            },
-            previous: last.in_force().cloned(),
+            next: renamed(&last.next, last.serial() + 1, "renamed"),
+            previous: last.in_force().clone(),
+            history: Vec::new(),
             coordinator: "gone".to_owned(),
             deadline_ms: 0,
         };
@@ -377,14 +387,10 @@ fn a_load_that_its_coordinator_left_unfinished_is_finished_by_others() {
 
     // A node that saw only the last of several states of the record enforces what came before it all the same.
     let (last, revision) = record();
-    let skipped = ModuleRecord {
-        name: "skipped".to_owned(),
-        ..last.module.clone()
-    };
     let load = PolicyRecord {
-        serial: last.serial + 2,
         phase: Phase::Aborted,
-        previous: Some(skipped),
+        next: renamed(&last.next, last.serial() + 2, "aborted"),
+        previous: renamed(&last.next, last.serial() + 1, "skipped"),
         ..last
     };
     runtime

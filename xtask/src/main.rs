@@ -2,6 +2,7 @@
 
 mod build;
 mod check;
+mod conformance;
 mod demo;
 mod setup;
 mod test;
@@ -41,6 +42,10 @@ enum Task {
         /// Only tests whose name contains this.
         filter: Option<String>,
     },
+    /// Run NetworkPolicy cases with real probes between real pods; compare, and ask `explain` too. Needs root.
+    ///
+    /// The last line is `N verdicts, M mismatches`; the status is 0 only where M is 0.
+    Conformance(conformance::Arguments),
     /// Check format, lints, documentation and dependencies.
     Check,
 }
@@ -53,6 +58,9 @@ fn main() -> ExitCode {
             .and_then(|()| build::run())
             .and_then(|()| demo::run(keep)),
         Task::Test { filter } => setup::quietly().and_then(|()| test::run(filter.as_deref())),
+        Task::Conformance(arguments) => setup::quietly()
+            .and_then(|()| build::run())
+            .and_then(|()| conformance::run(&arguments)),
         Task::Check => setup::run(false, true).and_then(|()| check::run()),
     };
     match result {

@@ -10,8 +10,8 @@ pub use client::{ClientError, call, monitor};
 pub use server::{Server, serve};
 
 use crate::{
-    plan::Verdict,
     store::records::{ModuleRecord, Prepared},
+    wasm::{Overrides, Tier},
 };
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, net::IpAddr};
@@ -33,10 +33,24 @@ pub enum Request {
     IdentityList,
     /// What the kernel's ipcache holds.
     IpcacheList,
+    /// Change a namespace's labels.
+    NamespaceLabel(NamespaceLabel),
+    /// The namespaces that have labels or pods.
+    NamespaceList,
     /// The policy in force.
     PolicyShow,
-    /// Load a policy on all nodes.
-    LoadPolicy(LoadPolicy),
+    /// The modules in force, and earlier sets of them.
+    PolicyList,
+    /// One module.
+    PolicyInspect(String),
+    /// Change the set of modules on all nodes.
+    PolicyChange(PolicyChange),
+    /// Check invariants, given as text, against the policy in force.
+    PolicyVerify(String),
+    /// What audited modules would have denied.
+    PolicyAudit,
+    /// Who may reach whom, and why.
+    Explain(Explain),
     /// Remove a node that is gone, with its pods.
     NodeDelete(String),
     /// Report packets until the connection ends.
@@ -67,6 +81,10 @@ pub struct EndpointAdd {
     pub netns: String,
     /// Its labels.
     pub labels: BTreeMap<String, String>,
+    /// Its service account; empty where it has none.
+    pub service_account: String,
+    /// Names of its ports, with IP protocol number and port.
+    pub ports: Vec<(String, u8, u16)>,
     /// Its address; chosen from the node's pod CIDRs where there is none.
     pub address: Option<IpAddr>,
 }
@@ -82,19 +100,75 @@ pub struct EndpointLabel {
     pub remove: Vec<String>,
 }
 
-/// Load a policy.
+/// Change a namespace's labels.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct LoadPolicy {
-    /// Name, for people.
+pub struct NamespaceLabel {
+    /// The namespace.
+    pub namespace: String,
+    /// Labels to set.
+    pub set: BTreeMap<String, String>,
+    /// Labels to take away.
+    pub remove: Vec<String>,
+}
+
+/// Change the set of modules.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PolicyChange {
+    /// How.
+    pub what: Change,
+    /// Say what would change, and touch nothing.
+    pub dry_run: bool,
+    /// Say what would no longer pass of the flows that are tracked on the node that is asked.
+    pub against_flows: bool,
+    /// Go on without nodes that do not answer.
+    pub skip_unreachable: bool,
+}
+
+/// A change of the set of modules.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Change {
+    /// Add a module, or replace the one of that name.
+    Load(Box<LoadModule>),
+    /// Take the module of that name away.
+    Unload(String),
+    /// Go back to the set that an earlier change has put in force, or to the one before the present one.
+    Rollback(Option<u64>),
+}
+
+/// A module to load. What is not given stays as it was, where the module replaces another.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LoadModule {
+    /// Its name.
     pub name: String,
+    /// Name of its file, for people.
+    pub file: String,
+    /// Its tier.
+    pub tier: Option<Tier>,
+    /// Its place in the tier.
+    pub priority: Option<u32>,
+    /// Whose it is.
+    pub tenant: Option<String>,
+    /// Enforce nothing of it; report what it would have denied.
+    pub audit: bool,
+    /// What it may use.
+    pub overrides: Overrides,
     /// The module: a component, or a core module.
     pub module: Vec<u8>,
     /// Configuration as JSON text, empty for none.
     pub config: String,
-    /// Say what would change, and touch nothing.
-    pub dry_run: bool,
-    /// Go on without nodes that do not answer.
-    pub skip_unreachable: bool,
+}
+
+/// Who may reach whom?
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Explain {
+    /// Who: a pod, an address, an identity, a reserved name, or a namespace with labels.
+    pub from: String,
+    /// Whom.
+    pub to: String,
+    /// IP protocol number.
+    pub protocol: Option<u8>,
+    /// Destination port, or ICMP type.
+    pub port: Option<u16>,
 }
 
 /// What to report.
@@ -123,10 +197,24 @@ pub enum Response {
     Identities(Vec<IdentityView>),
     /// To [`Request::IpcacheList`].
     Ipcache(Vec<IpcacheView>),
+    /// To [`Request::NamespaceLabel`].
+    Namespace(NamespaceView),
+    /// To [`Request::NamespaceList`].
+    Namespaces(Vec<NamespaceView>),
     /// To [`Request::PolicyShow`].
     Policy(Box<PolicyView>),
-    /// To [`Request::LoadPolicy`].
+    /// To [`Request::PolicyList`].
+    Modules(ModulesView),
+    /// To [`Request::PolicyInspect`].
+    Module(Box<ModuleView>),
+    /// To [`Request::PolicyChange`].
     Loaded(Box<LoadReport>),
+    /// To [`Request::PolicyVerify`].
+    Verified(Verification),
+    /// To [`Request::PolicyAudit`].
+    Audit(Vec<AuditView>),
+    /// To [`Request::Explain`].
+    Explained(Box<Explanation>),
     /// To [`Request::Monitor`]: reports begin now.
     Monitoring,
     /// To [`Request::Monitor`]: one packet.
@@ -148,8 +236,10 @@ pub struct Status {
     pub pod_mtu: u32,
     /// The generation in force.
     pub generation: u32,
-    /// The policy in force, as `name (sha256)`.
-    pub policy: Option<ModuleRecord>,
+    /// The modules in force, in the order in which they are asked.
+    pub modules: Vec<ModuleRecord>,
+    /// Tenants' modules that fail, with what they did.
+    pub failures: Vec<String>,
     /// Why this node does not enforce the cluster's policy, where it does not.
     pub out_of_step: Option<String>,
     /// Pods on this node.
@@ -214,6 +304,10 @@ pub struct EndpointView {
     pub address: IpAddr,
     /// Its labels.
     pub labels: BTreeMap<String, String>,
+    /// Its service account; empty where it has none.
+    pub service_account: String,
+    /// Names of its ports, as `http=tcp/80`.
+    pub ports: Vec<String>,
     /// Its identity's number.
     pub identity: u32,
     /// Its identity.
@@ -258,11 +352,22 @@ pub struct IpcacheView {
     pub name: String,
 }
 
+/// A namespace.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct NamespaceView {
+    /// Its name.
+    pub namespace: String,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+    /// Its pods, in the cluster.
+    pub pods: usize,
+}
+
 /// The policy in force.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PolicyView {
-    /// The module; none where nothing was loaded.
-    pub module: Option<ModuleRecord>,
+    /// The modules, in the order in which they are asked.
+    pub modules: Vec<ModuleRecord>,
     /// The generation.
     pub generation: u32,
     /// Identities in it.
@@ -277,6 +382,47 @@ pub struct PolicyView {
     pub pairs: Vec<PairView>,
 }
 
+/// The modules in force, and earlier sets of them.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ModulesView {
+    /// In the order in which they are asked.
+    pub modules: Vec<ModuleRecord>,
+    /// Number of the change that has put them in force.
+    pub serial: u64,
+    /// Earlier sets, the newest first.
+    pub earlier: Vec<RevisionView>,
+}
+
+/// An earlier set of modules.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RevisionView {
+    /// The change that has put it in force.
+    pub serial: u64,
+    /// That change.
+    pub what: String,
+    /// When, in milliseconds since 1970.
+    pub time_ms: u64,
+    /// Names of the modules.
+    pub modules: Vec<String>,
+}
+
+/// One module.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ModuleView {
+    /// Its record.
+    pub module: ModuleRecord,
+    /// Its networks, with their CIDRs.
+    pub networks: Vec<(String, Vec<String>)>,
+    /// Peers that it has been told of: classes, reserved ones, networks.
+    pub peers: usize,
+    /// Calls on this node since it was started.
+    pub calls: u64,
+    /// Limits in force: fuel for a call, milliseconds for a load or a change, bytes of memory.
+    pub limits: (u64, u64, u64),
+    /// What it did, where its tenant's pods do without it.
+    pub failure: Option<String>,
+}
+
 /// A pair of identities.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PairView {
@@ -284,27 +430,175 @@ pub struct PairView {
     pub from: String,
     /// The receiver.
     pub to: String,
-    /// What passes.
-    pub verdict: Verdict,
+    /// What passes, as `allow` or `allow tcp/80`.
+    pub verdict: String,
 }
 
-/// What a policy load did, or would do.
+/// Invariants, checked.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Verification {
+    /// How many invariants.
+    pub invariants: usize,
+    /// Over how many identities of pods.
+    pub identities: usize,
+    /// Counterexamples; none where all of them hold.
+    pub broken: Vec<String>,
+    /// Invariants that are about nobody.
+    pub about_nobody: Vec<String>,
+}
+
+/// What an audited module would have denied.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct AuditView {
+    /// The module.
+    pub module: String,
+    /// The sender.
+    pub from: String,
+    /// The receiver.
+    pub to: String,
+    /// Protocol.
+    pub protocol: String,
+    /// Destination port.
+    pub port: u16,
+    /// Flows that it would have denied.
+    pub flows: u64,
+}
+
+/// Who may reach whom, and why.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Explanation {
+    /// Who.
+    pub from: EndView,
+    /// Whom.
+    pub to: EndView,
+    /// Protocol that was asked for.
+    pub protocol: Option<String>,
+    /// Port that was asked for.
+    pub port: Option<u16>,
+    /// The generation in force.
+    pub generation: u32,
+    /// Whether a connection may open, where a protocol was asked for.
+    pub verdict: Option<bool>,
+    /// What may pass.
+    pub allowed: String,
+    /// Each end where policy is enforced.
+    pub sides: Vec<SideView>,
+    /// The kernel has what the modules say, at every end that this node enforces.
+    pub agrees: bool,
+}
+
+/// One end of an explanation.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct EndView {
+    /// As it was asked for, with the address where it is a pod.
+    pub name: String,
+    /// Number of its identity.
+    pub identity: u32,
+    /// Its identity.
+    pub identity_name: String,
+    /// Its node, where it is a pod.
+    pub node: Option<String>,
+}
+
+/// What one end lets pass.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SideView {
+    /// `egress` or `ingress`.
+    pub side: String,
+    /// The pod at whose end that is.
+    pub subject: String,
+    /// The node that enforces it, where the pod is known.
+    pub node: Option<String>,
+    /// What each module says of the port, in order; none where no port was asked for.
+    pub steps: Vec<StepView>,
+    /// No module has decided: the built-in baseline has.
+    pub last_word: bool,
+    /// What the modules let pass.
+    pub ruling: String,
+    /// Whether they let the port pass.
+    pub verdict: Option<bool>,
+    /// What the kernel has, where this node enforces it.
+    pub kernel: Option<KernelView>,
+}
+
+/// What one module says.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct StepView {
+    /// The module.
+    pub module: String,
+    /// Its tier.
+    pub tier: String,
+    /// Whose it is.
+    pub tenant: Option<String>,
+    /// It is only audited.
+    pub audit: bool,
+    /// What it makes of the pod at this end.
+    pub subject: String,
+    /// What it makes of the other end.
+    pub peer: String,
+    /// `allow`, `deny` or `pass`.
+    pub action: String,
+    /// Why, in the author's words.
+    pub reason: String,
+    /// This is the word that counts.
+    pub decides: bool,
+}
+
+/// A cell of the kernel's policy map.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct KernelView {
+    /// The map.
+    pub map: String,
+    /// Row: the identity at this end.
+    pub row: u32,
+    /// Column: the identity at the other end.
+    pub column: u32,
+    /// Offset of the cell.
+    pub index: u32,
+    /// `deny`, `allow`, or the number of a port set.
+    pub cell: String,
+    /// What that lets pass, read from the kernel.
+    pub ruling: String,
+}
+
+/// A flow that a new policy would end.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct FlowView {
+    /// Who opened it.
+    pub from: String,
+    /// To whom.
+    pub to: String,
+    /// Protocol.
+    pub protocol: String,
+    /// Destination port.
+    pub port: u16,
+    /// How many of them.
+    pub flows: u64,
+}
+
+/// What a policy change did, or would do.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct LoadReport {
-    /// The module.
-    pub module: ModuleRecord,
+    /// The change.
+    pub what: String,
+    /// The modules after it, in the order in which they are asked.
+    pub modules: Vec<ModuleRecord>,
     /// Whether nothing was touched.
     pub dry_run: bool,
     /// Pods in the cluster.
     pub pods: usize,
-    /// Identities that the module makes of them.
+    /// Identities that the modules make of them.
     pub identities: usize,
-    /// Ordered pairs of identities, the node itself included.
+    /// Ordered pairs of them.
     pub pairs: usize,
     /// Cells of this node's policy matrix.
     pub cells: u64,
+    /// Calls of modules that it took here.
+    pub calls: u64,
     /// Pairs whose verdict changes; none where there are too many identities to ask for every pair.
     pub changed: Option<Vec<ChangedPair>>,
+    /// Flows tracked on this node that it would end; none unless asked for.
+    pub flows: Option<Vec<FlowView>>,
     /// What each step took, in microseconds.
     pub steps: Vec<(String, u64)>,
     /// What each node did.
@@ -318,10 +612,10 @@ pub struct ChangedPair {
     pub from: String,
     /// The receiver.
     pub to: String,
-    /// What passed before.
-    pub before: Verdict,
+    /// What passed before, as `deny`, `allow` or `allow tcp/80`.
+    pub before: String,
     /// What passes after.
-    pub after: Verdict,
+    pub after: String,
 }
 
 /// What a node did for a policy load.

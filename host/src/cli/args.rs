@@ -1,7 +1,14 @@
 //! Arguments of the command line.
 
-use crate::{api::PodName, config::DEFAULT_SOCKET};
-use clap::{Args, Parser, Subcommand};
+use crate::{
+    api::PodName,
+    config::DEFAULT_SOCKET,
+    identity::DEFAULT_MODULE,
+    invariant::parse_ports,
+    plan::CARRIED,
+    wasm::{Overrides, Tier},
+};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
 
 const EXAMPLE: &str = "\
@@ -44,8 +51,9 @@ pub enum Command {
     /// Load a policy module on all nodes of the cluster.
     ///
     /// All nodes prepare it, then all switch to it; if one refuses or does not answer, none does. Live connections
-    /// that the new policy does not allow end; the others lose no packet. The policy is named after its file. Status 1
-    /// says that it was refused, or, with `--skip-unreachable`, that it is loaded but not on all nodes.
+    /// that the new policy does not allow end; the others lose no packet. A module replaces the one of the same name;
+    /// without --name it is named `default`. Status 1 says that it was refused, or, with `--skip-unreachable`, that it
+    /// is loaded but not on all nodes.
     LoadPolicy(LoadArguments),
     /// Connect, disconnect and relabel pods.
     #[command(subcommand)]
@@ -56,9 +64,14 @@ pub enum Command {
     /// Show what the kernel knows of every address.
     #[command(subcommand)]
     Ipcache(IpcacheCommand),
-    /// Show the policy in force.
+    /// Show, explain, check, change and write policies.
     #[command(subcommand)]
     Policy(PolicyCommand),
+    /// Label namespaces.
+    #[command(subcommand)]
+    Namespace(NamespaceCommand),
+    /// Print the node's counters and how full its maps are, in the text format of Prometheus.
+    Metrics,
     /// Remove nodes that are gone.
     #[command(subcommand)]
     Node(NodeCommand),
@@ -87,15 +100,70 @@ pub struct LoadArguments {
     /// The module: a WebAssembly component, or a core module built with policy-sdk.
     #[arg(value_name = "FILE.wasm")]
     pub file: PathBuf,
-    /// The module's configuration: JSON, or TOML in a file named .toml.
+    /// The module's configuration: JSON, TOML in a file named .toml, or YAML in one named .yaml or .yml, whose many
+    /// documents are a list.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
+    /// The module's name.
+    #[arg(long, default_value = DEFAULT_MODULE)]
+    pub name: String,
+    /// When the module is asked: admin before tenant before baseline. `tenant` where it is not given.
+    #[arg(long)]
+    pub tier: Option<TierArgument>,
+    /// Its place in the tier: the lowest number is asked first. 500 where it is not given.
+    #[arg(long, value_name = "NUMBER")]
+    pub priority: Option<u32>,
+    /// Whose module it is: it decides only over this tenant's own ends of connections.
+    #[arg(long)]
+    pub tenant: Option<String>,
+    /// Enforce nothing of it, but report what it would have denied (`hostd policy audit`).
+    #[arg(long)]
+    pub audit: bool,
+    /// What the module may use, in place of the nodes' own limits: `fuel_per_call`, `evaluate_ms` or `memory_mib`.
+    #[arg(long = "limit", value_name = "LIMIT=NUMBER", value_parser = parse_limit)]
+    pub limits: Vec<(String, u64)>,
+    #[command(flatten)]
+    pub change: ChangeArguments,
+}
+
+#[derive(Args, Clone, Copy)]
+pub struct ChangeArguments {
     /// Only print which pairs would change.
     #[arg(long)]
     pub dry_run: bool,
+    /// Print what would no longer pass of the flows that are tracked on this node. Goes with --dry-run.
+    #[arg(long, value_name = "WHAT", requires = "dry_run")]
+    pub against: Option<Against>,
     /// Go on without nodes that are down or do not answer; they switch when they are back.
     #[arg(long)]
     pub skip_unreachable: bool,
+}
+
+/// What a dry run is held against.
+#[derive(Clone, Copy, ValueEnum)]
+pub enum Against {
+    /// Flows that are tracked on this node.
+    Flows,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum TierArgument {
+    /// First: the admin's, for all.
+    Admin,
+    /// Second: tenants' own, and what stands for them.
+    Tenant,
+    /// Last: what holds where nobody else has decided.
+    Baseline,
+}
+
+impl From<TierArgument> for Tier {
+    fn from(tier: TierArgument) -> Self {
+        match tier {
+            TierArgument::Admin => Self::Admin,
+            TierArgument::Tenant => Self::Tenant,
+            TierArgument::Baseline => Self::Baseline,
+        }
+    }
 }
 
 #[derive(Args)]
@@ -131,6 +199,12 @@ pub enum EndpointCommand {
         /// A label; may be given many times.
         #[arg(long = "label", value_name = "KEY=VALUE", value_parser = parse_label)]
         labels: Vec<(String, String)>,
+        /// A name for one of the pod's ports, as `http=tcp/8080`; may be given many times.
+        #[arg(long = "port", value_name = "NAME=PROTOCOL/PORT", value_parser = parse_named_port)]
+        ports: Vec<(String, u8, u16)>,
+        /// The pod's service account.
+        #[arg(long, value_name = "NAME", default_value = "")]
+        service_account: String,
         /// The pod's address, a free one of the node's pod CIDRs; without it, the first free one.
         #[arg(long)]
         address: Option<IpAddr>,
@@ -165,9 +239,77 @@ pub enum IpcacheCommand {
 }
 
 #[derive(Subcommand)]
+pub enum NamespaceCommand {
+    /// Change a namespace's labels; its pods get the identities that follow from it.
+    Label {
+        /// The namespace.
+        #[arg(value_name = "NS")]
+        namespace: String,
+        /// `KEY=VALUE` sets a label, `KEY-` takes one away.
+        #[arg(required = true, value_name = "KEY=VALUE|KEY-", value_parser = parse_label_change)]
+        changes: Vec<LabelChange>,
+    },
+    /// List namespaces that have pods or labels.
+    List,
+}
+
+#[derive(Subcommand)]
 pub enum PolicyCommand {
-    /// Show the module in force, and what may pass between which identities.
+    /// Show what may pass between which identities.
     Show,
+    /// List the modules in force, in the order in which they are asked, and earlier sets of them.
+    List,
+    /// Show a module: one in force, by its name, or one in a file.
+    Inspect {
+        /// A name, or a file whose name ends in .wasm.
+        #[arg(value_name = "NAME|FILE.wasm")]
+        module: String,
+    },
+    /// Take a module away, on all nodes.
+    Unload {
+        /// Its name.
+        name: String,
+        #[command(flatten)]
+        change: ChangeArguments,
+    },
+    /// Go back to an earlier set of modules, on all nodes: the one before the present one, or that of a change.
+    Rollback {
+        /// Number of the change that had put it in force, as `hostd policy list` shows it.
+        #[arg(long, value_name = "CHANGE")]
+        to: Option<u64>,
+        #[command(flatten)]
+        change: ChangeArguments,
+    },
+    /// Say who may reach whom, and why: what each module says, and what the kernel has.
+    ///
+    /// FROM and TO are pods (NAMESPACE/NAME), addresses, identities by number, `host`, `world`, `remote-node`, `health`,
+    /// or the labels of a pod that need not exist (NAMESPACE{KEY=VALUE,…}).
+    Explain {
+        /// Who opens the connection.
+        from: String,
+        /// To whom.
+        to: String,
+        /// Protocol: tcp, udp, sctp, icmp or icmpv6. Without it: every port.
+        #[arg(long, value_parser = parse_protocol)]
+        protocol: Option<u8>,
+        /// Destination port, or type of ICMP, which is an echo request without this.
+        #[arg(long)]
+        port: Option<u16>,
+    },
+    /// Check invariants against the policy in force, over all identities.
+    ///
+    /// Each line of the file is one of `WHO never reaches WHOM`, `WHO reaches WHOM`, `nothing but WHO, … reaches WHOM`,
+    /// each perhaps with `on tcp/80, udp`, or a definition `NAME = WHO`. WHO is made of `tenant NAME`, `namespace NAME`,
+    /// `pod NS/NAME`, `KEY=VALUE`, `KEY!=VALUE`, `network MODULE/NAME`, `host`, `remote-node`, `world`, `everything`.
+    /// Status 1: one does not hold. To have every policy checked before it is loaded, set `invariants` in the nodes'
+    /// configuration.
+    Verify {
+        /// The invariants.
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+    },
+    /// Show what audited modules (`load-policy --audit`) would have denied on this node.
+    Audit,
 }
 
 #[derive(Subcommand)]
@@ -197,6 +339,52 @@ pub struct MonitorArguments {
 pub enum LabelChange {
     Set(String, String),
     Remove(String),
+}
+
+fn parse_protocol(text: &str) -> Result<u8, String> {
+    let known = CARRIED.iter().find(|(_, name)| *name == text);
+    known
+        .map(|(number, _)| *number)
+        .ok_or_else(|| "one of tcp, udp, sctp, icmp, icmpv6".to_owned())
+}
+
+fn parse_named_port(text: &str) -> Result<(String, u8, u16), String> {
+    let wrong = || "a named port is NAME=PROTOCOL/PORT, as http=tcp/8080".to_owned();
+    let (name, port) = text.split_once('=').ok_or_else(wrong)?;
+    let ports = parse_ports(port)?;
+    match ports.protocol {
+        Some(protocol) if ports.first == ports.last => Ok((name.to_owned(), protocol, ports.first)),
+        _ => Err(wrong()),
+    }
+}
+
+fn parse_limit(text: &str) -> Result<(String, u64), String> {
+    const LIMITS: [&str; 3] = ["fuel_per_call", "evaluate_ms", "memory_mib"];
+    let (name, value) = text.split_once('=').ok_or("a limit is NAME=NUMBER")?;
+    let value: u64 = value.parse().map_err(|_| format!("{value:?} is no number"))?;
+    if !LIMITS.contains(&name) {
+        return Err(format!("a limit is one of {}", LIMITS.join(", ")));
+    }
+    if value == 0 || (name == "memory_mib" && value > 4096) {
+        return Err(format!("{name}: {value} is too little or too much"));
+    }
+    Ok((name.to_owned(), value))
+}
+
+/// Limits as a module's record holds them.
+pub fn overrides(limits: &[(String, u64)]) -> Overrides {
+    let find = |name: &str| {
+        limits
+            .iter()
+            .rev()
+            .find(|(limit, _)| limit == name)
+            .map(|(_, value)| *value)
+    };
+    Overrides {
+        evaluate_ms: find("evaluate_ms"),
+        memory_mib: find("memory_mib").and_then(|mib| u32::try_from(mib).ok()),
+        fuel_per_call: find("fuel_per_call"),
+    }
 }
 
 fn parse_label(text: &str) -> Result<(String, String), String> {

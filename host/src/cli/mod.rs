@@ -5,19 +5,20 @@ mod print;
 mod table;
 
 use crate::{
-    api::{self, ClientError, EndpointAdd, EndpointLabel, LoadPolicy, Monitor, Request, Response},
+    api::{
+        self, Change, ClientError, EndpointAdd, EndpointLabel, Explain, LoadModule, Monitor, NamespaceLabel,
+        PolicyChange, Request, Response,
+    },
     config::Config,
     daemon, wasm,
 };
 use anyhow::Context;
-use args::{Arguments, Command, EndpointCommand, LoadArguments, MonitorArguments, NodeCommand};
-use clap::Parser;
-use std::{
-    fs,
-    io::Write,
-    path::{Path, PathBuf},
-    process::ExitCode,
+use args::{
+    Arguments, ChangeArguments, Command, EndpointCommand, LoadArguments, MonitorArguments, NamespaceCommand,
+    NodeCommand, PolicyCommand,
 };
+use clap::Parser;
+use std::{fs, io::Write, path::Path, process::ExitCode};
 
 /// Runs the command that the process was started with. Status 1: refused or failed; 2: wrong usage.
 #[must_use]
@@ -72,11 +73,13 @@ fn start_log() {
 async fn ask(socket: &Path, json: bool, command: Command) -> anyhow::Result<()> {
     let request = match command {
         Command::Monitor(arguments) => return monitor(socket, json, arguments).await,
-        Command::LoadPolicy(arguments) => Request::LoadPolicy(read_policy(arguments)?),
+        Command::LoadPolicy(arguments) => read_policy(arguments)?,
         Command::Status => Request::Status,
         Command::Identity(_) => Request::IdentityList,
         Command::Ipcache(_) => Request::IpcacheList,
-        Command::Policy(_) => Request::PolicyShow,
+        Command::Policy(command) => policy(command)?,
+        Command::Namespace(command) => namespace(command),
+        Command::Metrics => return metrics(socket).await,
         Command::Node(NodeCommand::Delete { name }) => Request::NodeDelete(name),
         Command::Endpoint(command) => endpoint(command)?,
         Command::Run { .. } | Command::Cleanup { .. } | Command::CompileModule { .. } => {
@@ -98,7 +101,63 @@ async fn ask(socket: &Path, json: bool, command: Command) -> anyhow::Result<()> 
         incomplete == 0,
         "the policy is loaded, but not on {incomplete} of the nodes (see above)"
     );
+    if let Response::Verified(verified) = &response {
+        let broken = verified.broken.len();
+        anyhow::ensure!(broken == 0, "{broken} counterexamples (see above)");
+    }
     Ok(())
+}
+
+async fn metrics(socket: &Path) -> anyhow::Result<()> {
+    match api::call(socket, &Request::Status).await? {
+        Response::Status(status) => print::metrics(&mut std::io::stdout().lock(), &status),
+        _ => anyhow::bail!("hostd answered something else"),
+    }
+}
+
+fn namespace(command: NamespaceCommand) -> Request {
+    match command {
+        NamespaceCommand::List => Request::NamespaceList,
+        NamespaceCommand::Label { namespace, changes } => {
+            let (set, remove) = args::split_label_changes(changes);
+            Request::NamespaceLabel(NamespaceLabel { namespace, set, remove })
+        }
+    }
+}
+
+fn policy(command: PolicyCommand) -> anyhow::Result<Request> {
+    Ok(match command {
+        PolicyCommand::Show => Request::PolicyShow,
+        PolicyCommand::List => Request::PolicyList,
+        PolicyCommand::Audit => Request::PolicyAudit,
+        PolicyCommand::Inspect { module } => Request::PolicyInspect(module),
+        PolicyCommand::Unload { name, change } => policy_change(Change::Unload(name), change),
+        PolicyCommand::Rollback { to, change } => policy_change(Change::Rollback(to), change),
+        PolicyCommand::Explain {
+            from,
+            to,
+            protocol,
+            port,
+        } => Request::Explain(Explain {
+            from,
+            to,
+            protocol,
+            port,
+        }),
+        PolicyCommand::Verify { file } => {
+            let text = fs::read_to_string(&file).with_context(|| format!("invariants {}", file.display()))?;
+            Request::PolicyVerify(text)
+        }
+    })
+}
+
+fn policy_change(what: Change, arguments: ChangeArguments) -> Request {
+    Request::PolicyChange(PolicyChange {
+        what,
+        dry_run: arguments.dry_run,
+        against_flows: arguments.against.is_some(),
+        skip_unreachable: arguments.skip_unreachable,
+    })
 }
 
 fn endpoint(command: EndpointCommand) -> anyhow::Result<Request> {
@@ -107,11 +166,15 @@ fn endpoint(command: EndpointCommand) -> anyhow::Result<Request> {
             pod,
             netns,
             labels,
+            ports,
+            service_account,
             address,
         } => Request::EndpointAdd(EndpointAdd {
             pod: pod.into(),
             netns: absolute(netns)?,
             labels: labels.into_iter().collect(),
+            service_account,
+            ports,
             address,
         }),
         EndpointCommand::Delete { pod } => Request::EndpointDelete(pod.into()),
@@ -138,37 +201,48 @@ fn absolute(netns: String) -> anyhow::Result<String> {
         .map_err(|path| anyhow::anyhow!("{} is no UTF-8", path.display()))
 }
 
-fn read_policy(arguments: LoadArguments) -> anyhow::Result<LoadPolicy> {
-    let LoadArguments {
-        file,
-        config,
-        dry_run,
-        skip_unreachable,
-    } = arguments;
+fn read_policy(arguments: LoadArguments) -> anyhow::Result<Request> {
+    let file = arguments.file;
     let module = fs::read(&file).with_context(|| format!("policy module {}", file.display()))?;
-    let name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-    Ok(LoadPolicy {
-        name,
+    let config = arguments
+        .config
+        .map_or_else(|| Ok(String::new()), |path| policy_config(&path))?;
+    let load = LoadModule {
+        name: arguments.name,
+        file: file.file_stem().unwrap_or_default().to_string_lossy().into_owned(),
+        tier: arguments.tier.map(Into::into),
+        priority: arguments.priority,
+        tenant: arguments.tenant,
+        audit: arguments.audit,
+        overrides: args::overrides(&arguments.limits),
         module,
-        config: config.map_or_else(|| Ok(String::new()), |path| policy_config(&path))?,
-        dry_run,
-        skip_unreachable,
-    })
+        config,
+    };
+    Ok(policy_change(Change::Load(Box::new(load)), arguments.change))
 }
 
 /// A module gets its configuration as JSON, whatever the admin wrote it in.
-fn policy_config(path: &PathBuf) -> anyhow::Result<String> {
-    let text = fs::read_to_string(path).with_context(|| format!("policy configuration {}", path.display()))?;
-    let is_toml = path.extension().is_some_and(|extension| extension == "toml");
-    let value: serde_json::Value = if is_toml {
-        toml::from_str(&text).with_context(|| format!("policy configuration {}", path.display()))?
-    } else {
-        serde_json::from_str(&text).with_context(|| {
+fn policy_config(path: &Path) -> anyhow::Result<String> {
+    let context = || format!("policy configuration {}", path.display());
+    let text = fs::read_to_string(path).with_context(context)?;
+    let extension = path.extension().and_then(|extension| extension.to_str());
+    let value: serde_json::Value = match extension {
+        Some("toml") => toml::from_str(&text).with_context(context)?,
+        Some("yaml" | "yml") => {
+            let documents: Vec<serde_json::Value> =
+                serde_saphyr::from_multiple_with_options(&text, serde_saphyr::options! { strict_booleans: true })
+                    .with_context(context)?;
+            match <[_; 1]>::try_from(documents) {
+                Ok([one]) => one,
+                Err(many) => serde_json::Value::Array(many),
+            }
+        }
+        _ => serde_json::from_str(&text).with_context(|| {
             format!(
-                "policy configuration {}: JSON, or TOML in a file named .toml",
-                path.display()
+                "{}: JSON, or TOML in a file named .toml, or YAML in one named .yaml",
+                context()
             )
-        })?
+        })?,
     };
     Ok(value.to_string())
 }

@@ -1,8 +1,12 @@
 //! Answers, as text for people and as JSON for programs.
 
 use super::table::Table;
-use crate::api::{
-    CounterView, EndpointView, IdentityView, IpcacheView, LoadReport, PacketView, PolicyView, Response, Status,
+use crate::{
+    api::{
+        AuditView, CounterView, EndView, EndpointView, Explanation, IdentityView, IpcacheView, LoadReport, ModuleView,
+        ModulesView, NamespaceView, PacketView, PolicyView, Response, Status, Verification,
+    },
+    store::records::ModuleRecord,
 };
 use serde::Serialize;
 use std::{collections::BTreeMap, io::Write, net::IpAddr};
@@ -43,7 +47,14 @@ fn content(response: &Response) -> serde_json::Result<serde_json::Value> {
         Response::Deleted(deleted) => serde_json::to_value(Deleted { deleted: *deleted }),
         Response::Identities(identities) => serde_json::to_value(identities),
         Response::Ipcache(ipcache) => serde_json::to_value(ipcache),
+        Response::Namespace(namespace) => serde_json::to_value(namespace),
+        Response::Namespaces(namespaces) => serde_json::to_value(namespaces),
         Response::Policy(policy) => serde_json::to_value(policy),
+        Response::Modules(modules) => serde_json::to_value(modules),
+        Response::Module(module) => serde_json::to_value(module),
+        Response::Verified(verified) => serde_json::to_value(verified),
+        Response::Audit(findings) => serde_json::to_value(findings),
+        Response::Explained(explanation) => serde_json::to_value(explanation),
         Response::Loaded(report) => serde_json::to_value(report),
         Response::Monitoring => Ok(serde_json::Value::Null),
         Response::Packet(packet) => serde_json::to_value(packet),
@@ -62,7 +73,14 @@ pub fn text(out: &mut impl Write, response: &Response) -> anyhow::Result<()> {
         Response::Deleted(false) => Ok(writeln!(out, "nothing to delete")?),
         Response::Identities(all) => identities(out, all),
         Response::Ipcache(all) => ipcache(out, all),
+        Response::Namespace(one) => namespaces(out, std::slice::from_ref(one)),
+        Response::Namespaces(all) => namespaces(out, all),
         Response::Policy(shown) => policy(out, shown),
+        Response::Modules(all) => modules(out, all),
+        Response::Module(one) => inspected(out, one),
+        Response::Verified(result) => verified(out, result),
+        Response::Audit(findings) => audit(out, findings),
+        Response::Explained(explanation) => explained(out, explanation),
         Response::Loaded(report) => load(out, report),
         Response::Monitoring => Ok(()),
         Response::Packet(one) => Ok(writeln!(out, "{}", packet(one))?),
@@ -75,20 +93,41 @@ fn labels(labels: &BTreeMap<String, String>) -> String {
     labels.join(",")
 }
 
-fn module(record: Option<&crate::store::records::ModuleRecord>) -> String {
-    match record {
-        Some(module) => format!(
-            "{} (sha256 {})",
-            module.name,
-            &module.sha256[..12.min(module.sha256.len())]
-        ),
-        None => "none: nothing passes between pods".to_owned(),
+/// A module in a few words.
+fn module(record: &ModuleRecord) -> String {
+    let sha256 = &record.sha256[..12.min(record.sha256.len())];
+    let placement = &record.placement;
+    let tenant = placement
+        .tenant
+        .as_ref()
+        .map_or(String::new(), |tenant| format!(" of {tenant}"));
+    let audit = if record.audit { ", audited only" } else { "" };
+    format!(
+        "{}: {} (tier {}{tenant}, priority {}, sha256 {sha256}{audit})",
+        placement.name,
+        record.file,
+        placement.tier.name(),
+        placement.priority
+    )
+}
+
+fn policy_lines(out: &mut impl Write, modules: &[ModuleRecord]) -> anyhow::Result<()> {
+    if modules.is_empty() {
+        writeln!(out, "policy      none: nothing passes between pods")?;
     }
+    for (index, record) in modules.iter().enumerate() {
+        let head = if index == 0 { "policy" } else { "" };
+        writeln!(out, "{head:<11} {}", module(record))?;
+    }
+    Ok(())
 }
 
 fn status(out: &mut impl Write, status: &Status) -> anyhow::Result<()> {
     writeln!(out, "node        {} (hostd {})", status.node, status.version)?;
-    writeln!(out, "policy      {}", module(status.policy.as_ref()))?;
+    policy_lines(out, &status.modules)?;
+    for failure in &status.failures {
+        writeln!(out, "FAILING     {failure}")?;
+    }
     if let Some(problem) = &status.out_of_step {
         writeln!(out, "OUT OF STEP {problem}")?;
     }
@@ -117,9 +156,12 @@ fn status(out: &mut impl Write, status: &Status) -> anyhow::Result<()> {
     table.print(out)?;
 
     writeln!(out)?;
-    let mut table = Table::new(["MAP", "USED", "OF"]);
+    let mut table = Table::new(["MAP", "USED", "OF", "PRESSURE"]);
     for map in &status.maps {
-        table.row([map.setting.clone(), map.used.to_string(), map.capacity.to_string()]);
+        let share = map.used * 100 / map.capacity.max(1);
+        let warning = if share >= 80 { " !" } else { "" };
+        let sizes = (map.used.to_string(), map.capacity.to_string());
+        table.row([map.setting.clone(), sizes.0, sizes.1, format!("{share} %{warning}")]);
     }
     table.print(out)?;
 
@@ -188,7 +230,7 @@ fn ipcache(out: &mut impl Write, entries: &[IpcacheView]) -> anyhow::Result<()> 
 }
 
 fn policy(out: &mut impl Write, policy: &PolicyView) -> anyhow::Result<()> {
-    writeln!(out, "policy      {}", module(policy.module.as_ref()))?;
+    policy_lines(out, &policy.modules)?;
     writeln!(out, "generation  {}", policy.generation)?;
     writeln!(
         out,
@@ -198,10 +240,210 @@ fn policy(out: &mut impl Write, policy: &PolicyView) -> anyhow::Result<()> {
     writeln!(out)?;
     let mut table = Table::new(["FROM", "TO", "VERDICT"]);
     for pair in &policy.pairs {
-        table.row([pair.from.clone(), pair.to.clone(), pair.verdict.to_string()]);
+        table.row([pair.from.clone(), pair.to.clone(), pair.verdict.clone()]);
     }
     table.print(out)?;
     Ok(writeln!(out, "Everything else is denied.")?)
+}
+
+fn namespaces(out: &mut impl Write, namespaces: &[NamespaceView]) -> anyhow::Result<()> {
+    let mut table = Table::new(["NAMESPACE", "PODS", "LABELS"]);
+    for one in namespaces {
+        table.row([one.namespace.clone(), one.pods.to_string(), labels(&one.labels)]);
+    }
+    Ok(table.print(out)?)
+}
+
+fn modules(out: &mut impl Write, all: &ModulesView) -> anyhow::Result<()> {
+    let mut table = Table::new(["ASKED", "NAME", "TIER", "TENANT", "PRIORITY", "FILE", "SHA256", ""]);
+    for (index, record) in all.modules.iter().enumerate() {
+        let placement = &record.placement;
+        table.row([
+            (index + 1).to_string(),
+            placement.name.clone(),
+            placement.tier.name().to_owned(),
+            placement.tenant.clone().unwrap_or("-".to_owned()),
+            placement.priority.to_string(),
+            record.file.clone(),
+            record.sha256[..12.min(record.sha256.len())].to_owned(),
+            if record.audit { "audited only" } else { "" }.to_owned(),
+        ]);
+    }
+    table.print(out)?;
+    if !all.earlier.is_empty() {
+        writeln!(out, "\nin force since change {}; before that:\n", all.serial)?;
+        let mut table = Table::new(["CHANGE", "WHAT", "MODULES"]);
+        for one in &all.earlier {
+            table.row([one.serial.to_string(), one.what.clone(), one.modules.join(", ")]);
+        }
+        table.print(out)?;
+    }
+    Ok(())
+}
+
+fn inspected(out: &mut impl Write, view: &ModuleView) -> anyhow::Result<()> {
+    writeln!(out, "{}", module(&view.module))?;
+    writeln!(out, "sha256      {}", view.module.sha256)?;
+    let (fuel, milliseconds, memory) = view.limits;
+    writeln!(
+        out,
+        "limits      fuel {fuel} a call, {milliseconds} ms a change, {} MiB of memory",
+        memory >> 20
+    )?;
+    writeln!(out, "asked       {} calls, about {} peers", view.calls, view.peers)?;
+    if let Some(failure) = &view.failure {
+        writeln!(out, "FAILING     {failure}")?;
+    }
+    for (name, blocks) in &view.networks {
+        writeln!(out, "network     {name}: {}", blocks.join(", "))?;
+    }
+    if !view.module.config.is_empty() {
+        writeln!(out, "config      {}", view.module.config)?;
+    }
+    Ok(())
+}
+
+fn verified(out: &mut impl Write, result: &Verification) -> anyhow::Result<()> {
+    for one in &result.broken {
+        writeln!(out, "broken: {one}")?;
+    }
+    for one in &result.about_nobody {
+        writeln!(out, "about nobody: `{one}`")?;
+    }
+    Ok(writeln!(
+        out,
+        "{} invariants over {} identities of pods, {} counterexamples",
+        result.invariants,
+        result.identities,
+        result.broken.len()
+    )?)
+}
+
+fn audit(out: &mut impl Write, findings: &[AuditView]) -> anyhow::Result<()> {
+    let mut table = Table::new(["MODULE", "WOULD HAVE DENIED", "TO", "PORT", "FLOWS"]);
+    for one in findings {
+        table.row([
+            one.module.clone(),
+            one.from.clone(),
+            one.to.clone(),
+            format!("{}/{}", one.protocol, one.port),
+            one.flows.to_string(),
+        ]);
+    }
+    Ok(table.print(out)?)
+}
+
+const fn allowed(verdict: bool) -> &'static str {
+    if verdict { "allowed" } else { "denied" }
+}
+
+fn explained(out: &mut impl Write, view: &Explanation) -> anyhow::Result<()> {
+    let end = |end: &EndView| format!("{} = identity {} {}", end.name, end.identity, end.identity_name);
+    writeln!(out, "from        {}", end(&view.from))?;
+    writeln!(out, "to          {}", end(&view.to))?;
+    if let (Some(protocol), Some(verdict)) = (&view.protocol, view.verdict) {
+        let port = view.port.map_or(String::new(), |port| format!("/{port}"));
+        writeln!(out, "{protocol}{port}: {}", allowed(verdict))?;
+    }
+    writeln!(out, "all ports   {}", view.allowed)?;
+    for side in &view.sides {
+        let verdict = side
+            .verdict
+            .map_or(side.ruling.clone(), |verdict| allowed(verdict).to_owned());
+        writeln!(out, "\n{} of {}: {verdict}", side.side, side.subject)?;
+        let mut table = Table::new(["", "MODULE", "TIER", "SEES", "AND", "SAYS", "BECAUSE"]);
+        for step in &side.steps {
+            let mark = match (step.decides, step.audit) {
+                (true, _) => "->",
+                (false, true) => "audit",
+                (false, false) => "",
+            };
+            let tier = match &step.tenant {
+                Some(tenant) => format!("{} of {tenant}", step.tier),
+                None => step.tier.clone(),
+            };
+            table.row([
+                mark.to_owned(),
+                step.module.clone(),
+                tier,
+                step.subject.clone(),
+                step.peer.clone(),
+                step.action.clone(),
+                step.reason.clone(),
+            ]);
+        }
+        if !side.steps.is_empty() {
+            table.print(out)?;
+        }
+        if side.last_word && side.verdict.is_some() {
+            writeln!(
+                out,
+                "no module decides; the last word: a node reaches its own pods, all else is denied"
+            )?;
+        }
+        match (&side.kernel, &side.node) {
+            (Some(kernel), _) => writeln!(
+                out,
+                "kernel      {} [{}, {}] = cell {}: {}; lets pass: {}",
+                kernel.map, kernel.row, kernel.column, kernel.index, kernel.cell, kernel.ruling
+            )?,
+            (None, Some(node)) => writeln!(out, "kernel      enforced on node {node}: ask there")?,
+            (None, None) => writeln!(out, "kernel      no pod of this node has the identity")?,
+        }
+    }
+    if !view.agrees {
+        writeln!(out, "\nTHE KERNEL DOES NOT HAVE WHAT THE MODULES SAY: a defect")?;
+    }
+    Ok(())
+}
+
+/// The node's counters and map pressure (Prometheus text format 0.0.4).
+pub fn metrics(out: &mut impl Write, status: &Status) -> anyhow::Result<()> {
+    let escape = |text: &str| text.replace('\\', "\\\\").replace('"', "\\\"");
+    writeln!(out, "# TYPE wasmgate_map_entries gauge")?;
+    for map in &status.maps {
+        writeln!(out, "wasmgate_map_entries{{map=\"{}\"}} {}", map.setting, map.used)?;
+    }
+    writeln!(out, "# TYPE wasmgate_map_capacity gauge")?;
+    for map in &status.maps {
+        writeln!(out, "wasmgate_map_capacity{{map=\"{}\"}} {}", map.setting, map.capacity)?;
+    }
+    for (metric, label, counters) in [
+        ("forwarded", "path", &status.forwarded),
+        ("dropped", "reason", &status.drops),
+    ] {
+        for (unit, value) in [
+            ("packets", (|one| one.packets) as fn(&CounterView) -> u64),
+            ("bytes", |one| one.bytes),
+        ] {
+            writeln!(out, "# TYPE wasmgate_{metric}_{unit}_total counter")?;
+            for one in counters {
+                writeln!(
+                    out,
+                    "wasmgate_{metric}_{unit}_total{{{label}=\"{}\"}} {}",
+                    one.name,
+                    value(one)
+                )?;
+            }
+        }
+    }
+    writeln!(out, "# TYPE wasmgate_generation gauge")?;
+    writeln!(out, "wasmgate_generation {}", status.generation)?;
+    writeln!(out, "# TYPE wasmgate_endpoints gauge")?;
+    writeln!(out, "wasmgate_endpoints {}", status.endpoints)?;
+    writeln!(out, "# TYPE wasmgate_in_step gauge")?;
+    writeln!(out, "wasmgate_in_step {}", u8::from(status.out_of_step.is_none()))?;
+    writeln!(out, "# TYPE wasmgate_policy_module gauge")?;
+    for record in &status.modules {
+        writeln!(
+            out,
+            "wasmgate_policy_module{{name=\"{}\",tier=\"{}\",sha256=\"{}\"}} 1",
+            escape(record.name()),
+            record.placement.tier.name(),
+            record.sha256
+        )?;
+    }
+    Ok(())
 }
 
 fn milliseconds(micros: u64) -> String {
@@ -209,12 +451,13 @@ fn milliseconds(micros: u64) -> String {
 }
 
 fn load(out: &mut impl Write, report: &LoadReport) -> anyhow::Result<()> {
-    let what = if report.dry_run { "would load" } else { "loaded" };
-    writeln!(out, "{what} {}", module(Some(&report.module)))?;
+    let what = if report.dry_run { "would do: " } else { "done: " };
+    writeln!(out, "{what}{}", report.what)?;
+    policy_lines(out, &report.modules)?;
     writeln!(
         out,
-        "{} pods, {} identities, {} pairs, {} cells on this node",
-        report.pods, report.identities, report.pairs, report.cells
+        "{} pods, {} identities, {} pairs, {} cells on this node, {} calls",
+        report.pods, report.identities, report.pairs, report.cells, report.calls
     )?;
     match &report.changed {
         Some(changed) => {
@@ -224,7 +467,7 @@ fn load(out: &mut impl Write, report: &LoadReport) -> anyhow::Result<()> {
                 writeln!(out)?;
                 let mut table = Table::new(["FROM", "TO", "BEFORE", "AFTER"]);
                 for pair in changed.iter().take(MAX_PAIRS) {
-                    let verdicts = (pair.before.to_string(), pair.after.to_string());
+                    let verdicts = (pair.before.clone(), pair.after.clone());
                     table.row([pair.from.clone(), pair.to.clone(), verdicts.0, verdicts.1]);
                 }
                 table.print(out)?;
@@ -234,6 +477,19 @@ fn load(out: &mut impl Write, report: &LoadReport) -> anyhow::Result<()> {
             }
         }
         None => writeln!(out, "too many identities to compare every pair")?,
+    }
+    if let Some(flows) = &report.flows {
+        writeln!(
+            out,
+            "{} of the tracked flows would end",
+            flows.iter().map(|flow| flow.flows).sum::<u64>()
+        )?;
+        let mut table = Table::new(["FROM", "TO", "PORT", "FLOWS"]);
+        for flow in flows {
+            let port = format!("{}/{}", flow.protocol, flow.port);
+            table.row([flow.from.clone(), flow.to.clone(), port, flow.flows.to_string()]);
+        }
+        table.print(out)?;
     }
     writeln!(out)?;
     let mut table = Table::new(["STEP", "TIME"]);

@@ -6,11 +6,13 @@ use super::{
     load::{now_ms, policy_key},
 };
 use crate::{
-    api::{LoadPolicy, LoadReport, NodeReport},
+    api::{self, LoadModule, LoadReport, NodeReport, PolicyChange},
+    stack::order,
     store::{
         Change, Collection, Expect, Key, Store, StoreError,
-        records::{self, AnswerRecord, ModuleRecord, NodeRecord, Phase, PolicyRecord, Prepared},
+        records::{self, AnswerRecord, ModuleRecord, NodeRecord, Phase, PolicyRecord, Prepared, Revision},
     },
+    wasm::{Placement, Tier},
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -30,69 +32,90 @@ pub struct Coordinator {
 }
 
 impl Coordinator {
-    /// Loads a policy, or says what it would change.
-    pub async fn load(&self, request: LoadPolicy) -> Result<LoadReport, DaemonError> {
+    /// Changes the policy, or says what that would change.
+    pub async fn change(&self, request: PolicyChange) -> Result<LoadReport, DaemonError> {
+        let found = records::get::<PolicyRecord>(&*self.store, &policy_key()).await?;
+        let (last, expect) = match found {
+            Some((record, revision)) => (Some(record), Expect::Revision(revision)),
+            None => (None, Expect::Absent),
+        };
+        let mut modules = BTreeMap::new();
+        let wanted = wanted(last.as_ref(), request.what, &mut modules)?;
         let candidate = Candidate {
-            record: ModuleRecord {
-                name: request.name,
-                sha256: crate::wasm::sha256(&request.module),
-                config: request.config,
-            },
-            module: Arc::new(request.module),
+            revision: wanted,
+            modules,
+            against_flows: request.against_flows,
         };
         let evaluation = self.evaluate(&candidate).await?;
-        let mut report = report(&candidate.record, request.dry_run, evaluation);
+        let mut report = report(&candidate.revision, request.dry_run, evaluation);
         if request.dry_run {
             return Ok(report);
         }
-        let key = Key::new(Collection::Modules, &candidate.record.sha256);
-        if self.store.get(&key).await?.is_none() {
-            self.store.put(&key, candidate.module.to_vec(), Expect::Any).await?;
+        for (sha256, module) in &candidate.modules {
+            let key = Key::new(Collection::Modules, sha256);
+            if self.store.get(&key).await?.is_none() {
+                self.store.put(&key, module.to_vec(), Expect::Any).await?;
+            }
         }
-        let mut load = self.propose(&candidate.record).await?;
+        let before = last.as_ref().map(modules_of).unwrap_or_default();
+        let mut load = self.propose(last, expect, candidate.revision).await?;
         let result = self.run(&mut load, request.skip_unreachable, &mut report).await;
-        self.tidy(&load.record, load.displaced.as_ref()).await;
+        self.tidy(&load.record, &before).await;
         result.map(|()| report)
     }
 
     async fn evaluate(&self, candidate: &Candidate) -> Result<Evaluation, DaemonError> {
         let (reply, answer) = oneshot::channel();
         let gone = || DaemonError::Request("hostd is stopping".to_owned());
-        let command = Command::Evaluate(candidate.clone(), reply);
+        let command = Command::Evaluate(Box::new(candidate.clone()), reply);
         self.daemon.send(command).await.map_err(|_| gone())?;
         answer.await.map_err(|_| gone())?
     }
 
-    async fn propose(&self, module: &ModuleRecord) -> Result<Load, DaemonError> {
-        let found = records::get::<PolicyRecord>(&*self.store, &policy_key()).await?;
-        let (last, expect) = match &found {
-            Some((record, revision)) => (Some(record), Expect::Revision(*revision)),
-            None => (None, Expect::Absent),
-        };
+    async fn propose(
+        &self,
+        last: Option<PolicyRecord>,
+        expect: Expect,
+        mut next: Revision,
+    ) -> Result<Load, DaemonError> {
         let busy = |coordinator: &str| {
             DaemonError::Request(format!(
-                "node {coordinator} is loading a policy; try again when it is done"
+                "node {coordinator} is changing the policy; try again when it is done"
             ))
         };
-        if let Some(last) = last
+        if let Some(last) = &last
             && matches!(last.phase, Phase::Prepare | Phase::Commit)
             && now_ms() < last.deadline_ms
         {
             return Err(busy(&last.coordinator));
         }
         let answers = self.store.watch(&[Collection::Answers]).await?;
+        next.serial = last.as_ref().map_or(0, PolicyRecord::serial) + 1;
+        next.time_ms = now_ms();
+        let (previous, history) = match last {
+            None => (Revision::none(), Vec::new()),
+            Some(last) => {
+                let in_force = last.in_force().clone();
+                let mut history = last.history;
+                if in_force.serial != last.previous.serial {
+                    history.insert(0, last.previous);
+                }
+                history.retain(|revision| revision.serial != 0);
+                history.truncate(HISTORY);
+                (in_force, history)
+            }
+        };
         let record = PolicyRecord {
-            serial: last.map_or(0, |last| last.serial) + 1,
             phase: Phase::Prepare,
-            module: module.clone(),
-            previous: last.and_then(PolicyRecord::in_force).cloned(),
+            next,
+            previous,
+            history,
             coordinator: self.node.clone(),
             // Two phases, each of which may take its time.
             deadline_ms: now_ms() + 2 * u64::try_from(PHASE_TIME.as_millis()).unwrap_or(0),
         };
         match records::put(&*self.store, &policy_key(), &record, expect).await {
             Ok(revision) => Ok(Load {
-                displaced: last.and_then(|last| last.previous.clone()),
                 record,
                 revision,
                 answers,
@@ -188,29 +211,151 @@ impl Coordinator {
         Ok(Nodes { all, alive })
     }
 
-    /// Deletes answers that nobody needs any more, and the module that this load has displaced. Left behind, they would only take space.
-    async fn tidy(&self, record: &PolicyRecord, displaced: Option<&ModuleRecord>) {
+    /// Deletes answers that nobody needs any more, and those of the modules `before` this change. Left behind, they would
+    /// only take space.
+    async fn tidy(&self, record: &PolicyRecord, before: &BTreeSet<String>) {
         let tidied = async {
             for (key, value) in self.store.list(Collection::Answers).await? {
                 let answer: AnswerRecord = records::decode(&key, &value.value)?;
-                if answer.serial <= record.serial {
+                if answer.serial <= record.serial() {
                     self.store.delete(&key, Expect::Any).await?;
                 }
             }
-            let needed = [Some(&record.module), record.previous.as_ref()];
-            if let Some(old) = displaced
-                && !needed.iter().flatten().any(|module| module.sha256 == old.sha256)
-            {
+            let needed = modules_of(record);
+            for sha256 in before.difference(&needed) {
                 self.store
-                    .delete(&Key::new(Collection::Modules, &old.sha256), Expect::Any)
+                    .delete(&Key::new(Collection::Modules, sha256), Expect::Any)
                     .await?;
             }
             Ok::<(), StoreError>(())
         };
         if let Err(error) = tidied.await {
-            tracing::warn!("tidying up after a policy load: {error}");
+            tracing::warn!("tidying up after a policy change: {error}");
         }
     }
+}
+
+/// SHA-256 of all modules that a record speaks of.
+fn modules_of(record: &PolicyRecord) -> BTreeSet<String> {
+    let revisions = [&record.next, &record.previous].into_iter().chain(&record.history);
+    revisions
+        .flat_map(|revision| &revision.modules)
+        .map(|module| module.sha256.clone())
+        .collect()
+}
+
+/// Sets of modules that can be gone back to.
+const HISTORY: usize = 10;
+
+/// The set of modules that a change asks for.
+fn wanted(
+    last: Option<&PolicyRecord>,
+    change: api::Change,
+    given: &mut BTreeMap<String, Arc<Vec<u8>>>,
+) -> Result<Revision, DaemonError> {
+    let wrong = |problem: String| Err(DaemonError::Request(problem));
+    let in_force = last.map_or_else(Revision::none, |record| record.in_force().clone());
+    let mut modules = in_force.modules;
+    let what = match change {
+        api::Change::Load(load) => {
+            let what = format!("load {}", load.name);
+            let before = modules.iter().position(|module| module.name() == load.name);
+            let record = loaded(*load, before.map(|index| &modules[index]), given).map_err(DaemonError::Request)?;
+            match before {
+                Some(index) => modules[index] = record,
+                None => modules.push(record),
+            }
+            what
+        }
+        api::Change::Unload(name) => {
+            let Some(index) = modules.iter().position(|module| module.name() == name) else {
+                return wrong(format!(
+                    "no module is named {name:?}: `hostd policy list` shows those that are loaded"
+                ));
+            };
+            modules.remove(index);
+            format!("unload {name}")
+        }
+        api::Change::Rollback(serial) => {
+            // The last that was in force, whatever has happened to a change that came to nothing.
+            let mut earlier = last
+                .into_iter()
+                .flat_map(|record| [&record.previous].into_iter().chain(&record.history))
+                .filter(|revision| revision.serial != in_force.serial);
+            let found = match serial {
+                None => earlier.next(),
+                Some(serial) => earlier.find(|revision| revision.serial == serial),
+            };
+            let Some(revision) = found else {
+                return wrong(match serial {
+                    None => "there is no earlier policy to go back to".to_owned(),
+                    Some(serial) => format!("there is no policy of change {serial}: `hostd policy list` shows them"),
+                });
+            };
+            modules.clone_from(&revision.modules);
+            format!("rollback to change {}", revision.serial)
+        }
+    };
+    modules.sort_by(|one, other| order(one).cmp(&order(other)));
+    Ok(Revision {
+        serial: 0,
+        what,
+        time_ms: 0,
+        modules,
+    })
+}
+
+/// Priority of a module that was given none.
+const DEFAULT_PRIORITY: u32 = 500;
+
+/// The record of a module that is to be loaded, perhaps over one of the same name: what is not given stays as it was.
+fn loaded(
+    load: LoadModule,
+    before: Option<&ModuleRecord>,
+    given: &mut BTreeMap<String, Arc<Vec<u8>>>,
+) -> Result<ModuleRecord, String> {
+    crate::endpoint::check_name(&load.name).map_err(|problem| format!("--name {problem}"))?;
+    let known = before.map(|record| &record.placement);
+    if let Some(known) = known {
+        let other_tier = load.tier.is_some_and(|tier| tier != known.tier);
+        let other_tenant = load.tenant.is_some() && load.tenant != known.tenant;
+        if other_tier || other_tenant {
+            let of = known
+                .tenant
+                .as_ref()
+                .map_or(String::new(), |tenant| format!(" of tenant {tenant}"));
+            return Err(format!(
+                "the name {} is taken by a module in tier {}{of}: choose another --name, or unload that one first",
+                load.name,
+                known.tier.name()
+            ));
+        }
+    }
+    let placement = Placement {
+        tier: load.tier.or(known.map(|known| known.tier)).unwrap_or_default(),
+        priority: load
+            .priority
+            .or(known.map(|known| known.priority))
+            .unwrap_or(DEFAULT_PRIORITY),
+        tenant: load.tenant.or_else(|| known.and_then(|known| known.tenant.clone())),
+        name: load.name,
+    };
+    if placement.tenant.is_some() && placement.tier != Tier::Tenant {
+        return Err(format!(
+            "--tenant goes with the tier `tenant`: in tier `{}` a module decides about everybody",
+            placement.tier.name()
+        ));
+    }
+    let sha256 = crate::wasm::sha256(&load.module);
+    given.insert(sha256.clone(), Arc::new(load.module));
+    Ok(ModuleRecord {
+        placement,
+        file: load.file,
+        audit: load.audit,
+        overrides: load.overrides,
+        sha256,
+        config: load.config,
+    })
 }
 
 struct Nodes {
@@ -220,8 +365,6 @@ struct Nodes {
 
 /// A load that is under way.
 struct Load {
-    /// The policy before the one that this load replaces: nobody goes back to it.
-    displaced: Option<ModuleRecord>,
     record: PolicyRecord,
     revision: u64,
     answers: mpsc::Receiver<Change>,
@@ -247,7 +390,7 @@ impl Load {
             };
             let Change::Put(key, value) = change else { continue };
             let answer: AnswerRecord = records::decode(&key, &value.value)?;
-            if answer.serial == self.record.serial && answer.phase == self.record.phase {
+            if answer.serial == self.record.serial() && answer.phase == self.record.phase {
                 let refused = answer.result.is_err();
                 answers.insert(answer.node, (answer.result, Instant::now()));
                 if refused && self.record.phase == Phase::Prepare {
@@ -259,15 +402,18 @@ impl Load {
     }
 }
 
-fn report(module: &ModuleRecord, dry_run: bool, evaluation: Evaluation) -> LoadReport {
+fn report(revision: &Revision, dry_run: bool, evaluation: Evaluation) -> LoadReport {
     LoadReport {
-        module: module.clone(),
+        what: revision.what.clone(),
+        modules: revision.modules.clone(),
         dry_run,
         pods: evaluation.pods,
         identities: evaluation.identities,
         pairs: evaluation.pairs,
         cells: evaluation.cells,
+        calls: evaluation.calls,
         changed: evaluation.changed,
+        flows: evaluation.flows,
         steps: evaluation.steps,
         nodes: Vec::new(),
     }

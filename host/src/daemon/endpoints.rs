@@ -2,12 +2,12 @@
 
 use super::{Daemon, DaemonError, Local};
 use crate::{
-    api::{EndpointAdd, EndpointLabel, EndpointView, PodName},
+    api::{EndpointAdd, EndpointLabel, EndpointView, NamespaceLabel, NamespaceView, PodName},
     endpoint::{self, LocalEndpoint},
     net::{self, Netns},
     store::{
         Collection, Expect, Key,
-        records::{self, PodRecord},
+        records::{self, NamespaceRecord, PodRecord},
     },
 };
 use abi::{AddressKey, Hook};
@@ -34,12 +34,18 @@ impl Daemon {
             pod,
             netns,
             labels,
+            service_account,
+            ports,
             address,
         } = request;
         let wrong = DaemonError::Request;
         endpoint::check_name(&pod.namespace).map_err(|problem| wrong(format!("namespace {problem}")))?;
         endpoint::check_name(&pod.name).map_err(|problem| wrong(format!("pod {problem}")))?;
         endpoint::check_labels(&labels).map_err(wrong)?;
+        endpoint::check_ports(&ports).map_err(wrong)?;
+        if !service_account.is_empty() {
+            endpoint::check_name(&service_account).map_err(|problem| wrong(format!("service account {problem}")))?;
+        }
         self.check_unknown(&pod).await?;
         let netns = Netns::open(&netns)?;
         let address = endpoint::choose_address(&self.config.pod_cidrs, address, |address| {
@@ -55,6 +61,8 @@ impl Daemon {
                 namespace: pod.namespace.clone(),
                 name: pod.name.clone(),
                 labels,
+                service_account,
+                ports,
                 address,
                 node: self.config.node.clone(),
                 incarnation: incarnation()?,
@@ -211,5 +219,43 @@ impl Daemon {
             self.save()?;
         }
         self.endpoint_view(&pod)
+    }
+
+    /// Changes a namespace's labels, and with them the identities of its pods.
+    pub(super) async fn namespace_label(&mut self, request: NamespaceLabel) -> Result<NamespaceView, DaemonError> {
+        let NamespaceLabel { namespace, set, remove } = request;
+        endpoint::check_name(&namespace).map_err(|problem| DaemonError::Request(format!("namespace {problem}")))?;
+        let key = Key::new(Collection::Namespaces, &namespace);
+        let found = records::get::<NamespaceRecord>(&*self.store, &key).await?;
+        let (mut record, expect) = match found {
+            Some((record, revision)) => (record, Expect::Revision(revision)),
+            None => (NamespaceRecord::default(), Expect::Absent),
+        };
+        for label in remove {
+            if record.labels.remove(&label).is_none() {
+                return Err(DaemonError::Request(format!(
+                    "namespace {namespace} has no label {label}"
+                )));
+            }
+        }
+        record.labels.extend(set);
+        endpoint::check_labels(&record.labels).map_err(DaemonError::Request)?;
+        // First here: what the policy refuses, the cluster does not hear of.
+        let before = self.namespaces.get(&namespace).cloned().unwrap_or_default();
+        let result = match self.namespace_seen(&namespace, record.labels.clone()).await {
+            Ok(()) => records::put(&*self.store, &key, &record, expect)
+                .await
+                .map(|_| ())
+                .map_err(DaemonError::from),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = result {
+            self.namespace_seen(&namespace, before).await?;
+            return Err(error);
+        }
+        self.namespace_list()
+            .into_iter()
+            .find(|view| view.namespace == namespace)
+            .ok_or_else(|| DaemonError::Request(format!("namespace {namespace} is gone again")))
     }
 }

@@ -1,29 +1,38 @@
-//! What a policy would make of the cluster, without touching anything: validation and dry runs.
+//! What a set of modules would make of the cluster, without touching anything: validation and dry runs.
 
-use super::{Daemon, DaemonError, policy::Asked};
+use super::{Daemon, DaemonError, policy::Side};
 use crate::{
     api::ChangedPair,
     identity::IdentityKey,
-    plan::{Change, Generation, Verdict, survey},
-    store::records::ModuleRecord,
-    wasm::Compiled,
+    invariant::Invariants,
+    plan::{Change, Generation},
+    stack::{Stack, Start},
+    store::records::{ModuleRecord, Revision},
+    survey::{Survey, is_end},
+    wasm::{Compiled, Limits},
 };
 use abi::{AddressKey, Identity};
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fs,
     sync::Arc,
     time::Instant,
 };
 use tokio::task::block_in_place;
 
 /// Identities for whose every pair a policy is asked, at the most.
-const MAX_SURVEY: usize = 512;
+const MAX_SURVEY: usize = 1024;
+/// Pairs that a report lists at the most.
+const MAX_CHANGED: usize = 10_000;
 
-/// A module that may be loaded.
+/// A set of modules that may be put in force.
 #[derive(Clone)]
 pub struct Candidate {
-    pub record: ModuleRecord,
-    pub module: Arc<Vec<u8>>,
+    pub revision: Revision,
+    /// Modules by SHA-256, as far as the store may not have them.
+    pub modules: BTreeMap<String, Arc<Vec<u8>>>,
+    /// Report what of the flows that are tracked now would change.
+    pub against_flows: bool,
 }
 
 /// What it would make of the cluster.
@@ -33,14 +42,17 @@ pub struct Evaluation {
     pub identities: usize,
     pub pairs: usize,
     pub cells: u64,
+    pub calls: u64,
     pub changed: Option<Vec<ChangedPair>>,
+    pub flows: Option<Vec<crate::api::FlowView>>,
     /// What each step took, in microseconds.
     pub steps: Vec<(String, u64)>,
 }
 
-/// A policy that has identified every pod, compiled for this node.
+/// Modules that have identified every pod, compiled for this node.
 pub struct Compilation {
-    pub asked: Asked,
+    pub stack: Stack,
+    pub networks: Vec<Identity>,
     pub generation: Generation,
     pub change: Change,
 }
@@ -53,81 +65,136 @@ pub fn micros(since: Instant) -> u64 {
 }
 
 impl Daemon {
-    /// Compiles a module, unless it is the one that was compiled last.
-    pub(super) async fn compile(&mut self, candidate: &Candidate) -> Result<Compiled, DaemonError> {
-        if let Some(compiled) = &self.compiled
-            && compiled.sha256 == candidate.record.sha256
-        {
+    /// Compiles a module, unless that was done before.
+    async fn compile(
+        &mut self,
+        record: &ModuleRecord,
+        given: &BTreeMap<String, Arc<Vec<u8>>>,
+    ) -> Result<Compiled, DaemonError> {
+        if let Some(compiled) = self.compiled.get(&record.sha256) {
             return Ok(compiled.clone());
         }
-        let compiled = self.compiler.compile(&candidate.module).await?;
-        self.compiled = Some(compiled.clone());
+        let module = match given.get(&record.sha256) {
+            Some(module) => Arc::clone(module),
+            None => Arc::new(self.fetch(record).await?),
+        };
+        let compiled = self.compiler.compile(&module).await?;
+        self.compiled.insert(record.sha256.clone(), compiled.clone());
         Ok(compiled)
     }
 
-    /// Starts a module and has it identify every pod.
-    pub(super) fn identify_all(
-        &self,
-        compiled: &Compiled,
-        record: &ModuleRecord,
-    ) -> Result<(Asked, Keys), DaemonError> {
-        block_in_place(|| {
-            let mut asked = Asked::start(compiled, record)?;
-            let keys = self
-                .pods
-                .iter()
-                .map(|(address, pod)| Ok((*address, asked.identify(&pod.record)?)))
-                .collect::<Result<Vec<_>, DaemonError>>()?;
-            Ok((asked, keys))
-        })
+    /// Starts a set of modules. Those that are new must not fail, whoever's they are.
+    pub(super) async fn start_stack(&mut self, candidate: &Candidate) -> Result<Stack, DaemonError> {
+        let mut compiled = Vec::new();
+        for record in &candidate.revision.modules {
+            compiled.push(self.compile(record, &candidate.modules).await?);
+        }
+        let in_force = &self.active.revision.modules;
+        let starts: Vec<Start<'_>> = candidate
+            .revision
+            .modules
+            .iter()
+            .zip(&compiled)
+            .map(|(record, compiled)| Start {
+                record,
+                compiled,
+                limits: Limits::from(self.config.wasm).with(record.overrides),
+                strict: !in_force.contains(record),
+            })
+            .collect();
+        Ok(block_in_place(|| Stack::start(&starts))?)
     }
 
-    /// Compiles the matrix of identified pods.
+    /// Has a set of modules identify every pod.
+    pub(super) fn identify_all(&self, stack: &mut Stack) -> Result<Keys, DaemonError> {
+        let pods: Vec<_> = self.pods.values().map(|pod| self.facts(&pod.record)).collect();
+        stack.begin();
+        let keys = block_in_place(|| stack.identify(&pods));
+        self.pods
+            .keys()
+            .zip(keys)
+            .map(|(address, key)| Ok((*address, key?)))
+            .collect()
+    }
+
+    /// Compiles the matrix of identified pods and networks.
     pub(super) fn compile_matrix(
         &self,
-        mut asked: Asked,
+        mut stack: Stack,
         identified: Vec<(AddressKey, Identity, Option<IdentityKey>)>,
+        networks: Vec<(Identity, Option<IdentityKey>)>,
     ) -> Result<Compilation, DaemonError> {
         block_in_place(|| {
-            // Numbering the identities has taken time that is not the module's.
-            asked.begin();
-            asked.learn_reserved()?;
-            asked.learn(identified.iter().map(|(_, identity, key)| (*identity, key.clone())))?;
-            let members = identified.into_iter().map(|(address, identity, _)| {
-                let local = self
-                    .pods
-                    .get(&address)
-                    .is_some_and(|pod| pod.record.node == self.config.node);
-                (address, identity, local)
-            });
-            let (generation, change) = Generation::compile_all(self.datapath.shape(), members, &mut asked)?;
+            // Numbering the identities has taken time that is not the modules'.
+            stack.begin();
+            let mut members = Vec::with_capacity(identified.len());
+            for (address, identity, key) in identified {
+                stack.learn(identity, key);
+                let pod = self.pods.get(&address);
+                members.push((
+                    address,
+                    identity,
+                    pod.is_some_and(|pod| pod.record.node == self.config.node),
+                ));
+            }
+            let mut numbers = Vec::with_capacity(networks.len());
+            for (identity, key) in networks {
+                stack.learn(identity, key);
+                numbers.push(identity);
+            }
+            let fixed: Vec<Identity> = numbers
+                .iter()
+                .copied()
+                .filter(|identity| identity.is_allocated())
+                .collect();
+            let shape = self.datapath.shape();
+            let (generation, change) = Generation::compile_all(shape, members, fixed, &mut stack)?;
+            let networks = numbers;
+            let prefixes = stack.networks().prefixes().count() + self.unrouted().len();
+            self.datapath.check_networks(prefixes)?;
             Ok(Compilation {
-                asked,
+                stack,
+                networks,
                 generation,
                 change,
             })
         })
     }
 
+    /// What each set of networks stands for; `None` for the world.
+    pub(super) fn network_keys(stack: &Stack) -> Vec<Option<IdentityKey>> {
+        let memberships = stack.networks().memberships().iter();
+        memberships
+            .map(|names| (!names.is_empty()).then(|| IdentityKey::Networks(names.clone())))
+            .collect()
+    }
+
     pub(super) async fn evaluate(&mut self, candidate: &Candidate) -> Result<Evaluation, DaemonError> {
         let began = Instant::now();
-        let compiled = self.compile(candidate).await?;
+        let mut stack = self.start_stack(candidate).await?;
         let mut steps = vec![("compile".to_owned(), micros(began))];
 
         let began = Instant::now();
-        let (asked, keys) = self.identify_all(&compiled, &candidate.record)?;
+        let keys = self.identify_all(&mut stack)?;
+        self.check_tenants(&candidate.revision, &keys)?;
         // Numbers that only this evaluation knows: nothing is entered in the store.
         let mut registry = self.registry.clone();
-        let identified = keys
+        let mut number = |key: Option<IdentityKey>, other: Identity| -> Result<_, DaemonError> {
+            let identity = match &key {
+                Some(key) => registry.assign(key)?,
+                None => other,
+            };
+            Ok((identity, key))
+        };
+        let mut identified = Vec::with_capacity(keys.len());
+        for (address, key) in keys {
+            let (identity, key) = number(key, Identity::INIT)?;
+            identified.push((address, identity, key));
+        }
+        let networks = Self::network_keys(&stack)
             .into_iter()
-            .map(|(address, key)| {
-                let identity = match &key {
-                    Some(key) => registry.assign(key)?,
-                    None => Identity::INIT,
-                };
-                Ok((address, identity, key))
-            })
-            .collect::<Result<Vec<_>, DaemonError>>()?;
+            .map(|key| number(key, Identity::WORLD))
+            .collect::<Result<Vec<_>, _>>()?;
         steps.push(("identify".to_owned(), micros(began)));
 
         let began = Instant::now();
@@ -135,74 +202,163 @@ impl Daemon {
             .iter()
             .map(|(address, identity, _)| (*address, *identity))
             .collect();
-        let mut compilation = self.compile_matrix(asked, identified)?;
+        let compilation = self.compile_matrix(stack, identified, networks)?;
         steps.push(("evaluate".to_owned(), micros(began)));
+        let mut side = Side {
+            revision: candidate.revision.clone(),
+            stack: compilation.stack,
+            generation: compilation.generation,
+            networks: compilation.networks,
+        };
+        let calls = side.stack.calls();
 
         let began = Instant::now();
+        self.check_invariants(&mut side, &next)?;
         let identities: BTreeSet<Identity> = next.values().copied().collect();
-        let changed = if identities.len() <= MAX_SURVEY {
+        let ends = identities.len() + side.networks.len() + Identity::RESERVED.len();
+        let changed = if ends <= MAX_SURVEY {
             let name = |identity| registry.name(identity);
             // The report alone needs it: where a policy is too slow to be asked for every pair, it is left out.
-            self.changed_pairs(&next, &mut compilation.asked, &name)
+            self.changed_pairs(&next, &mut side, &name)
                 .inspect_err(|error| tracing::warn!("comparing the policies: {error}"))
                 .ok()
         } else {
             None
         };
         steps.push(("compare".to_owned(), micros(began)));
-        let ends = identities.len() + 1;
+        let flows = candidate
+            .against_flows
+            .then(|| self.changed_flows(&next, &mut side))
+            .transpose()?;
         Ok(Evaluation {
             pods: next.len(),
             identities: identities.len(),
-            pairs: ends * ends,
-            cells: compilation.generation.cell_count(),
+            pairs: identities.len() * identities.len(),
+            cells: side.generation.cell_count(),
+            calls,
             changed,
+            flows,
             steps,
         })
+    }
+
+    /// A module of a tenant that nobody belongs to is a mistake.
+    fn check_tenants(&self, revision: &Revision, keys: &Keys) -> Result<(), DaemonError> {
+        let mut known: BTreeSet<&str> = self.registry.tenants().collect();
+        known.extend(keys.iter().filter_map(|(_, key)| key.as_ref()?.tenant()));
+        for record in &revision.modules {
+            let Some(tenant) = record.placement.tenant.as_deref() else {
+                continue;
+            };
+            if !known.contains(tenant) && !self.active.revision.modules.contains(record) {
+                let known: Vec<&str> = known.into_iter().collect();
+                return Err(DaemonError::Request(format!(
+                    "no pod belongs to the tenant {tenant:?} of module {}; there are: {}",
+                    record.name(),
+                    if known.is_empty() {
+                        "none".to_owned()
+                    } else {
+                        known.join(", ")
+                    }
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// The invariants of the configuration hold for a policy, or it is refused.
+    pub(super) fn check_invariants(
+        &self,
+        side: &mut Side,
+        identities: &BTreeMap<AddressKey, Identity>,
+    ) -> Result<(), DaemonError> {
+        let Some(path) = &self.config.invariants else {
+            return Ok(());
+        };
+        let unreadable =
+            |error: &dyn std::fmt::Display| DaemonError::Request(format!("invariants {}: {error}", path.display()));
+        let text = fs::read_to_string(path).map_err(|error| unreadable(&error))?;
+        let invariants = Invariants::parse(&text).map_err(|error| unreadable(&error))?;
+        let broken = self.verify(&invariants, side, identities)?;
+        match broken.first() {
+            None => Ok(()),
+            Some(first) => Err(DaemonError::Request(format!(
+                "the policy breaks {} of the invariants in {}: {first}",
+                broken.len(),
+                path.display()
+            ))),
+        }
     }
 
     /// Pairs whose verdict changes. Pods are compared by what they were and will be: pods that share both are one.
     fn changed_pairs(
         &mut self,
         next: &BTreeMap<AddressKey, Identity>,
-        asked: &mut Asked,
+        side: &mut Side,
         name: &impl Fn(Identity) -> String,
     ) -> Result<Vec<ChangedPair>, DaemonError> {
-        let now = |address: &AddressKey| {
-            let place = self.active.generation.place(address);
-            place.map_or(Identity::INIT, |place| place.identity)
-        };
         let mut classes: BTreeSet<(Identity, Identity)> = next
             .iter()
-            .map(|(address, identity)| (now(address), *identity))
+            .map(|(address, identity)| (self.active_identity(address), *identity))
             .collect();
-        classes.insert((Identity::HOST, Identity::HOST));
-        let olds: BTreeSet<Identity> = classes.iter().map(|(old, _)| *old).collect();
-        let news: BTreeSet<Identity> = classes.iter().map(|(_, new)| *new).collect();
-        self.active.asked.begin();
-        let before = block_in_place(|| survey(&olds.into_iter().collect::<Vec<_>>(), &mut self.active.asked))?;
-        asked.begin();
-        let after = block_in_place(|| survey(&news.into_iter().collect::<Vec<_>>(), asked))?;
+        for reserved in [Identity::HOST, Identity::REMOTE_NODE, Identity::WORLD, Identity::HEALTH] {
+            classes.insert((reserved, reserved));
+        }
+        for (index, new) in side.networks.iter().enumerate() {
+            // What an address of these networks was before, by any of their prefixes.
+            let partition = side.stack.networks();
+            let before = partition
+                .prefixes()
+                .find(|prefix| partition.find(*prefix) == index)
+                .and_then(|prefix| {
+                    let old = self.active.stack.networks().find(prefix);
+                    self.active.networks.get(old).copied()
+                });
+            classes.insert((before.unwrap_or(Identity::WORLD), *new));
+        }
+        let olds: Vec<Identity> = classes
+            .iter()
+            .map(|(old, _)| *old)
+            .collect::<BTreeSet<_>>()
+            .into_iter()
+            .collect();
+        let news: Vec<Identity> = classes
+            .iter()
+            .map(|(_, new)| *new)
+            .collect::<BTreeSet<_>>()
+            .into_iter()
+            .collect();
+        self.active.stack.begin();
+        let before = block_in_place(|| Survey::new(&mut self.active.stack, &olds))?;
+        side.stack.begin();
+        let after = block_in_place(|| Survey::new(&mut side.stack, &news))?;
         let mut changed = Vec::new();
         for from in &classes {
             for to in &classes {
-                // A node does not reach itself through the datapath.
-                if from.1 == Identity::HOST && to.1 == Identity::HOST {
+                // Between two that are no pods nothing passes through the datapath.
+                if !is_end(&side.stack, from.1) && !is_end(&side.stack, to.1) {
                     continue;
                 }
-                let (before, after) = (before.get(&(from.0, to.0)), after.get(&(from.1, to.1)));
-                if before != after {
+                let (was, will) = (before.ruling(from.0, to.0), after.ruling(from.1, to.1));
+                if was != will && was.to_string() != will.to_string() {
                     changed.push(ChangedPair {
                         from: name(from.1),
                         to: name(to.1),
-                        before: before.cloned().unwrap_or(Verdict::Deny),
-                        after: after.cloned().unwrap_or(Verdict::Deny),
+                        before: was.to_string(),
+                        after: will.to_string(),
                     });
                 }
             }
         }
         changed.sort_by(|one, other| (&one.from, &one.to).cmp(&(&other.from, &other.to)));
         changed.dedup();
+        changed.truncate(MAX_CHANGED);
         Ok(changed)
+    }
+
+    /// Identity of a pod's address in the policy in force.
+    pub(super) fn active_identity(&self, address: &AddressKey) -> Identity {
+        let place = self.active.generation.place(address);
+        place.map_or(Identity::INIT, |place| place.identity)
     }
 }

@@ -13,14 +13,19 @@
 use super::{
     Daemon, DaemonError,
     evaluate::{Candidate, micros},
-    policy::{Asked, Side},
+    policy::Side,
 };
-use crate::store::{
-    Collection, Expect, Key, StoreError,
-    records::{self, AnswerRecord, ModuleRecord, POLICY, Phase, PolicyRecord, Prepared},
+use crate::{
+    identity::IdentityKey,
+    stack::Stack,
+    store::{
+        Collection, Expect, Key, StoreError,
+        records::{self, AnswerRecord, ModuleRecord, POLICY, Phase, PolicyRecord, Prepared, Revision},
+    },
 };
+use abi::{AddressKey, Identity};
 use std::{
-    sync::Arc,
+    collections::BTreeMap,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -47,17 +52,17 @@ impl Daemon {
         }
         match record.phase {
             Phase::Prepare => {
-                let result = self.prepare(&record).await;
+                let result = self.prepare(&record.next).await;
                 self.answer(&record, result).await?;
             }
             Phase::Commit => {
-                let result = self.commit(&record).await;
+                let result = self.commit(&record.next).await;
                 self.answer(&record, result).await?;
             }
             Phase::Retired => {
-                if self.active.serial != record.serial {
+                if self.active.revision.serial != record.serial() {
                     // This node was skipped, or came back late.
-                    let result = self.commit(&record).await;
+                    let result = self.commit(&record.next).await;
                     self.answer(&record, result).await?;
                 }
                 self.drop_aside()?;
@@ -68,21 +73,12 @@ impl Daemon {
     }
 
     /// A watch may skip all but the last state of the record: a node that was busy enforces what came before this
-    /// load first.
+    /// change first.
     async fn catch_up(&mut self, record: &PolicyRecord) -> Result<(), DaemonError> {
-        let Some(module) = record.previous.clone() else {
-            return Ok(());
-        };
-        if self.active.module.as_ref() == Some(&module) {
+        if self.active.revision.modules == record.previous.modules {
             return Ok(());
         }
-        let before = PolicyRecord {
-            serial: record.serial - 1,
-            phase: Phase::Commit,
-            module,
-            ..record.clone()
-        };
-        self.commit(&before).await?;
+        self.commit(&record.previous).await?;
         self.drop_aside()
     }
 
@@ -90,57 +86,49 @@ impl Daemon {
         let node = self.config.node.clone();
         let answer = AnswerRecord {
             node: node.clone(),
-            serial: record.serial,
+            serial: record.serial(),
             phase: record.phase,
             result: result.map_err(|error| error.to_string()),
         };
-        let key = AnswerRecord::key(record.serial, record.phase, &node);
+        let key = AnswerRecord::key(record.serial(), record.phase, &node);
         records::put(&*self.store, &key, &answer, Expect::Any).await?;
         Ok(())
     }
 
-    async fn fetch(&self, record: &ModuleRecord) -> Result<Candidate, DaemonError> {
+    /// A module, from the store.
+    pub(super) async fn fetch(&self, record: &ModuleRecord) -> Result<Vec<u8>, DaemonError> {
         let key = Key::new(Collection::Modules, &record.sha256);
-        let found = self
-            .store
-            .get(&key)
-            .await?
-            .ok_or_else(|| DaemonError::Request(format!("the store has no module {}", record.sha256)))?;
-        Ok(Candidate {
-            record: record.clone(),
-            module: Arc::new(found.value),
-        })
+        let found = self.store.get(&key).await?;
+        found
+            .map(|found| found.value)
+            .ok_or_else(|| DaemonError::Request(format!("the store has no module {}", record.sha256)))
     }
 
-    /// Compiles a policy into the side that is not in force. On an error that side is as if nothing had been asked.
-    async fn prepare(&mut self, record: &PolicyRecord) -> Result<Prepared, DaemonError> {
+    /// Compiles a set of modules into the side that is not in force. On an error that side is as if nothing had been
+    /// asked.
+    async fn prepare(&mut self, revision: &Revision) -> Result<Prepared, DaemonError> {
         let began = Instant::now();
         self.drop_aside()?;
-        let candidate = self.fetch(&record.module).await?;
-        let compiled = self.compile(&candidate).await?;
-        let (asked, keys) = self.identify_all(&compiled, &candidate.record)?;
-        let mut identified = Vec::with_capacity(keys.len());
-        for (address, key) in keys {
-            identified.push((address, self.number(key.as_ref()).await?, key));
-        }
-        let compilation = self.compile_matrix(asked, identified)?;
+        let (mut side, change) = self.build(revision).await?;
+        let identities: BTreeMap<AddressKey, Identity> = self
+            .pods
+            .keys()
+            .filter_map(|address| Some((*address, side.generation.place(address)?.identity)))
+            .collect();
+        self.check_invariants(&mut side, &identities)?;
+        side.stack.settle();
         let parity = 1 - self.datapath.parity();
         self.datapath.clear(parity);
-        self.datapath.write(parity, &compilation.change)?;
-        let (identities, local) = compilation.generation.counts();
+        self.datapath.write(parity, &change)?;
+        let (identities, local) = side.generation.counts();
         let prepared = Prepared {
             identities: u32::try_from(identities).unwrap_or(u32::MAX),
             local_identities: u32::try_from(local).unwrap_or(u32::MAX),
-            cells: compilation.generation.cell_count(),
+            cells: side.generation.cell_count(),
             micros: 0,
         };
-        self.aside = Some(Side {
-            module: Some(record.module.clone()),
-            serial: record.serial,
-            asked: compilation.asked,
-            generation: compilation.generation,
-        });
-        if let Err(error) = self.place_all() {
+        self.aside = Some(side);
+        if let Err(error) = self.place_all().and_then(|()| self.place_networks()) {
             self.drop_aside()?;
             return Err(error);
         }
@@ -150,15 +138,62 @@ impl Daemon {
         })
     }
 
+    /// Starts a set of modules, and compiles what they make of the cluster. Nothing is written yet.
+    async fn build(&mut self, revision: &Revision) -> Result<(Side, crate::plan::Change), DaemonError> {
+        let candidate = Candidate {
+            revision: revision.clone(),
+            modules: BTreeMap::new(),
+            against_flows: false,
+        };
+        let mut stack = self.start_stack(&candidate).await?;
+        let keys = self.identify_all(&mut stack)?;
+        let mut identified = Vec::with_capacity(keys.len());
+        for (address, key) in keys {
+            identified.push((address, self.number(key.as_ref()).await?, key));
+        }
+        self.finish_build(revision, stack, identified).await
+    }
+
+    /// Numbers the networks, and compiles the matrix.
+    async fn finish_build(
+        &mut self,
+        revision: &Revision,
+        stack: Stack,
+        identified: Vec<(AddressKey, Identity, Option<IdentityKey>)>,
+    ) -> Result<(Side, crate::plan::Change), DaemonError> {
+        let mut networks = Vec::new();
+        for key in Self::network_keys(&stack) {
+            let identity = match &key {
+                Some(_) => self.number(key.as_ref()).await?,
+                None => Identity::WORLD,
+            };
+            networks.push((identity, key));
+        }
+        let compilation = self.compile_matrix(stack, identified, networks)?;
+        let side = Side {
+            revision: revision.clone(),
+            stack: compilation.stack,
+            generation: compilation.generation,
+            networks: compilation.networks,
+        };
+        Ok((side, compilation.change))
+    }
+
     /// Puts the prepared side in force. What was in force stays aside until all nodes have switched.
-    pub(super) async fn commit(&mut self, record: &PolicyRecord) -> Result<Prepared, DaemonError> {
+    pub(super) async fn commit(&mut self, revision: &Revision) -> Result<Prepared, DaemonError> {
         let began = Instant::now();
-        if self.active.serial == record.serial {
+        if self.active.revision.serial == revision.serial {
             return Ok(Prepared::default());
         }
-        let prepared = self.aside.as_ref().is_some_and(|aside| aside.serial == record.serial);
-        if !prepared && let Err(error) = self.prepare(record).await {
-            self.out_of_step = Some(format!("policy {} can't be enforced here: {error}", record.module.name));
+        let prepared = self
+            .aside
+            .as_ref()
+            .is_some_and(|aside| aside.revision.serial == revision.serial);
+        if !prepared && let Err(error) = self.prepare(revision).await {
+            self.out_of_step = Some(format!(
+                "change {} ({}) can't be enforced here: {error}",
+                revision.serial, revision.what
+            ));
             return Err(error);
         }
         if let Some(next) = self.aside.take() {
@@ -167,10 +202,14 @@ impl Daemon {
             self.datapath.flip()?;
         }
         self.out_of_step = None;
+        let needed = &self.active.revision.modules;
+        self.compiled
+            .retain(|sha256, _| needed.iter().any(|module| module.sha256 == *sha256));
+        self.audit_anew();
         tracing::info!(
-            "generation {} enforces {}",
+            "generation {} is in force: {}",
             self.datapath.generation(),
-            record.module.name
+            revision.what
         );
         Ok(Prepared {
             micros: micros(began),
@@ -181,49 +220,48 @@ impl Daemon {
     fn drop_aside(&mut self) -> Result<(), DaemonError> {
         if self.aside.take().is_some() {
             self.place_all()?;
+            self.place_networks()?;
         }
         Ok(())
     }
 
     /// Fills the maps for the first time, with the policy that the cluster has in force. Nothing is attached yet.
     pub(super) async fn enforce_from_start(&mut self) -> Result<(), DaemonError> {
-        let record = self.policy.clone().map(|(record, _)| record);
-        let serial = match &record {
-            Some(record) if matches!(record.phase, Phase::Commit | Phase::Retired) => record.serial,
-            _ => 0,
+        let revision = self
+            .policy
+            .as_ref()
+            .map_or_else(Revision::none, |(record, _)| record.in_force().clone());
+        let candidate = Candidate {
+            revision: revision.clone(),
+            modules: BTreeMap::new(),
+            against_flows: false,
         };
-        let parity = self.datapath.parity();
-        if let Some(module) = record.as_ref().and_then(PolicyRecord::in_force).cloned() {
-            let candidate = self.fetch(&module).await?;
-            let compiled = self.compile(&candidate).await?;
-            let asked = Asked::start(&compiled, &module)?;
-            self.active = Side {
-                module: Some(module),
-                serial,
-                asked,
-                ..Side::empty(self.datapath.shape())
-            };
-        }
-        let mut identified = Vec::new();
+        let mut stack = self.start_stack(&candidate).await?;
+        stack.settle();
         let addresses: Vec<_> = self
             .pods
             .iter()
             .map(|(address, pod)| (*address, pod.record.clone()))
             .collect();
-        for (address, record) in addresses {
-            self.active.asked.begin();
-            match self.active.asked.identify(&record) {
+        let facts: Vec<_> = addresses.iter().map(|(_, record)| self.facts(record)).collect();
+        stack.begin();
+        let keys = tokio::task::block_in_place(|| stack.identify(&facts));
+        let mut identified = Vec::new();
+        for ((address, record), key) in addresses.into_iter().zip(keys) {
+            match key {
                 Ok(key) => identified.push((address, self.number(key.as_ref()).await?, key)),
                 // One pod must not keep the node down: nothing reaches it.
                 Err(error) => tracing::error!("{}: {error}", record.full_name()),
             }
         }
-        let asked = std::mem::replace(&mut self.active.asked, Asked::nobody());
-        let compilation = self.compile_matrix(asked, identified)?;
-        self.active.asked = compilation.asked;
-        self.active.generation = compilation.generation;
-        self.datapath.write(parity, &compilation.change)?;
-        self.place_all()
+        let (side, change) = self.finish_build(&revision, stack, identified).await?;
+        self.active = side;
+        let parity = self.datapath.parity();
+        self.datapath.write(parity, &change)?;
+        self.place_all()?;
+        self.place_networks()?;
+        self.audit_anew();
+        Ok(())
     }
 
     /// A coordinator that died leaves a load that nobody finishes: before its commit it is aborted, after that it is

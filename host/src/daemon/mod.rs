@@ -1,8 +1,11 @@
 //! The daemon: one task owns the node's state, and everything that changes it is a message to that task.
 
+mod audit;
+mod collect;
 mod coordinate;
 mod endpoints;
 mod evaluate;
+mod explain;
 mod load;
 mod names;
 mod node;
@@ -15,13 +18,14 @@ mod views;
 pub use start::{cleanup, run};
 
 use crate::{
-    api::{EndpointAdd, EndpointLabel, PodName, Response},
+    api::{EndpointAdd, EndpointLabel, Explain, NamespaceLabel, PodName, Response},
     config::Config,
     datapath::{Datapath, DatapathError},
     endpoint::{AddressError, EndpointFile, LocalEndpoint},
-    identity::{Exhausted, Registry},
+    identity::{Exhausted, Labels, Registry},
     net::{NetError, Veth},
     plan::PlanError,
+    stack::StackError,
     store::{
         Change, Store, StoreError,
         records::{NodeRecord, PodRecord, PolicyRecord},
@@ -29,10 +33,12 @@ use crate::{
     wasm::{Compiled, Compiler, WasmError},
 };
 use abi::AddressKey;
+use audit::Audit;
+use collect::Unused;
 use names::Names;
 use policy::Side;
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     sync::{Arc, RwLock},
     time::{Duration, Instant},
 };
@@ -56,12 +62,15 @@ pub enum DaemonError {
     /// The cluster's state.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The policy module.
+    /// A policy module that can't be compiled.
     #[error(transparent)]
     Wasm(#[from] WasmError),
+    /// A policy module that does not do what it should.
+    #[error(transparent)]
+    Stack(#[from] StackError),
     /// The plan.
     #[error(transparent)]
-    Plan(#[from] PlanError<WasmError>),
+    Plan(#[from] PlanError<StackError>),
     /// No identity left.
     #[error(transparent)]
     Identity(#[from] Exhausted),
@@ -76,10 +85,19 @@ enum Command {
     EndpointLabel(EndpointLabel, oneshot::Sender<Response>),
     IdentityList(oneshot::Sender<Response>),
     IpcacheList(oneshot::Sender<Response>),
+    NamespaceLabel(NamespaceLabel, oneshot::Sender<Response>),
+    NamespaceList(oneshot::Sender<Response>),
     PolicyShow(oneshot::Sender<Response>),
+    PolicyList(oneshot::Sender<Response>),
+    PolicyInspect(String, oneshot::Sender<Response>),
+    PolicyVerify(String, oneshot::Sender<Response>),
+    PolicyAudit(oneshot::Sender<Response>),
+    Explain(Explain, oneshot::Sender<Response>),
     NodeDelete(String, oneshot::Sender<Response>),
+    /// A flow that was let open, while a module is audited.
+    Opened(abi::Event),
     Evaluate(
-        evaluate::Candidate,
+        Box<evaluate::Candidate>,
         oneshot::Sender<Result<evaluate::Evaluation, DaemonError>>,
     ),
     /// A monitor has come or gone: how many want drops, and how many flows, more than before.
@@ -114,9 +132,16 @@ struct Daemon {
     store: Arc<dyn Store>,
     datapath: Datapath,
     compiler: Compiler,
-    /// The module compiled last: the coordinator of a load validates it before its own node prepares it.
-    compiled: Option<Compiled>,
+    /// Compiled modules by SHA-256, those in force and those that were asked for since.
+    compiled: HashMap<String, Compiled>,
     registry: Registry,
+    /// Identities that nobody uses, and the last revision of the store that was taken in, and told to others.
+    unused: Unused,
+    seen: u64,
+    told: u64,
+    /// Labels of namespaces.
+    namespaces: BTreeMap<String, Labels>,
+    audit: Audit,
     nodes: BTreeMap<String, Node>,
     pods: BTreeMap<AddressKey, Pod>,
     locals: BTreeMap<PodName, Local>,
@@ -181,6 +206,25 @@ impl Daemon {
                     self.policy_show().map(|policy| Response::Policy(Box::new(policy))),
                 );
             }
+            Command::PolicyList(reply) => answer(reply, Ok(Response::Modules(self.policy_list()))),
+            Command::PolicyInspect(name, reply) => {
+                let inspected = self.policy_inspect(&name);
+                answer(reply, inspected.map(|module| Response::Module(Box::new(module))));
+            }
+            Command::PolicyVerify(text, reply) => answer(reply, self.policy_verify(&text).map(Response::Verified)),
+            Command::PolicyAudit(reply) => answer(reply, Ok(Response::Audit(self.audit.views()))),
+            Command::Explain(what, reply) => {
+                let explained = self.explain(&what);
+                answer(
+                    reply,
+                    explained.map(|explanation| Response::Explained(Box::new(explanation))),
+                );
+            }
+            Command::NamespaceLabel(request, reply) => {
+                answer(reply, self.namespace_label(request).await.map(Response::Namespace));
+            }
+            Command::NamespaceList(reply) => answer(reply, Ok(Response::Namespaces(self.namespace_list()))),
+            Command::Opened(event) => self.audit_event(&event),
             Command::NodeDelete(name, reply) => answer(reply, self.node_delete(&name).await.map(Response::Deleted)),
             Command::Evaluate(candidate, reply) => {
                 // Nobody waits any more: then the answer is not needed.
@@ -189,13 +233,18 @@ impl Daemon {
             Command::Report { drops, flows } => {
                 self.monitors.0 += drops;
                 self.monitors.1 += flows;
-                let flag = |count: i32, flag: u32| if count > 0 { flag } else { 0 };
-                let report =
-                    flag(self.monitors.0, abi::node::REPORT_DROPS) | flag(self.monitors.1, abi::node::REPORT_FLOWS);
-                if let Err(error) = self.datapath.set_report(report) {
-                    tracing::error!("{error}");
-                }
+                self.set_report();
             }
+        }
+    }
+
+    /// The programs report what anybody wants to see: a monitor, or the audit of a module.
+    fn set_report(&mut self) {
+        let flag = |wanted: bool, flag: u32| if wanted { flag } else { 0 };
+        let flows = self.monitors.1 > 0 || self.audit.is_on();
+        let report = flag(self.monitors.0 > 0, abi::node::REPORT_DROPS) | flag(flows, abi::node::REPORT_FLOWS);
+        if let Err(error) = self.datapath.set_report(report) {
+            tracing::error!("{error}");
         }
     }
 }

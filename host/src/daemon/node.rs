@@ -3,10 +3,11 @@
 use super::{Daemon, DaemonError, Node};
 use crate::store::{
     Change, Collection, Expect, Key, StoreError,
-    records::{self, IdentityRecord, NodeRecord, PodRecord, PolicyRecord, TenantRecord},
+    records::{self, AliveRecord, IdentityRecord, NamespaceRecord, NodeRecord, PodRecord, PolicyRecord, TenantRecord},
 };
 use abi::{AddressKey, Identity};
 use std::{
+    collections::BTreeMap,
     net::IpAddr,
     time::{Duration, Instant},
 };
@@ -21,9 +22,16 @@ impl Daemon {
         // What comes later about the same key says more.
         self.missed
             .retain(|missed| !matches!(missed, Change::Put(known, _) | Change::Delete(known) if *known == key));
+        // Only marks on identities wait for all nodes to have seen them.
+        let revision = match &change {
+            Change::Put(key, value) if key.collection == Collection::Identities => value.revision,
+            _ => 0,
+        };
         if let Err(error) = self.try_follow(change.clone()).await {
             tracing::error!("{key}: {error}; trying again");
             self.missed.push(change);
+        } else {
+            self.seen = self.seen.max(revision);
         }
     }
 
@@ -46,8 +54,12 @@ impl Daemon {
                 Collection::Identities => {
                     if let Ok(number) = key.name.parse() {
                         let identity: IdentityRecord = records::decode(&key, &value.value)?;
-                        self.note_identity(Identity(number), identity);
+                        self.identity_seen(Identity(number), identity).await?;
                     }
+                }
+                Collection::Namespaces => {
+                    let namespace: NamespaceRecord = records::decode(&key, &value.value)?;
+                    self.namespace_seen(&key.name, namespace.labels).await?;
                 }
                 Collection::Policy => {
                     let record: PolicyRecord = records::decode(&key, &value.value)?;
@@ -60,6 +72,13 @@ impl Daemon {
                 Collection::Nodes => self.node_gone(&key.name)?,
                 Collection::Alive => self.lease_expired(&key.name).await?,
                 Collection::Pods => self.pod_gone(&key)?,
+                Collection::Namespaces => self.namespace_seen(&key.name, BTreeMap::new()).await?,
+                Collection::Identities => {
+                    if let Ok(number) = key.name.parse() {
+                        self.registry.remove(Identity(number));
+                        self.audit.forget_rulings();
+                    }
+                }
                 _ => {}
             },
             Change::Synced => {}
@@ -82,7 +101,7 @@ impl Daemon {
         for address in its {
             self.place(&address)?;
         }
-        Ok(())
+        self.place_networks()
     }
 
     fn pods_of(&self, node: &str) -> Vec<AddressKey> {
@@ -97,7 +116,7 @@ impl Daemon {
         if let Some(node) = self.nodes.remove(name) {
             self.datapath.remove_node(node.record.underlay)?;
         }
-        Ok(())
+        self.place_networks()
     }
 
     async fn lease_expired(&mut self, name: &str) -> Result<(), DaemonError> {
@@ -161,11 +180,17 @@ impl Daemon {
         if remote { self.remove_pod(&address) } else { Ok(()) }
     }
 
-    /// Renews this node's lease.
+    /// Renews this node's lease, and says with it what this node has seen.
     pub(super) async fn renew(&mut self) -> Result<(), DaemonError> {
         let key = Key::new(Collection::Alive, &self.config.node);
-        if !self.store.keep(&key).await? {
-            self.store.put_leased(&key, Vec::new(), self.config.lease.ttl()).await?;
+        // What could not be taken in was not seen, and nothing after it counts.
+        let alive = AliveRecord {
+            seen: if self.missed.is_empty() { self.seen } else { self.told },
+        };
+        if alive.seen != self.told || !self.store.keep(&key).await? {
+            let value = records::encode(&key, &alive)?;
+            self.store.put_leased(&key, value, self.config.lease.ttl()).await?;
+            self.told = alive.seen;
         }
         Ok(())
     }
@@ -195,6 +220,9 @@ impl Daemon {
             }
         }
         self.finish_abandoned_load().await;
+        if let Err(error) = self.collect().await {
+            tracing::warn!("collecting identities: {error}");
+        }
         for change in std::mem::take(&mut self.missed) {
             self.follow(change).await;
         }

@@ -4,11 +4,23 @@
 
 use super::{Daemon, DaemonError, Pod};
 use crate::{
-    plan::{self, Facts, Stance},
+    identity::{IdentityKey, Labels},
+    plan::{self, Facts, PlanError, Stance},
     store::records::PodRecord,
 };
-use abi::AddressKey;
-use std::sync::{PoisonError, RwLockWriteGuard};
+use abi::{AddressKey, Identity};
+use ipnet::IpNet;
+use std::{
+    collections::BTreeSet,
+    sync::{PoisonError, RwLockWriteGuard},
+};
+
+/// Which of the two generations.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Half {
+    Active,
+    Aside,
+}
 
 impl Daemon {
     pub(super) fn names_mut(&self) -> RwLockWriteGuard<'_, super::Names> {
@@ -32,19 +44,27 @@ impl Daemon {
         Some(Stance::Remote(AddressKey::v4(node.record.underlay.octets())))
     }
 
-    /// Takes in a pod that is new, or whose labels or place have changed. On an error the address is as it was.
+    /// Takes in a pod that is new, or of which something has changed. On an error the address is as it was.
     pub(super) async fn upsert_pod(&mut self, record: PodRecord) -> Result<(), DaemonError> {
         let address = AddressKey::from(record.address);
         let local = record.node == self.config.node;
-        self.active.asked.begin();
-        let key = self.active.asked.identify(&record)?;
+        let facts = self.facts(&record);
+        let key = self.active.identify(facts)?;
         let identity = self.number(key.as_ref()).await?;
-        let change = self.active.assign(address, identity, key, local)?;
-        let parity = self.datapath.parity();
-        self.datapath.write(parity, &change)?;
+        let before = self.active.generation.place(&address).map(|place| place.identity);
+        let aside_before = self.aside_identity(&address);
+        self.assign(Half::Active, address, identity, key, local)?;
         self.assign_aside(&record, address, local).await;
 
-        let epoch = self.pods.get(&address).map_or(1, |pod| pod.epoch + 1);
+        // What the address means has changed, and with it what its flows were judged by.
+        let same = before == Some(identity) && aside_before == self.aside_identity(&address);
+        let epoch = match self.pods.get(&address) {
+            None => 1,
+            Some(pod) if same && pod.record.incarnation == record.incarnation && pod.record.node == record.node => {
+                pod.epoch
+            }
+            Some(pod) => pod.epoch + 1,
+        };
         self.names_mut().set_address(address, record.full_name());
         let before = self.pods.insert(address, Pod { record, epoch });
         if let Err(error) = self.place(&address) {
@@ -54,25 +74,85 @@ impl Daemon {
         self.release()
     }
 
+    fn aside_identity(&self, address: &AddressKey) -> Option<Identity> {
+        let aside = self.aside.as_ref()?;
+        aside.generation.place(address).map(|place| place.identity)
+    }
+
+    /// Gives an address its identity in one half, and writes what that adds. Where port sets do not fit, those that no
+    /// cell names any more are given back first.
+    fn assign(
+        &mut self,
+        half: Half,
+        address: AddressKey,
+        identity: Identity,
+        key: Option<IdentityKey>,
+        local: bool,
+    ) -> Result<(), DaemonError> {
+        let parity = match half {
+            Half::Active => self.datapath.parity(),
+            Half::Aside => 1 - self.datapath.parity(),
+        };
+        let side = match (half, &mut self.aside) {
+            (Half::Active, _) => &mut self.active,
+            (Half::Aside, Some(aside)) => aside,
+            (Half::Aside, None) => return Ok(()),
+        };
+        let mut change = side.assign(address, identity, key.clone(), local);
+        if matches!(change, Err(PlanError::Full(_))) {
+            let datapath = &self.datapath;
+            if side.generation.sweep(|index| datapath.cell(parity, index)) > 0 {
+                // No program may still read a set that is about to be written.
+                self.datapath.grace()?;
+                change = side.assign(address, identity, key, local);
+            }
+        }
+        Ok(self.datapath.write(parity, &change?)?)
+    }
+
     /// The policy that is being loaded, or was replaced, is asked too. Where it can't answer, the address has no
     /// place in its generation: after the flip nothing reaches it, and hostd says so.
     async fn assign_aside(&mut self, record: &PodRecord, address: AddressKey, local: bool) {
-        // Out of `self`, since finding the identity's number may change the registry.
-        let Some(mut aside) = self.aside.take() else { return };
-        aside.asked.begin();
-        let assigned = match aside.asked.identify(record) {
+        let facts = self.facts(record);
+        let Some(aside) = &mut self.aside else { return };
+        let assigned = match aside.identify(facts) {
             Ok(key) => match self.number(key.as_ref()).await {
-                Ok(identity) => aside.assign(address, identity, key, local).map_err(DaemonError::from),
+                Ok(identity) => self.assign(Half::Aside, address, identity, key, local),
                 Err(error) => Err(error),
             },
             Err(error) => Err(error.into()),
         };
-        let written = assigned.and_then(|change| Ok(self.datapath.write(1 - self.datapath.parity(), &change)?));
-        if let Err(error) = written {
+        if let Err(error) = assigned {
             tracing::error!("{}: {error}; the policy aside has no place for it", record.full_name());
-            aside.generation.remove(&address);
+            if let Some(aside) = &mut self.aside {
+                aside.generation.remove(&address);
+            }
         }
-        self.aside = Some(aside);
+    }
+
+    /// A namespace has these labels now: its pods are identified anew.
+    pub(super) async fn namespace_seen(&mut self, name: &str, labels: Labels) -> Result<(), DaemonError> {
+        if self.namespaces.get(name) == Some(&labels) {
+            return Ok(());
+        }
+        let before = self.namespaces.insert(name.to_owned(), labels);
+        let its: Vec<PodRecord> = self
+            .pods
+            .values()
+            .filter(|pod| pod.record.namespace == name)
+            .map(|pod| pod.record.clone())
+            .collect();
+        for record in its {
+            if let Err(error) = self.upsert_pod(record.clone()).await {
+                // To be tried again: then it must not seem to be done.
+                match before {
+                    Some(before) => self.namespaces.insert(name.to_owned(), before),
+                    None => self.namespaces.remove(name),
+                };
+                return Err(error);
+            }
+        }
+        Ok(())
     }
 
     fn undo(&mut self, address: AddressKey, before: Option<Pod>) {
@@ -119,6 +199,31 @@ impl Daemon {
         Ok(())
     }
 
+    /// Prefixes that nothing is routed to or from: the cluster's pod CIDRs, in which only pods count, the pods' gateway,
+    /// and what is no unicast address (IANA's special-purpose registries: "this network", loopback, multicast and
+    /// what is reserved behind it; for IPv6 loopback and multicast).
+    pub(super) fn unrouted(&self) -> BTreeSet<IpNet> {
+        let special = [
+            "0.0.0.0/8",
+            "127.0.0.0/8",
+            "169.254.1.1/32",
+            "224.0.0.0/3",
+            "::1/128",
+            "ff00::/8",
+        ];
+        let special = special.iter().filter_map(|text| text.parse().ok());
+        let cidrs = self.nodes.values().flat_map(|node| &node.record.pod_cidrs);
+        cidrs.map(IpNet::trunc).chain(special).collect()
+    }
+
+    /// Makes the trie of networks say what both sides make of them.
+    pub(super) fn place_networks(&mut self) -> Result<(), DaemonError> {
+        let aside = self.aside.as_ref().map(super::Side::network_side);
+        let active = self.active.network_side();
+        let desired = plan::network_entries(self.datapath.parity(), active, aside, &self.unrouted());
+        Ok(self.datapath.place_networks(desired)?)
+    }
+
     /// Makes an address unknown.
     pub(super) fn remove_pod(&mut self, address: &AddressKey) -> Result<(), DaemonError> {
         self.datapath.remove(address)?;
@@ -134,11 +239,11 @@ impl Daemon {
     /// Gives back the rows and columns that nobody uses any more. No program reads an old map entry by then.
     fn release(&mut self) -> Result<(), DaemonError> {
         let parity = self.datapath.parity();
-        let mut changes = vec![(parity, self.active.generation.release())];
+        let mut changes = vec![(parity, self.active.release())];
         if let Some(aside) = &mut self.aside {
-            changes.push((1 - parity, aside.generation.release()));
+            changes.push((1 - parity, aside.release()));
         }
-        changes.retain(|(_, change)| !change.cells.is_empty());
+        changes.retain(|(_, change)| !change.is_empty());
         if changes.is_empty() {
             return Ok(());
         }

@@ -1,91 +1,46 @@
-//! A side: one policy, with what it has made of the cluster's pods.
+//! A side: one policy, with what it has made of the cluster's pods and networks.
 
 use super::{Daemon, DaemonError};
 use crate::{
     identity::{IdentityKey, Next},
-    plan::{Change, Decision, Generation, Oracle, PlanError, Row, Shape},
+    plan::{Change, Generation, NetworkSide, PlanError, Shape},
+    stack::{Stack, StackError},
     store::{
         Collection, Expect, Key, StoreError,
-        records::{self, IdentityRecord, ModuleRecord, PodRecord, TenantRecord},
+        records::{self, IdentityRecord, PodRecord, Revision, TenantRecord},
     },
-    wasm::{Compiled, Runtime, WasmError},
+    wasm,
 };
 use abi::{AddressKey, Identity};
+use tokio::task::block_in_place;
 
-/// A policy module that runs, or the absence of one: then every pod is `init`, and the policy passes everything on to
-/// the baseline.
-pub struct Asked(Option<Runtime>);
-
-impl Asked {
-    pub const fn nobody() -> Self {
-        Self(None)
-    }
-
-    /// Starts a module.
-    pub fn start(compiled: &Compiled, record: &ModuleRecord) -> Result<Self, WasmError> {
-        let runtime = tokio::task::block_in_place(|| Runtime::start(compiled, &record.config))?;
-        Ok(Self(Some(runtime)))
-    }
-
-    /// Begins a load or a change, with a time limit of its own.
-    pub fn begin(&mut self) {
-        if let Some(runtime) = &mut self.0 {
-            runtime.begin();
-        }
-    }
-
-    /// What the policy makes of a pod; `None` for `init`.
-    pub fn identify(&mut self, pod: &PodRecord) -> Result<Option<IdentityKey>, WasmError> {
-        tokio::task::block_in_place(|| self.0.as_mut().map(|runtime| runtime.identify(pod)).transpose())
-    }
-
-    /// Tells the module of peers.
-    pub fn learn(&mut self, peers: impl IntoIterator<Item = (Identity, Option<IdentityKey>)>) -> Result<(), WasmError> {
-        match &mut self.0 {
-            Some(runtime) => tokio::task::block_in_place(|| runtime.learn(peers)),
-            None => Ok(()),
-        }
-    }
-
-    /// Tells the module of the reserved peers.
-    pub fn learn_reserved(&mut self) -> Result<(), WasmError> {
-        self.learn(Identity::RESERVED.iter().map(|(identity, _)| (*identity, None)))
-    }
-}
-
-impl Oracle for Asked {
-    type Error = WasmError;
-
-    fn decide(&mut self, from: Identity, to: &[Identity]) -> Result<Row, WasmError> {
-        match &mut self.0 {
-            Some(runtime) => runtime.decide(from, to),
-            None => Ok(Row {
-                decisions: vec![Decision::Pass],
-                cells: vec![0; to.len()],
-            }),
-        }
-    }
-}
-
-/// One policy, with what it has made of the cluster's pods.
+/// One policy, with what it has made of the cluster's pods and networks.
 pub struct Side {
-    /// The module; `None` before any was loaded.
-    pub module: Option<ModuleRecord>,
-    /// The load that it came by; 0 before any.
-    pub serial: u64,
-    pub asked: Asked,
+    /// The modules, and the change that they came by.
+    pub revision: Revision,
+    /// The modules, running.
+    pub stack: Stack,
     pub generation: Generation,
+    /// Identity of each set of networks, by its index in the partition.
+    pub networks: Vec<Identity>,
 }
 
 impl Side {
     /// No policy and no pods.
     pub fn empty(shape: Shape) -> Self {
         Self {
-            module: None,
-            serial: 0,
-            asked: Asked::nobody(),
+            revision: Revision::none(),
+            stack: Stack::empty(),
             generation: Generation::new(shape),
+            networks: vec![Identity::WORLD],
         }
+    }
+
+    /// What the policy makes of a pod; `None` for `init`.
+    pub fn identify(&mut self, pod: wasm::Pod) -> Result<Option<IdentityKey>, StackError> {
+        self.stack.begin();
+        let keys = block_in_place(|| self.stack.identify(&[pod]));
+        keys.into_iter().next().unwrap_or(Ok(None))
     }
 
     /// Gives an address its identity in this side's generation.
@@ -95,13 +50,44 @@ impl Side {
         identity: Identity,
         key: Option<IdentityKey>,
         local: bool,
-    ) -> Result<Change, PlanError<WasmError>> {
-        self.asked.learn([(identity, key)]).map_err(PlanError::Oracle)?;
-        tokio::task::block_in_place(|| self.generation.assign(address, identity, local, &mut self.asked))
+    ) -> Result<Change, PlanError<StackError>> {
+        self.stack.learn(identity, key);
+        block_in_place(|| self.generation.assign(address, identity, local, &mut self.stack))
+    }
+
+    /// What it makes of the networks.
+    pub fn network_side(&self) -> NetworkSide<'_> {
+        NetworkSide {
+            partition: self.stack.networks(),
+            identities: &self.networks,
+            generation: &self.generation,
+        }
+    }
+
+    /// Gives back what nobody uses any more.
+    pub fn release(&mut self) -> Change {
+        let change = self.generation.release();
+        let generation = &self.generation;
+        let (live, _) = generation.counts();
+        self.stack.forget_except(live, |identity| generation.holds(identity));
+        change
     }
 }
 
 impl Daemon {
+    /// A pod, as modules are told of it.
+    pub(super) fn facts(&self, record: &PodRecord) -> wasm::Pod {
+        wasm::Pod {
+            namespace: record.namespace.clone(),
+            name: record.name.clone(),
+            labels: record.labels.clone(),
+            namespace_labels: self.namespaces.get(&record.namespace).cloned().unwrap_or_default(),
+            service_account: record.service_account.clone(),
+            addresses: vec![record.address],
+            ports: record.ports.clone(),
+        }
+    }
+
     /// Number of an identity, the same on all nodes: the first node that needs it enters it in the store.
     pub(super) async fn number(&mut self, key: Option<&IdentityKey>) -> Result<Identity, DaemonError> {
         let Some(key) = key else { return Ok(Identity::INIT) };
@@ -111,16 +97,21 @@ impl Daemon {
                 Next::CreateTenant(number) => {
                     let place = Key::new(Collection::Tenants, number);
                     let tenant = TenantRecord {
-                        name: key.tenant.clone(),
+                        name: key.tenant().unwrap_or_default().to_owned(),
                     };
                     let tenant: TenantRecord = self.create(&place, tenant).await?;
                     self.registry.insert_tenant(number, tenant.name);
                 }
                 Next::CreateIdentity(identity) => {
                     let place = Key::new(Collection::Identities, identity.0);
-                    let found: IdentityRecord = self.create(&place, key.clone()).await?;
+                    let record = IdentityRecord {
+                        key: key.clone(),
+                        retiring: false,
+                    };
+                    let found: IdentityRecord = self.create(&place, record).await?;
                     self.note_identity(identity, found);
                 }
+                Next::Revive(identity) => self.revive(identity).await?,
             }
         }
     }
@@ -138,8 +129,9 @@ impl Daemon {
         }
     }
 
-    pub(super) fn note_identity(&mut self, identity: Identity, key: IdentityKey) {
-        self.names_mut().set_identity(identity, key.to_string());
-        self.registry.insert(identity, key);
+    pub(super) fn note_identity(&mut self, identity: Identity, record: IdentityRecord) {
+        self.names_mut().set_identity(identity, record.key.to_string());
+        self.registry.insert(identity, record.key);
+        self.registry.set_retiring(identity, record.retiring);
     }
 }

@@ -10,7 +10,10 @@ use crate::{
 use abi::{AddressKey, DropReason, Event, Family, Hook, Path, event::ALLOWED};
 use std::{
     io,
-    sync::{Arc, PoisonError, RwLock},
+    sync::{
+        Arc, PoisonError, RwLock,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 use tokio::{
@@ -35,10 +38,19 @@ pub fn event_channel() -> broadcast::Sender<Event> {
     broadcast::channel(MONITOR_QUEUE).0
 }
 
-/// Hands the programs' reports to the monitors.
-pub async fn pump(mut stream: EventStream, events: broadcast::Sender<Event>) {
+/// Hands the programs' reports to the monitors, and flows that were opened to the daemon's task while it audits them.
+pub async fn pump(
+    mut stream: EventStream,
+    events: broadcast::Sender<Event>,
+    daemon: mpsc::Sender<Command>,
+    audit: Arc<AtomicBool>,
+) {
     loop {
         let read = stream.next(|event| {
+            if event.reason == ALLOWED && audit.load(Ordering::Relaxed) {
+                // A daemon that can't keep up misses some: the audit is a sample then.
+                let _ = daemon.try_send(Command::Opened(event));
+            }
             // Without a monitor nobody is there to take it.
             let _ = events.send(event);
         });
@@ -54,7 +66,7 @@ impl Front {
     pub async fn handle(&self, request: Request, mut stream: UnixStream) -> io::Result<()> {
         let response = match request {
             Request::Monitor(what) => return self.monitor(what, stream).await,
-            Request::LoadPolicy(load) => match self.coordinator.load(load).await {
+            Request::PolicyChange(change) => match self.coordinator.change(change).await {
                 Ok(report) => Response::Loaded(Box::new(report)),
                 Err(error) => Response::Error(error.to_string()),
             },
@@ -66,6 +78,13 @@ impl Front {
             Request::IdentityList => self.ask(Command::IdentityList).await,
             Request::IpcacheList => self.ask(Command::IpcacheList).await,
             Request::PolicyShow => self.ask(Command::PolicyShow).await,
+            Request::PolicyList => self.ask(Command::PolicyList).await,
+            Request::PolicyInspect(name) => self.ask(|reply| Command::PolicyInspect(name, reply)).await,
+            Request::PolicyVerify(text) => self.ask(|reply| Command::PolicyVerify(text, reply)).await,
+            Request::PolicyAudit => self.ask(Command::PolicyAudit).await,
+            Request::Explain(what) => self.ask(|reply| Command::Explain(what, reply)).await,
+            Request::NamespaceLabel(change) => self.ask(|reply| Command::NamespaceLabel(change, reply)).await,
+            Request::NamespaceList => self.ask(Command::NamespaceList).await,
             Request::NodeDelete(name) => self.ask(|reply| Command::NodeDelete(name, reply)).await,
         };
         codec::write(&mut stream, &response).await.map_err(io::Error::other)

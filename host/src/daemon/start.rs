@@ -3,6 +3,8 @@
 
 use super::{
     Daemon, DaemonError, Local, Names, Node, Pod,
+    audit::Audit,
+    collect::Unused,
     coordinate::Coordinator,
     policy::Side,
     serve::{self, Front},
@@ -17,14 +19,14 @@ use crate::{
     plan::{self, Facts, Stance},
     store::{
         self, Change, Collection, Expect, Key, Store, StoreError,
-        records::{self, CLUSTER, ClusterRecord, NodeRecord, Phase, PodRecord},
+        records::{self, CLUSTER, ClusterRecord, NamespaceRecord, NodeRecord, Phase, PodRecord},
     },
     wasm::Compiler,
 };
-use abi::{AddressKey, Hook};
+use abi::{AddressKey, Hook, Identity};
 use anyhow::Context;
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     fs::{self, File},
     net::IpAddr,
     path::Path,
@@ -38,11 +40,12 @@ use tokio::{
 };
 
 /// What the daemon follows in the store.
-const WATCHED: [Collection; 6] = [
+const WATCHED: [Collection; 7] = [
     Collection::Tenants,
     Collection::Identities,
     Collection::Nodes,
     Collection::Alive,
+    Collection::Namespaces,
     Collection::Pods,
     Collection::Policy,
 ];
@@ -66,7 +69,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 
     let (sender, commands) = mpsc::channel(64);
     let channel = serve::event_channel();
-    let pump = tokio::spawn(serve::pump(events, channel.clone()));
+    let audit = daemon.audit.switch();
+    let pump = tokio::spawn(serve::pump(events, channel.clone(), sender.clone(), audit));
     let front = Arc::new(Front {
         coordinator: Coordinator {
             store,
@@ -161,7 +165,8 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
     check_against_others(&*store, &record).await?;
     let file = EndpointFile::open(&config.state_dir)?;
     // This very program, also after another was installed in its place.
-    let compiler = Compiler::new("/proc/self/exe".into(), config.wasm.into())?;
+    let cache = config.state_dir.join("compiled");
+    let compiler = Compiler::new("/proc/self/exe".into(), config.wasm.into(), Some(&cache))?;
     let settings = Settings {
         bpffs: config.bpffs.clone(),
         maps: config.maps,
@@ -176,8 +181,13 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
         store,
         datapath,
         compiler,
-        compiled: None,
+        compiled: HashMap::new(),
         registry: Registry::new(layout),
+        unused: Unused::default(),
+        seen: 0,
+        told: 0,
+        namespaces: BTreeMap::new(),
+        audit: Audit::default(),
         nodes: BTreeMap::new(),
         pods: BTreeMap::new(),
         locals: BTreeMap::new(),
@@ -191,6 +201,7 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
     };
     let vxlan = block_in_place(|| net::ensure_vxlan(abi::node::TUNNEL_PORT, underlay_mtu))?;
     daemon.datapath.set_vxlan(vxlan)?;
+    block_in_place(net::enable_forwarding)?;
     daemon.restore()?;
     let key = Key::new(Collection::Nodes, &record.name);
     records::put(&*daemon.store, &key, &record, Expect::Any).await?;
@@ -313,6 +324,15 @@ impl Daemon {
                 Change::Synced => break,
                 Change::Put(key, value) if key.collection == Collection::Pods => {
                     self.stock_pod(&key, records::decode(&key, &value.value)?).await?;
+                }
+                Change::Put(key, value) if key.collection == Collection::Namespaces => {
+                    let namespace: NamespaceRecord = records::decode(&key, &value.value)?;
+                    self.namespaces.insert(key.name, namespace.labels);
+                }
+                Change::Put(key, value) if key.collection == Collection::Identities => {
+                    if let Ok(number) = key.name.parse() {
+                        self.note_identity(Identity(number), records::decode(&key, &value.value)?);
+                    }
                 }
                 Change::Put(key, value) if key.collection == Collection::Policy => {
                     self.policy = Some((records::decode(&key, &value.value)?, value.revision));

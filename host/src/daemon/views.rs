@@ -3,14 +3,15 @@
 use super::{Daemon, DaemonError};
 use crate::{
     api::{
-        CounterView, EndpointView, IdentityView, IpcacheView, NodeView, PairView, PodName, PolicyView, Status, Usage,
+        CounterView, EndpointView, IdentityView, IpcacheView, ModuleView, ModulesView, NamespaceView, NodeView,
+        PairView, PodName, PolicyView, RevisionView, Status, Usage,
     },
-    identity::IdentityKey,
     net::VXLAN_OVERHEAD,
-    plan::{Verdict, survey},
+    plan::protocol_name,
+    survey::{Survey, is_end},
 };
 use abi::{AddressKey, Identity, event::Counter};
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{collections::BTreeSet, net::IpAddr};
 use tokio::task::block_in_place;
 
 /// Identities whose pairs `policy show` lists, at the most.
@@ -41,6 +42,7 @@ impl Daemon {
     pub(super) fn status(&self) -> Result<Status, DaemonError> {
         let counters = self.datapath.counters()?;
         let (identities, local) = self.active.generation.counts();
+        let (port_sets, breakpoints) = self.active.generation.port_set_counts();
         let maps = &self.config.maps;
         Ok(Status {
             node: self.config.node.clone(),
@@ -48,7 +50,13 @@ impl Daemon {
             attach: self.datapath.attach_mode().to_owned(),
             pod_mtu: self.underlay_mtu - VXLAN_OVERHEAD,
             generation: self.datapath.generation(),
-            policy: self.active.module.clone(),
+            modules: self.active.revision.modules.clone(),
+            failures: self
+                .active
+                .stack
+                .failures()
+                .map(|(module, error)| format!("{module}: {error}"))
+                .collect(),
             out_of_step: self.out_of_step.clone(),
             endpoints: self.locals.len(),
             maps: vec![
@@ -56,11 +64,9 @@ impl Daemon {
                 usage("maps.addresses", self.datapath.placed().count(), maps.addresses),
                 usage("maps.identities", identities, maps.identities),
                 usage("maps.local_identities", local, maps.local_identities),
-                usage(
-                    "maps.port_sets",
-                    self.active.generation.port_set_count(),
-                    maps.port_sets,
-                ),
+                usage("maps.port_sets", port_sets, maps.port_sets),
+                usage("maps.breakpoints", breakpoints, maps.breakpoints),
+                usage("maps.networks", self.datapath.placed_networks().len(), maps.networks),
             ],
             nodes: self.node_list(),
             forwarded: counters
@@ -105,6 +111,12 @@ impl Daemon {
             pod: pod.clone(),
             address: record.address,
             labels: record.labels.clone(),
+            service_account: record.service_account.clone(),
+            ports: record
+                .ports
+                .iter()
+                .map(|(name, protocol, port)| format!("{name}={}/{port}", protocol_name(*protocol)))
+                .collect(),
             identity: identity.0,
             identity_name: self.registry.name(identity),
             netns: local.endpoint.netns.display().to_string(),
@@ -125,10 +137,7 @@ impl Daemon {
         let reserved = Identity::RESERVED
             .iter()
             .map(|(identity, name)| (*identity, (*name).to_owned()));
-        let pods = self
-            .registry
-            .iter()
-            .map(|(identity, key): (_, &IdentityKey)| (identity, key.to_string()));
+        let pods = self.registry.iter().map(|(identity, key)| (identity, key.to_string()));
         reserved
             .chain(pods)
             .map(|(identity, name)| IdentityView {
@@ -163,38 +172,85 @@ impl Daemon {
 
     pub(super) fn policy_show(&mut self) -> Result<PolicyView, DaemonError> {
         let (count, local) = self.active.generation.counts();
-        let mut ends: BTreeMap<Identity, String> = self
+        let mut ends: BTreeSet<Identity> = self
             .pods
             .keys()
             .map(|address| self.identity_of(address))
             .filter(|identity| *identity != Identity::NONE)
-            .map(|identity| (identity, self.registry.name(identity)))
             .collect();
-        ends.insert(Identity::HOST, self.registry.name(Identity::HOST));
+        ends.extend([Identity::HOST, Identity::REMOTE_NODE, Identity::WORLD]);
+        ends.extend(self.active.networks.iter().copied());
         let mut pairs = Vec::new();
         if ends.len() <= MAX_SHOWN {
-            let identities: Vec<Identity> = ends.keys().copied().collect();
-            self.active.asked.begin();
-            let verdicts = block_in_place(|| survey(&identities, &mut self.active.asked))?;
-            for ((from, to), verdict) in verdicts {
-                let node_to_itself = from == Identity::HOST && to == Identity::HOST;
-                if verdict != Verdict::Deny && !node_to_itself {
-                    pairs.push(PairView {
-                        from: ends[&from].clone(),
-                        to: ends[&to].clone(),
-                        verdict,
-                    });
+            let identities: Vec<Identity> = ends.into_iter().collect();
+            self.active.stack.begin();
+            let survey = block_in_place(|| Survey::new(&mut self.active.stack, &identities))?;
+            for from in &identities {
+                for to in &identities {
+                    // Between two that are no pods nothing passes through the datapath.
+                    let stack = &self.active.stack;
+                    let verdict = survey.ruling(*from, *to).to_string();
+                    if verdict != "deny" && (is_end(stack, *from) || is_end(stack, *to)) {
+                        pairs.push(PairView {
+                            from: self.registry.name(*from),
+                            to: self.registry.name(*to),
+                            verdict,
+                        });
+                    }
                 }
             }
         }
+        let (port_sets, _) = self.active.generation.port_set_counts();
         Ok(PolicyView {
-            module: self.active.module.clone(),
+            modules: self.active.revision.modules.clone(),
             generation: self.datapath.generation(),
             identities: count,
             local_identities: local,
             cells: self.active.generation.cell_count(),
-            port_sets: self.active.generation.port_set_count(),
+            port_sets,
             pairs,
         })
+    }
+
+    pub(super) fn policy_list(&self) -> ModulesView {
+        let record = self.policy.as_ref().map(|(record, _)| record);
+        let active = self.active.revision.serial;
+        let earlier = record
+            .into_iter()
+            .flat_map(|record| std::iter::once(&record.previous).chain(&record.history))
+            .filter(|revision| revision.serial != active && revision.serial != 0)
+            .map(|revision| RevisionView {
+                serial: revision.serial,
+                what: revision.what.clone(),
+                time_ms: revision.time_ms,
+                modules: revision.modules.iter().map(|module| module.name().to_owned()).collect(),
+            })
+            .collect();
+        ModulesView {
+            modules: self.active.revision.modules.clone(),
+            serial: active,
+            earlier,
+        }
+    }
+
+    pub(super) fn policy_inspect(&self, name: &str) -> Result<ModuleView, DaemonError> {
+        self.active.stack.inspect(name).ok_or_else(|| {
+            DaemonError::Request(format!(
+                "no module is named {name:?}: `hostd policy list` shows those that are loaded"
+            ))
+        })
+    }
+
+    pub(super) fn namespace_list(&self) -> Vec<NamespaceView> {
+        let mut names: BTreeSet<&str> = self.namespaces.keys().map(String::as_str).collect();
+        names.extend(self.pods.values().map(|pod| pod.record.namespace.as_str()));
+        names
+            .into_iter()
+            .map(|name| NamespaceView {
+                namespace: name.to_owned(),
+                labels: self.namespaces.get(name).cloned().unwrap_or_default(),
+                pods: self.pods.values().filter(|pod| pod.record.namespace == name).count(),
+            })
+            .collect()
     }
 }

@@ -81,6 +81,14 @@ impl Mapped {
         unsafe { AtomicU16::from_ptr(self.memory.cast::<u16>().add(index).as_ptr()) }.store(value, Ordering::Release);
     }
 
+    /// Reads one of the four cells of an element.
+    pub fn load_u16(&self, index: usize) -> u16 {
+        let cells = self.elements * (size_of::<u64>() / size_of::<u16>());
+        assert!(index < cells, "cell {index} of {cells}");
+        // SAFETY: as in `store_u16`.
+        unsafe { AtomicU16::from_ptr(self.memory.cast::<u16>().add(index).as_ptr()) }.load(Ordering::Acquire)
+    }
+
     /// Makes all elements zero.
     pub fn zero(&self) {
         for index in 0..self.elements {

@@ -13,6 +13,9 @@ pub enum DatapathError {
         /// The key in the configuration.
         setting: &'static str,
     },
+    /// More than a map has room for; nothing was written.
+    #[error(transparent)]
+    TooMany(#[from] crate::plan::Full),
     /// A map operation failed.
     #[error("map {map}: {source}")]
     Map {

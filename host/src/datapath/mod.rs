@@ -22,19 +22,28 @@ pub use object::{Constants, load_programs};
 
 use crate::{
     config::{Attach, Maps},
-    plan::{Change, Desired, Shape},
+    plan::{Change, Desired, Full, Ruling, Shape},
 };
 use abi::{
-    AddressKey, DropReason, Endpoint, IpcacheEntry, NodeConfig, NodeEntry, Path as ForwardPath, PortSet,
-    event::Counter, map,
+    AddressKey, ConntrackEntry, ConntrackKey, DropReason, Endpoint, IpcacheEntry, NetworkEntry, NodeConfig, NodeEntry,
+    Path as ForwardPath, PortSet,
+    event::Counter,
+    map,
+    network::NETWORK_KEY_BITS,
+    policy::{CELL_ALLOW, CELL_DENY, CELL_PORT_SET},
 };
 use attach::Attacher;
 use aya::{
     Ebpf,
-    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, of_maps::ArrayOfMaps},
+    maps::{
+        Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf,
+        lpm_trie::{Key, LpmTrie},
+        of_maps::ArrayOfMaps,
+    },
 };
 use cells::Mapped;
 use error::chain;
+use ipnet::IpNet;
 use std::{
     collections::BTreeMap,
     net::Ipv4Addr,
@@ -58,7 +67,9 @@ pub struct Datapath {
     endpoints: HashMap<MapData, AddressKey, Endpoint>,
     ipcache: HashMap<MapData, AddressKey, IpcacheEntry>,
     nodes: HashMap<MapData, AddressKey, NodeEntry>,
+    networks: LpmTrie<MapData, AddressKey, NetworkEntry>,
     port_sets: [Array<MapData, PortSet>; 2],
+    port_pool: [Mapped; 2],
     config: Array<MapData, NodeConfig>,
     cells: [Mapped; 2],
     generation: Mapped,
@@ -68,6 +79,8 @@ pub struct Datapath {
     shape: Shape,
     /// What the maps hold, so that what has not changed is not written.
     placed: BTreeMap<AddressKey, Desired>,
+    placed_networks: BTreeMap<IpNet, NetworkEntry>,
+    network_capacity: u32,
     /// Number of the last write of an entry.
     stamp: u32,
     node_config: NodeConfig,
@@ -95,6 +108,7 @@ pub fn shape(maps: &Maps) -> Shape {
         rows: maps.local_identities + 1,
         columns: maps.identities + abi::policy::FIRST_POD_COLUMN,
         port_sets: maps.port_sets,
+        breakpoints: maps.breakpoints,
     }
 }
 
@@ -131,6 +145,10 @@ impl Datapath {
         generation.pin(pin(map::GENERATION)).map_err(pin_failed)?;
         even.pin(pin(map::POLICY[0])).map_err(pin_failed)?;
         odd.pin(pin(map::POLICY[1])).map_err(pin_failed)?;
+        for name in map::PORT_POOL {
+            let pool: Array<MapData, u64> = typed!(&mut ebpf, name);
+            pool.pin(pin(name)).map_err(pin_failed)?;
+        }
         for (name, map) in ebpf.maps() {
             if name.contains('.') {
                 continue; // .rodata and its like
@@ -143,6 +161,8 @@ impl Datapath {
             endpoints: typed!(&mut ebpf, map::ENDPOINTS),
             ipcache: typed!(&mut ebpf, map::IPCACHE),
             nodes: typed!(&mut ebpf, map::NODES),
+            networks: typed!(&mut ebpf, map::NETWORKS),
+            port_pool: [mapped(map::PORT_POOL[0])?, mapped(map::PORT_POOL[1])?],
             port_sets: [
                 typed!(&mut ebpf, map::PORT_SETS[0]),
                 typed!(&mut ebpf, map::PORT_SETS[1]),
@@ -156,6 +176,8 @@ impl Datapath {
             config,
             shape,
             placed: BTreeMap::new(),
+            placed_networks: BTreeMap::new(),
+            network_capacity: settings.maps.networks,
             stamp: 0,
             node_config: NodeConfig {
                 vxlan_ifindex: 0,
@@ -250,15 +272,104 @@ impl Datapath {
     ///
     /// Where a map can't be written.
     pub fn write(&mut self, parity: usize, change: &Change) -> Result<(), DatapathError> {
-        for (number, set) in &change.port_sets {
+        for write in &change.port_sets {
+            for (index, breakpoint) in (write.set.first as usize..).zip(&write.breakpoints) {
+                self.port_pool[parity].store_u64(index, *breakpoint);
+            }
             self.port_sets[parity]
-                .set(*number, set, 0)
+                .set(write.number, write.set, 0)
                 .map_err(DatapathError::map(map::PORT_SETS[parity]))?;
         }
-        for write in &change.cells {
-            self.cells[parity].store_u16(write.index as usize, write.cell);
+        for block in &change.blocks {
+            for (row, cells) in block
+                .rows
+                .iter()
+                .zip(block.cells.chunks_exact(block.columns.len().max(1)))
+            {
+                let start = self.shape.index(block.direction, *row, 0) as usize;
+                for (column, cell) in block.columns.iter().zip(cells) {
+                    self.cells[parity].store_u16(start + *column as usize, *cell);
+                }
+            }
         }
         Ok(())
+    }
+
+    /// What the kernel has in one cell, by its offset.
+    #[must_use]
+    pub fn cell(&self, parity: usize, index: u32) -> u16 {
+        self.cells[parity].load_u16(index as usize)
+    }
+
+    /// What a cell lets pass, read from the kernel's port sets and their breakpoints.
+    ///
+    /// # Errors
+    ///
+    /// Where a map can't be read.
+    pub fn ruling(&self, parity: usize, cell: u16) -> Result<Ruling, DatapathError> {
+        match cell {
+            CELL_DENY => return Ok(Ruling::all(false)),
+            CELL_ALLOW => return Ok(Ruling::all(true)),
+            _ => {}
+        }
+        let set = self.port_sets[parity]
+            .get(&u32::from(cell - CELL_PORT_SET), 0)
+            .map_err(DatapathError::map(map::PORT_SETS[parity]))?;
+        let breakpoints: Vec<u64> = (set.first..set.first + set.len)
+            .map(|index| self.port_pool[parity].load_u64(index as usize))
+            .collect();
+        Ok(Ruling::from_breakpoints(&breakpoints))
+    }
+
+    /// Makes the trie hold these prefixes and no others: what is new or changed first.
+    ///
+    /// # Errors
+    ///
+    /// Where they do not fit; nothing is changed then. Or where the map can't be written.
+    pub fn place_networks(&mut self, desired: BTreeMap<IpNet, NetworkEntry>) -> Result<(), DatapathError> {
+        self.check_networks(desired.len())?;
+        let stale: Vec<IpNet> = self
+            .placed_networks
+            .keys()
+            .filter(|prefix| !desired.contains_key(prefix))
+            .copied()
+            .collect();
+        for (prefix, entry) in desired {
+            if self.placed_networks.get(&prefix) != Some(&entry) {
+                self.networks
+                    .insert(&network_key(prefix), entry, 0)
+                    .map_err(|error| full(error, map::NETWORKS, "maps.networks"))?;
+                self.placed_networks.insert(prefix, entry);
+            }
+        }
+        for prefix in stale {
+            gone(self.networks.remove(&network_key(prefix)), map::NETWORKS)?;
+            self.placed_networks.remove(&prefix);
+        }
+        Ok(())
+    }
+
+    /// Whether so many prefixes fit.
+    ///
+    /// # Errors
+    ///
+    /// Where they do not.
+    pub fn check_networks(&self, needed: usize) -> Result<(), DatapathError> {
+        let capacity = self.network_capacity as usize;
+        if needed <= capacity {
+            return Ok(());
+        }
+        Err(DatapathError::TooMany(Full {
+            what: "prefixes of networks and pod CIDRs",
+            setting: "maps.networks",
+            needed,
+            capacity,
+        }))
+    }
+
+    /// Prefixes that the trie holds.
+    pub fn placed_networks(&self) -> impl ExactSizeIterator<Item = (&IpNet, &NetworkEntry)> {
+        self.placed_networks.iter()
     }
 
     /// Makes one side of the policy matrix deny everything.
@@ -385,6 +496,49 @@ impl Datapath {
         self.attacher.mode()
     }
 
+    /// The flows that are tracked now.
+    ///
+    /// # Errors
+    ///
+    /// Where the map can't be read.
+    pub fn flows(&self) -> Result<Vec<Flow>, DatapathError> {
+        let pin = self.bpffs.join("maps").join(map::CONNTRACK);
+        let data = MapData::from_pin(&pin).map_err(DatapathError::map(map::CONNTRACK))?;
+        let conntrack = HashMap::<_, ConntrackKey, ConntrackEntry>::try_from(Map::LruHashMap(data))
+            .map_err(DatapathError::map(map::CONNTRACK))?;
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        let now = u64::try_from(now.tv_sec).unwrap_or(0) * abi::conntrack::SECOND;
+        let mut flows = Vec::new();
+        for entry in conntrack.iter() {
+            // One that is replaced while it is read is left out.
+            let Ok((key, entry)) = entry else { continue };
+            if entry.expires <= now {
+                continue;
+            }
+            let end = |address| AddressKey {
+                scope: key.scope,
+                family: key.family,
+                zero: 0,
+                address,
+            };
+            let (lower, upper) = (end(key.lower), end(key.upper));
+            let opened_below = entry.originator == 0;
+            let (from, to, port) = if opened_below {
+                (lower, upper, key.upper_port)
+            } else {
+                (upper, lower, key.lower_port)
+            };
+            let is_icmp = key.protocol == abi::policy::ICMP;
+            flows.push(Flow {
+                from,
+                to,
+                protocol: key.protocol,
+                port: if is_icmp { ICMP_ECHO } else { u16::from_be(port) },
+            });
+        }
+        Ok(flows)
+    }
+
     /// Packets dropped, by reason, and forwarded, by path, on all CPUs.
     ///
     /// # Errors
@@ -413,6 +567,22 @@ impl Datapath {
     }
 }
 
+/// Type of an ICMP echo request, which stands for the port of its flow (RFC 792).
+const ICMP_ECHO: u16 = 8;
+
+/// A flow that is tracked, in the direction in which it was opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Flow {
+    /// Who opened it.
+    pub from: AddressKey,
+    /// To whom.
+    pub to: AddressKey,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Destination port, in host byte order.
+    pub port: u16,
+}
+
 /// What was counted.
 #[derive(Clone, Debug, Default)]
 pub struct Counters {
@@ -420,6 +590,11 @@ pub struct Counters {
     pub drops: Vec<(DropReason, Counter)>,
     /// Forwarded, by path.
     pub forwarded: Vec<(ForwardPath, Counter)>,
+}
+
+fn network_key(prefix: IpNet) -> Key<AddressKey> {
+    let bits = NETWORK_KEY_BITS + u32::from(prefix.prefix_len());
+    Key::new(bits, AddressKey::from(prefix.network()))
 }
 
 /// Removing what is not there is as good.
@@ -434,7 +609,13 @@ fn gone(result: Result<(), MapError>, name: &str) -> Result<(), DatapathError> {
 fn full(error: MapError, map: &'static str, setting: &'static str) -> DatapathError {
     match &error {
         // The kernel answers E2BIG where a hash has no room (`kernel/bpf/hashtab.c`).
-        MapError::SyscallError(call) if call.io_error.kind() == std::io::ErrorKind::ArgumentListTooLong => {
+        // A trie answers ENOSPC (`kernel/bpf/lpm_trie.c`).
+        MapError::SyscallError(call)
+            if matches!(
+                call.io_error.kind(),
+                std::io::ErrorKind::ArgumentListTooLong | std::io::ErrorKind::StorageFull
+            ) =>
+        {
             DatapathError::Full { map, setting }
         }
         _ => DatapathError::map(map)(error),

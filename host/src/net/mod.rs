@@ -49,6 +49,25 @@ pub enum NetError {
     },
 }
 
+/// Lets this node route between its pods and addresses that are no pods' (`ip_forward` in
+/// `Documentation/networking/ip-sysctl.rst`). It stays on: others may rely on it by then.
+///
+/// # Errors
+///
+/// Where the kernel refuses.
+pub fn enable_forwarding() -> Result<(), NetError> {
+    const SETTING: &str = "/proc/sys/net/ipv4/ip_forward";
+    let failed = NetError::kernel("turning on IPv4 forwarding");
+    let set = || {
+        if std::fs::read_to_string(SETTING)?.trim() == "0" {
+            tracing::info!("turning on IPv4 forwarding (net.ipv4.ip_forward), for what pods send to the outside");
+            std::fs::write(SETTING, "1")?;
+        }
+        Ok::<(), std::io::Error>(())
+    };
+    set().map_err(failed)
+}
+
 impl NetError {
     fn kernel<E: std::fmt::Display>(what: impl Into<String>) -> impl FnOnce(E) -> Self {
         let what = what.into();

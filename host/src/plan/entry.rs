@@ -1,7 +1,12 @@
-//! Map entries of an address: what the generation in force and the one aside say of it, put together by parity.
+//! Map entries of an address and of a prefix: what the generation in force and the one aside say of it, put together by parity.
 
-use super::Generation;
-use abi::{AddressKey, Endpoint, Identity, IpcacheEntry, address::Address, ipcache::IPCACHE_HOST, policy::UNPLACED};
+use super::{Generation, Partition};
+use abi::{
+    AddressKey, Endpoint, Identity, IpcacheEntry, NetworkEntry, address::Address, ipcache::IPCACHE_HOST,
+    network::UNROUTED, policy::UNPLACED,
+};
+use ipnet::IpNet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What is known of an address, whatever the policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,8 +46,8 @@ pub struct Desired {
     pub endpoint: Option<Endpoint>,
 }
 
-/// The entries of an address, but for their stamps, which whoever writes them gives. `parity` is that of the generation in force. An address that the generation in force
-/// does not know has no entry. Where there is no generation aside, its half repeats the identity in force, so that no
+/// The entries of an address, but for their stamps, which whoever writes them gives. `parity` is that of the generation
+/// in force. An address that the generation in force does not know has no entry. Where there is no generation aside, its half repeats the identity in force, so that no
 /// other is accepted from the tunnel, and stands nowhere in the matrix.
 #[must_use]
 pub fn entry(
@@ -105,4 +110,54 @@ pub fn entry(
         Stance::Remote(_) | Stance::Host => None,
     };
     Some(Desired { ipcache, endpoint })
+}
+
+/// What one side makes of the networks.
+#[derive(Clone, Copy, Debug)]
+pub struct NetworkSide<'a> {
+    /// The address space, cut into pieces.
+    pub partition: &'a Partition,
+    /// Identity of each membership, by its index.
+    pub identities: &'a [Identity],
+    /// Where identities have their columns.
+    pub generation: &'a Generation,
+}
+
+impl NetworkSide<'_> {
+    fn place(&self, prefix: IpNet) -> (Identity, u32) {
+        let identity = self.identities.get(self.partition.find(prefix)).copied();
+        let identity = identity.unwrap_or(Identity::WORLD);
+        (identity, self.generation.column(identity).unwrap_or(UNPLACED))
+    }
+}
+
+/// The entries of all prefixes that either side or `unrouted` mentions. A prefix that only one of them mentions has what
+/// the next longer one says for the others, since the kernel finds only the longest. `parity` is that of the side in
+/// force; where there is none aside, its half repeats the other.
+#[must_use]
+pub fn network_entries(
+    parity: usize,
+    active: NetworkSide<'_>,
+    aside: Option<NetworkSide<'_>>,
+    unrouted: &BTreeSet<IpNet>,
+) -> BTreeMap<IpNet, NetworkEntry> {
+    let aside = aside.unwrap_or(active);
+    let prefixes = active.partition.prefixes().chain(aside.partition.prefixes());
+    prefixes
+        .chain(unrouted.iter().copied())
+        .map(|prefix| {
+            let mut identity = [Identity::NONE; 2];
+            let mut column = [UNPLACED; 2];
+            (identity[parity], column[parity]) = active.place(prefix);
+            (identity[1 - parity], column[1 - parity]) = aside.place(prefix);
+            let closed = unrouted.iter().any(|outer| outer.contains(&prefix));
+            let entry = NetworkEntry {
+                identity,
+                column,
+                flags: if closed { UNROUTED } else { 0 },
+                zero: 0,
+            };
+            (prefix, entry)
+        })
+        .collect()
 }

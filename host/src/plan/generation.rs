@@ -1,26 +1,33 @@
 //! A generation: one policy, one identity for each address, and the matrix that they compile into.
+//!
+//! A new identity costs one column, and one row where a pod of this node has it; nothing else is decided again.
 
 use super::{
-    Decision, Row,
     index::{Full, Index},
+    port_sets::{PortSetWrite, PortSets},
+    ports::Ruling,
 };
 use abi::{
-    AddressKey, Direction, Identity, PortRule, PortSet,
-    policy::{CELL_ALLOW, CELL_DENY, CELL_PORT_SET, FIRST_POD_COLUMN, PORT_RULES, UNPLACED, cell_index},
+    AddressKey, Direction, Identity,
+    policy::{CELL_DENY, CELL_PORT_SET, FIRST_POD_COLUMN, UNPLACED, cell_index},
 };
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 
-/// Who is asked what the policy says: a wasm module, or the word `pass` where there is none.
+/// Who is asked what the policy says. Rulings have numbers, which keep their meaning.
 pub trait Oracle {
     /// Its own errors.
     type Error;
 
-    /// What the policy says of `from` and each of `to`.
+    /// What the policy says for each of `subjects`, at that end, with each of `peers`: numbers of rulings, subject by
+    /// subject.
     ///
     /// # Errors
     ///
     /// Its own.
-    fn decide(&mut self, from: Identity, to: &[Identity]) -> Result<Row, Self::Error>;
+    fn decide(&mut self, side: Direction, subjects: &[Identity], peers: &[Identity]) -> Result<Vec<u32>, Self::Error>;
+
+    /// The ruling with this number.
+    fn ruling(&self, number: u32) -> &Ruling;
 }
 
 /// Size of the matrix, and of the table of port sets.
@@ -32,6 +39,8 @@ pub struct Shape {
     pub columns: u32,
     /// Port sets.
     pub port_sets: u32,
+    /// Breakpoints of all port sets together.
+    pub breakpoints: u32,
 }
 
 impl Shape {
@@ -39,6 +48,12 @@ impl Shape {
     #[must_use]
     pub const fn cells(&self) -> u64 {
         2 * self.rows as u64 * self.columns as u64
+    }
+
+    /// Offset of a cell.
+    #[must_use]
+    pub const fn index(&self, direction: Direction, row: u32, column: u32) -> u32 {
+        cell_index(direction, row, column, self.rows, self.columns)
     }
 }
 
@@ -53,22 +68,40 @@ pub enum PlanError<E> {
     Oracle(E),
 }
 
-/// One cell of the matrix.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct CellWrite {
-    /// Offset in cells.
-    pub index: u32,
-    /// Its new value.
-    pub cell: u16,
+/// Cells of some rows and some columns, row by row.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Block {
+    /// Which half of the matrix.
+    pub direction: Direction,
+    /// The rows.
+    pub rows: Vec<u32>,
+    /// The columns.
+    pub columns: Vec<u32>,
+    /// One cell for each row and column.
+    pub cells: Vec<u16>,
 }
 
 /// What a change of the generation means for the kernel.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Change {
+    /// Port sets to write, before the cells that name them.
+    pub port_sets: Vec<PortSetWrite>,
     /// Cells to write.
-    pub cells: Vec<CellWrite>,
-    /// Port sets to write, with their numbers. They come before the cells that name them.
-    pub port_sets: Vec<(u32, PortSet)>,
+    pub blocks: Vec<Block>,
+}
+
+impl Change {
+    /// Nothing to do.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.port_sets.is_empty() && self.blocks.is_empty()
+    }
+
+    /// Cells to write.
+    #[must_use]
+    pub fn cells(&self) -> usize {
+        self.blocks.iter().map(|block| block.cells.len()).sum()
+    }
 }
 
 /// Where an address stands in the matrix.
@@ -93,7 +126,18 @@ struct Member {
 struct Users {
     all: usize,
     local: usize,
+    /// A network has it.
+    network: bool,
 }
+
+impl Users {
+    const fn is_unused(&self) -> bool {
+        self.all == 0 && !self.network
+    }
+}
+
+/// Cells that the policy is asked for at once, about: bounds what an answer takes.
+const CELLS_AT_ONCE: usize = 1 << 18;
 
 /// One policy with one identity for each address, compiled.
 #[derive(Clone, Debug)]
@@ -103,7 +147,13 @@ pub struct Generation {
     users: BTreeMap<Identity, Users>,
     rows: Index,
     columns: Index,
-    port_sets: HashMap<PortSet, u32>,
+    port_sets: PortSets,
+    /// Cell of each of the oracle's rulings, as far as they were met.
+    cells: Vec<Option<u16>>,
+    /// Identities that may have lost their last address.
+    leaving: BTreeSet<Identity>,
+    /// Port sets that no change has carried to the kernel yet.
+    unwritten: Vec<PortSetWrite>,
 }
 
 impl Generation {
@@ -121,7 +171,10 @@ impl Generation {
                 shape.rows,
             ),
             columns: Index::new("identities", "maps.identities", FIRST_POD_COLUMN, shape.columns),
-            port_sets: HashMap::new(),
+            port_sets: PortSets::new(shape.port_sets, shape.breakpoints),
+            cells: Vec::new(),
+            leaving: BTreeSet::new(),
+            unwritten: Vec::new(),
         }
     }
 
@@ -131,30 +184,37 @@ impl Generation {
         let member = self.members.get(address)?;
         Some(Place {
             identity: member.identity,
-            row: self.rows.get(member.identity).unwrap_or(UNPLACED),
+            row: self.row(member.identity).unwrap_or(UNPLACED),
             column: self.column(member.identity).unwrap_or(UNPLACED),
         })
     }
 
+    /// Row of an identity; none where no pod of this node has it.
+    #[must_use]
+    pub fn row(&self, identity: Identity) -> Option<u32> {
+        self.rows.get(identity)
+    }
+
     /// Column of an identity.
-    fn column(&self, identity: Identity) -> Option<u32> {
-        if identity.is_pod() {
+    #[must_use]
+    pub fn column(&self, identity: Identity) -> Option<u32> {
+        if identity.is_allocated() {
             self.columns.get(identity)
         } else {
             Some(identity.0)
         }
     }
 
-    /// Identities of pods in use, and those of them that pods of this node have.
+    /// Identities in use, networks' included, and those of them that pods of this node have.
     #[must_use]
     pub fn counts(&self) -> (usize, usize) {
-        (self.users.len(), self.rows.len())
+        (self.columns.len(), self.rows.len())
     }
 
-    /// Different port sets in use.
+    /// Port sets in use, and their breakpoints.
     #[must_use]
-    pub fn port_set_count(&self) -> usize {
-        self.port_sets.len()
+    pub fn port_set_counts(&self) -> (usize, usize) {
+        (self.port_sets.len(), self.port_sets.breakpoints())
     }
 
     /// Cells that were decided.
@@ -167,6 +227,12 @@ impl Generation {
     #[must_use]
     pub fn users(&self, identity: Identity) -> usize {
         self.users.get(&identity).map_or(0, |users| users.all)
+    }
+
+    /// Whether anything here still has an identity.
+    #[must_use]
+    pub fn holds(&self, identity: Identity) -> bool {
+        self.users.contains_key(&identity)
     }
 
     /// All identities that a decision can be about: the reserved ones, and those in use.
@@ -188,39 +254,60 @@ impl Generation {
         local: bool,
         oracle: &mut O,
     ) -> Result<Change, PlanError<O::Error>> {
-        let mut next = self.clone();
-        let change = next.assign_in_place(address, identity, local, oracle)?;
-        *self = next;
+        let new_column = identity.is_allocated() && self.columns.get(identity).is_none();
+        let new_row = local && self.rows.get(identity).is_none();
+        if new_column {
+            self.columns.take(identity)?;
+        }
+        let change = self.add_places(identity, new_row, new_column, oracle);
+        match change {
+            Ok(mut change) => {
+                self.join(address, Member { identity, local });
+                change.port_sets = std::mem::take(&mut self.unwritten);
+                Ok(change)
+            }
+            Err(error) => {
+                if new_column {
+                    self.columns.release(identity);
+                }
+                if new_row {
+                    self.rows.release(identity);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn add_places<O: Oracle>(
+        &mut self,
+        identity: Identity,
+        new_row: bool,
+        new_column: bool,
+        oracle: &mut O,
+    ) -> Result<Change, PlanError<O::Error>> {
+        let mut change = Change::default();
+        if new_column {
+            let rows: Vec<Identity> = self.rows.iter().map(|(row, _)| row).collect();
+            self.compile(&rows, &[identity], oracle, &mut change)?;
+        }
+        if new_row {
+            self.rows.take(identity)?;
+            let known: Vec<Identity> = self.known().collect();
+            self.compile(&[identity], &known, oracle, &mut change)?;
+        }
         Ok(change)
     }
 
-    fn assign_in_place<O: Oracle>(
-        &mut self,
-        address: AddressKey,
-        identity: Identity,
-        local: bool,
-        oracle: &mut O,
-    ) -> Result<Change, PlanError<O::Error>> {
-        let mut new_columns = Vec::new();
-        let mut new_rows = Vec::new();
-        if identity.is_pod() && self.columns.get(identity).is_none() {
-            self.columns.take(identity)?;
-            new_columns.push(identity);
-        }
-        if local && self.rows.get(identity).is_none() {
-            self.rows.take(identity)?;
-            new_rows.push(identity);
-        }
-        let users = self.users.entry(identity).or_default();
+    fn join(&mut self, address: AddressKey, member: Member) {
+        let users = self.users.entry(member.identity).or_default();
         users.all += 1;
-        users.local += usize::from(local);
-        if let Some(before) = self.members.insert(address, Member { identity, local }) {
+        users.local += usize::from(member.local);
+        if let Some(before) = self.members.insert(address, member) {
             self.leave(before);
         }
-        self.compile(&new_rows, &new_columns, oracle)
     }
 
-    /// Compiles all addresses at once.
+    /// Compiles all addresses at once. `networks` are the identities of networks; they keep their columns.
     ///
     /// # Errors
     ///
@@ -228,140 +315,93 @@ impl Generation {
     pub fn compile_all<O: Oracle>(
         shape: Shape,
         addresses: impl IntoIterator<Item = (AddressKey, Identity, bool)>,
+        networks: impl IntoIterator<Item = Identity>,
         oracle: &mut O,
     ) -> Result<(Self, Change), PlanError<O::Error>> {
         let mut generation = Self::new(shape);
         for (address, identity, local) in addresses {
-            let users = generation.users.entry(identity).or_default();
-            users.all += 1;
-            users.local += usize::from(local);
-            generation.members.insert(address, Member { identity, local });
+            generation.join(address, Member { identity, local });
         }
-        let users: Vec<_> = generation
+        for identity in networks {
+            generation.users.entry(identity).or_default().network = true;
+        }
+        generation.take_places()?;
+        let rows: Vec<Identity> = generation.rows.iter().map(|(identity, _)| identity).collect();
+        let known: Vec<Identity> = generation.known().collect();
+        let mut change = Change::default();
+        generation.compile(&rows, &known, oracle, &mut change)?;
+        change.port_sets = std::mem::take(&mut generation.unwritten);
+        Ok((generation, change))
+    }
+
+    /// Rows and columns for all identities: all of them are counted before the first one is refused.
+    fn take_places(&mut self) -> Result<(), Full> {
+        let users: Vec<_> = self
             .users
             .iter()
             .map(|(identity, users)| (*identity, users.local > 0))
             .collect();
-        let fits = |needed: usize, capacity: u32, what, setting| {
-            let capacity = capacity as usize;
-            (needed <= capacity).then_some(()).ok_or(Full {
-                what,
-                setting,
-                needed,
-                capacity,
-            })
-        };
-        let columns = users.iter().filter(|(identity, _)| identity.is_pod()).count();
-        fits(
-            columns,
-            shape.columns - FIRST_POD_COLUMN,
-            "identities",
-            "maps.identities",
-        )?;
-        let rows = users.iter().filter(|(_, local)| *local).count();
-        fits(rows, shape.rows - 1, "identities on this node", "maps.local_identities")?;
-        for (identity, local) in &users {
-            if identity.is_pod() {
-                generation.columns.take(*identity)?;
+        let columns = users.iter().filter(|(identity, _)| identity.is_allocated()).count();
+        self.columns.check_room(columns)?;
+        self.rows.check_room(users.iter().filter(|(_, local)| *local).count())?;
+        for (identity, local) in users {
+            if identity.is_allocated() {
+                self.columns.take(identity)?;
             }
-            if *local {
-                generation.rows.take(*identity)?;
+            if local {
+                self.rows.take(identity)?;
             }
         }
-        let new_rows: Vec<_> = generation.rows.iter().map(|(identity, _)| identity).collect();
-        let change = generation.compile(&new_rows, &[], oracle)?;
-        Ok((generation, change))
+        Ok(())
     }
 
-    /// Cells of new rows with every column, and of new columns with the rows that were there before.
+    /// Asks for both ends of each of `subjects`, which have rows, with each of `peers`, which have columns.
     fn compile<O: Oracle>(
         &mut self,
-        new_rows: &[Identity],
-        new_columns: &[Identity],
-        oracle: &mut O,
-    ) -> Result<Change, PlanError<O::Error>> {
-        let mut change = Change::default();
-        let known: Vec<Identity> = self.known().collect();
-        for row in new_rows {
-            self.decide(Direction::Egress, *row, &known, oracle, &mut change)?;
-        }
-        if !new_rows.is_empty() {
-            for sender in &known {
-                self.decide(Direction::Ingress, *sender, new_rows, oracle, &mut change)?;
-            }
-        }
-        let old_rows: Vec<Identity> = self
-            .rows
-            .iter()
-            .map(|(identity, _)| identity)
-            .filter(|identity| !new_rows.contains(identity))
-            .collect();
-        if !new_columns.is_empty() && !old_rows.is_empty() {
-            for row in &old_rows {
-                self.decide(Direction::Egress, *row, new_columns, oracle, &mut change)?;
-            }
-            for column in new_columns {
-                self.decide(Direction::Ingress, *column, &old_rows, oracle, &mut change)?;
-            }
-        }
-        Ok(change)
-    }
-
-    /// Asks for one sender and many receivers, and writes the cells of one direction: for egress the sender has the
-    /// row, for ingress the receivers have.
-    fn decide<O: Oracle>(
-        &mut self,
-        direction: Direction,
-        from: Identity,
-        to: &[Identity],
+        subjects: &[Identity],
+        peers: &[Identity],
         oracle: &mut O,
         change: &mut Change,
     ) -> Result<(), PlanError<O::Error>> {
-        let row = oracle.decide(from, to).map_err(PlanError::Oracle)?;
-        let cells = row
-            .decisions
+        if peers.is_empty() {
+            return Ok(());
+        }
+        let columns: Vec<u32> = peers
             .iter()
-            .map(|decision| self.cell(&with_baseline(from, decision), change))
-            .collect::<Result<Vec<_>, _>>()?;
-        for (to, cell) in to.iter().zip(&row.cells) {
-            let (row, column) = match direction {
-                Direction::Egress => (self.rows.get(from), self.column(*to)),
-                Direction::Ingress => (self.rows.get(*to), self.column(from)),
-            };
-            if let (Some(row), Some(column)) = (row, column) {
-                change.cells.push(CellWrite {
-                    index: cell_index(direction, row, column, self.shape.rows, self.shape.columns),
-                    cell: cells[usize::from(*cell)],
+            .map(|peer| self.column(*peer).unwrap_or(UNPLACED))
+            .collect();
+        let at_once = (CELLS_AT_ONCE / peers.len()).max(1);
+        for direction in [Direction::Egress, Direction::Ingress] {
+            for subjects in subjects.chunks(at_once) {
+                let rulings = oracle.decide(direction, subjects, peers).map_err(PlanError::Oracle)?;
+                let cells = rulings
+                    .into_iter()
+                    .map(|ruling| self.cell(ruling, oracle))
+                    .collect::<Result<Vec<u16>, Full>>()?;
+                change.blocks.push(Block {
+                    direction,
+                    rows: subjects
+                        .iter()
+                        .map(|subject| self.row(*subject).unwrap_or(UNPLACED))
+                        .collect(),
+                    columns: columns.clone(),
+                    cells,
                 });
             }
         }
         Ok(())
     }
 
-    fn cell(&mut self, decision: &Decision, change: &mut Change) -> Result<u16, Full> {
-        let rules = match decision {
-            Decision::Allow => return Ok(CELL_ALLOW),
-            Decision::Deny | Decision::Pass => return Ok(CELL_DENY),
-            Decision::Ports(rules) => rules,
-        };
-        let set = port_set(rules);
-        if let Some(number) = self.port_sets.get(&set) {
-            return Ok(CELL_PORT_SET + u16::try_from(*number).unwrap_or(0));
+    fn cell<O: Oracle>(&mut self, ruling: u32, oracle: &O) -> Result<u16, Full> {
+        let index = ruling as usize;
+        if let Some(Some(cell)) = self.cells.get(index) {
+            return Ok(*cell);
         }
-        let number = u32::try_from(self.port_sets.len()).unwrap_or(u32::MAX);
-        let cell = u16::try_from(number)
-            .ok()
-            .and_then(|number| number.checked_add(CELL_PORT_SET));
-        let Some(cell) = cell.filter(|_| number < self.shape.port_sets) else {
-            return Err(Full {
-                what: "different sets of ports",
-                setting: "maps.port_sets",
-                needed: self.port_sets.len() + 1,
-                capacity: self.shape.port_sets as usize,
-            });
-        };
-        self.port_sets.insert(set, number);
-        change.port_sets.push((number, set));
+        let cell = self.port_sets.cell(oracle.ruling(ruling), &mut self.unwritten)?;
+        if self.cells.len() <= index {
+            self.cells.resize(index + 1, None);
+        }
+        self.cells[index] = Some(cell);
         Ok(cell)
     }
 
@@ -376,6 +416,7 @@ impl Generation {
         if let Some(users) = self.users.get_mut(&member.identity) {
             users.all -= 1;
             users.local -= usize::from(member.local);
+            self.leaving.insert(member.identity);
         }
     }
 
@@ -383,77 +424,61 @@ impl Generation {
     /// names them.
     pub fn release(&mut self) -> Change {
         let mut change = Change::default();
-        let unused_rows: Vec<Identity> = self
-            .rows
-            .iter()
-            .map(|(identity, _)| identity)
-            .filter(|identity| self.users.get(identity).is_none_or(|users| users.local == 0))
-            .collect();
-        for identity in unused_rows {
-            if let Some(row) = self.rows.release(identity) {
-                for column in 0..self.shape.columns {
-                    self.clear(row, column, &mut change);
-                }
+        for identity in std::mem::take(&mut self.leaving) {
+            let Some(users) = self.users.get(&identity).copied() else {
+                continue;
+            };
+            if users.local == 0
+                && let Some(row) = self.rows.release(identity)
+            {
+                self.clear(vec![row], (0..self.shape.columns).collect(), &mut change);
             }
-        }
-        let unused: Vec<Identity> = self
-            .users
-            .iter()
-            .filter(|(_, users)| users.all == 0)
-            .map(|(id, _)| *id)
-            .collect();
-        for identity in unused {
-            self.users.remove(&identity);
-            if let Some(column) = self.columns.release(identity) {
-                for row in 0..self.shape.rows {
-                    self.clear(row, column, &mut change);
+            if users.is_unused() {
+                self.users.remove(&identity);
+                if let Some(column) = self.columns.release(identity) {
+                    self.clear((0..self.shape.rows).collect(), vec![column], &mut change);
                 }
             }
         }
         change
     }
 
-    fn clear(&self, row: u32, column: u32, change: &mut Change) {
+    fn clear(&self, rows: Vec<u32>, columns: Vec<u32>, change: &mut Change) {
+        let cells = vec![CELL_DENY; rows.len() * columns.len()];
         for direction in [Direction::Egress, Direction::Ingress] {
-            change.cells.push(CellWrite {
-                index: cell_index(direction, row, column, self.shape.rows, self.shape.columns),
-                cell: CELL_DENY,
+            change.blocks.push(Block {
+                direction,
+                rows: rows.clone(),
+                columns: columns.clone(),
+                cells: cells.clone(),
             });
         }
     }
-}
 
-/// The last tier: a node may reach its own pods, so that their health can be checked. All else that the policy passes
-/// is denied.
-pub(super) fn with_baseline(from: Identity, decision: &Decision) -> Decision {
-    match decision {
-        Decision::Pass | Decision::Ports(_) if from == Identity::HOST => Decision::Allow,
-        Decision::Pass => Decision::Deny,
-        other => other.clone(),
-    }
-}
-
-/// Rules in one form, however the author wrote them: sorted, overlapping and adjoining ranges merged.
-fn port_set(rules: &[PortRule]) -> PortSet {
-    let mut sorted = rules.to_vec();
-    sorted.sort_by_key(|rule| (rule.protocol, rule.first, rule.last));
-    let mut merged: Vec<PortRule> = Vec::new();
-    for rule in sorted {
-        match merged.last_mut() {
-            Some(last) if last.protocol == rule.protocol && u32::from(rule.first) <= u32::from(last.last) + 1 => {
-                last.last = last.last.max(rule.last);
+    /// Gives back port sets that no cell names any more, given what the kernel's cells hold by their offset. To be
+    /// called where a plan did not fit; the answer is how many sets that made room for.
+    pub fn sweep(&mut self, cell: impl Fn(u32) -> u16) -> usize {
+        let columns: Vec<u32> = self.known().filter_map(|identity| self.column(identity)).collect();
+        let mut named = BTreeSet::new();
+        for (_, row) in self.rows.iter() {
+            for direction in [Direction::Egress, Direction::Ingress] {
+                named.extend(
+                    columns
+                        .iter()
+                        .map(|column| cell(self.shape.index(direction, row, *column)))
+                        .filter(|cell| *cell >= CELL_PORT_SET)
+                        .map(|cell| u32::from(cell - CELL_PORT_SET)),
+                );
             }
-            _ => merged.push(rule),
         }
+        let freed = self.port_sets.retain(|number| named.contains(&number));
+        if freed > 0 {
+            // Their writes are still to come, or of no use any more: whoever needs them asks again.
+            self.unwritten.clear();
+            self.cells.clear();
+        }
+        freed
     }
-    // Never longer than what a module may answer, which is checked there.
-    merged.truncate(PORT_RULES);
-    let mut set = PortSet {
-        len: u32::try_from(merged.len()).unwrap_or(0),
-        rules: [PortRule::EMPTY; PORT_RULES],
-    };
-    set.rules[..merged.len()].copy_from_slice(&merged);
-    set
 }
 
 #[cfg(test)]

@@ -49,6 +49,20 @@ impl Index {
         self.taken.get(&identity).copied()
     }
 
+    /// Whether there is room for so many identities in all.
+    pub fn check_room(&self, needed: usize) -> Result<(), Full> {
+        let capacity = self.taken.len() + self.free.len() + (self.end - self.next) as usize;
+        if needed <= capacity {
+            return Ok(());
+        }
+        Err(Full {
+            what: self.what,
+            setting: self.setting,
+            needed,
+            capacity,
+        })
+    }
+
     /// The identity's index, a new one if it has none.
     pub fn take(&mut self, identity: Identity) -> Result<u32, Full> {
         if let Some(index) = self.get(identity) {

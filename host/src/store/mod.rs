@@ -23,6 +23,8 @@ pub enum Collection {
     Alive,
     /// Pods, by address.
     Pods,
+    /// Namespaces, by name.
+    Namespaces,
     /// Tenants, by number.
     Tenants,
     /// Identities, by number.
@@ -37,11 +39,12 @@ pub enum Collection {
 
 impl Collection {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Cluster,
         Self::Nodes,
         Self::Alive,
         Self::Pods,
+        Self::Namespaces,
         Self::Tenants,
         Self::Identities,
         Self::Modules,
@@ -57,6 +60,7 @@ impl Collection {
             Self::Nodes => "nodes",
             Self::Alive => "alive",
             Self::Pods => "pods",
+            Self::Namespaces => "namespaces",
             Self::Tenants => "tenants",
             Self::Identities => "identities",
             Self::Modules => "modules",

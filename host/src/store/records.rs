@@ -4,6 +4,7 @@ use crate::{
     codec,
     identity::{IdentityKey, Layout},
     store::{Collection, Expect, Key, Store, StoreError},
+    wasm::{Overrides, Placement},
 };
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -43,6 +44,10 @@ pub struct PodRecord {
     pub address: IpAddr,
     /// The node that it is on.
     pub node: String,
+    /// Its service account; empty where it has none.
+    pub service_account: String,
+    /// Names of its ports, with IP protocol number and port.
+    pub ports: Vec<(String, u8, u16)>,
     /// Another number for every pod that is ever connected, also for one of the same name at the same address.
     pub incarnation: u32,
 }
@@ -63,17 +68,64 @@ pub struct TenantRecord {
 }
 
 /// An identity, under its number.
-pub type IdentityRecord = IdentityKey;
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdentityRecord {
+    /// What it stands for.
+    pub key: IdentityKey,
+    /// Nobody seemed to use it any more: whoever does takes this back, or it will be deleted.
+    pub retiring: bool,
+}
+
+/// A namespace, under its name.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NamespaceRecord {
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+}
+
+/// What a lease says of the node that holds it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AliveRecord {
+    /// The node has taken in all changes of the store up to this revision.
+    pub seen: u64,
+}
 
 /// A policy module with its configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ModuleRecord {
-    /// Name, for people: of the file that it was loaded from.
-    pub name: String,
+    /// Its name, and where it stands among others.
+    pub placement: Placement,
+    /// Name of the file that it was loaded from.
+    pub file: String,
+    /// Enforces nothing; what it would have denied is reported.
+    pub audit: bool,
+    /// What it may use instead of what the nodes' configurations say.
+    pub overrides: Overrides,
     /// SHA-256 of the module, in hexadecimal: its key in [`Collection::Modules`].
     pub sha256: String,
     /// Configuration as JSON text, empty for none.
     pub config: String,
+}
+
+impl ModuleRecord {
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.placement.name
+    }
+}
+
+/// A set of modules that was in force.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Revision {
+    /// The change that it came by.
+    pub serial: u64,
+    /// That change, for people.
+    pub what: String,
+    /// When, in milliseconds since 1970.
+    pub time_ms: u64,
+    /// The modules, in the order in which they are asked.
+    pub modules: Vec<ModuleRecord>,
 }
 
 /// Where a policy load stands.
@@ -92,27 +144,46 @@ pub enum Phase {
 /// The policy of the cluster: one value, changed only by comparison.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PolicyRecord {
-    /// Raised by every load.
-    pub serial: u64,
-    /// Where that load stands.
+    /// Where the change stands.
     pub phase: Phase,
-    /// What it loads.
-    pub module: ModuleRecord,
-    /// What was in force before it.
-    pub previous: Option<ModuleRecord>,
-    /// The node that runs the load.
+    /// What it puts in force; its serial is raised by every change.
+    pub next: Revision,
+    /// What was in force before it; serial 0 and no modules before the first one.
+    pub previous: Revision,
+    /// What was in force before that, the newest first.
+    pub history: Vec<Revision>,
+    /// The node that runs the change.
     pub coordinator: String,
     /// When it gives up, in milliseconds since 1970: after that anybody may abort it before its commit.
     pub deadline_ms: u64,
 }
 
 impl PolicyRecord {
-    /// The module that a node with nothing of its own should enforce now.
+    /// Number of the change.
     #[must_use]
-    pub fn in_force(&self) -> Option<&ModuleRecord> {
+    pub const fn serial(&self) -> u64 {
+        self.next.serial
+    }
+
+    /// What a node with nothing of its own should enforce now.
+    #[must_use]
+    pub const fn in_force(&self) -> &Revision {
         match self.phase {
-            Phase::Commit | Phase::Retired => Some(&self.module),
-            Phase::Prepare | Phase::Aborted => self.previous.as_ref(),
+            Phase::Commit | Phase::Retired => &self.next,
+            Phase::Prepare | Phase::Aborted => &self.previous,
+        }
+    }
+}
+
+impl Revision {
+    /// Before the first change.
+    #[must_use]
+    pub const fn none() -> Self {
+        Self {
+            serial: 0,
+            what: String::new(),
+            time_ms: 0,
+            modules: Vec::new(),
         }
     }
 }

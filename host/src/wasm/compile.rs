@@ -1,6 +1,6 @@
 //! Compiling a module, in a child process: fuel does not bound the compiler, and a thread can't be stopped.
 
-use super::{INTERFACE, Limits, WasmError, clock::Clock, engine};
+use super::{INTERFACE, LOG_INTERFACE, Limits, WasmError, cache::Cache, clock::Clock, engine};
 use crate::codec;
 use rustix::process::{Resource, Rlimit, Signal, setrlimit};
 use sha2::{Digest, Sha256};
@@ -8,7 +8,7 @@ use std::{
     fmt::Write as _,
     io::{Read, Write},
     os::unix::process::ExitStatusExt,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::Stdio,
     sync::Arc,
 };
@@ -28,6 +28,7 @@ pub struct Compiler {
     clock: Arc<Clock>,
     program: PathBuf,
     limits: Limits,
+    cache: Option<Cache>,
 }
 
 /// A compiled module.
@@ -35,7 +36,6 @@ pub struct Compiler {
 pub struct Compiled {
     pub(super) component: Component,
     pub(super) clock: Arc<Clock>,
-    pub(super) limits: Limits,
     /// SHA-256 of the module, in hexadecimal.
     pub sha256: String,
 }
@@ -56,14 +56,19 @@ pub fn sha256(bytes: &[u8]) -> String {
 }
 
 impl Compiler {
-    /// A compiler whose child is `program`, which is hostd.
+    /// A compiler whose child is `program`, which is hostd. What it has compiled it keeps in `cache`, a folder.
     ///
     /// # Errors
     ///
-    /// Where the machine can't run wasm.
-    pub fn new(program: PathBuf, limits: Limits) -> Result<Self, WasmError> {
+    /// Where the machine can't run wasm, or the folder can't be used.
+    pub fn new(program: PathBuf, limits: Limits, cache: Option<&Path>) -> Result<Self, WasmError> {
         let engine = engine()?;
+        let open = |folder: &Path| {
+            Cache::open(folder, &engine)
+                .map_err(|error| WasmError::CompileCrash(format!("cache {}: {error}", folder.display())))
+        };
         Ok(Self {
+            cache: cache.map(open).transpose()?,
             clock: Arc::new(Clock::new(engine.clone())),
             engine,
             program,
@@ -84,20 +89,36 @@ impl Compiler {
                 limit: self.limits.module_bytes,
             });
         }
-        let artifact = timeout(self.limits.compile * PATIENCE, self.in_child(module))
-            .await
-            .map_err(|_| WasmError::CompileTime(self.limits.compile))??;
-        // SAFETY: the bytes come from our own program, started by us, over a pipe that nobody else can write to; and
-        // it compiled them for the same engine settings, which wasmtime checks once more.
-        let component = unsafe { Component::deserialize(&self.engine, &artifact) }
-            .map_err(|error| WasmError::CompileCrash(format!("{error:#}")))?;
+        let sha256 = sha256(module);
+        let cached = self.cache.as_ref().and_then(|cache| cache.get(&sha256));
+        let component = match cached.and_then(|artifact| self.load(&artifact).ok()) {
+            Some(component) => component,
+            None => {
+                let artifact = timeout(self.limits.compile * PATIENCE, self.in_child(module))
+                    .await
+                    .map_err(|_| WasmError::CompileTime(self.limits.compile))??;
+                if let Some(cache) = &self.cache
+                    && let Err(error) = cache.put(&sha256, &artifact)
+                {
+                    tracing::warn!("keeping a compiled module: {error}");
+                }
+                self.load(&artifact)?
+            }
+        };
         check_interface(&self.engine, &component)?;
         Ok(Compiled {
             component,
             clock: Arc::clone(&self.clock),
-            limits: self.limits,
-            sha256: sha256(module),
+            sha256,
         })
+    }
+
+    fn load(&self, artifact: &[u8]) -> Result<Component, WasmError> {
+        // SAFETY: the bytes come from our own program, started by us, over a pipe that nobody else can write to, or from
+        // the cache, which has authenticated them as such; and it compiled them for the same engine settings, which
+        // wasmtime checks once more.
+        unsafe { Component::deserialize(&self.engine, artifact) }
+            .map_err(|error| WasmError::CompileCrash(format!("{error:#}")))
     }
 
     async fn in_child(&self, module: &[u8]) -> Result<Vec<u8>, WasmError> {
@@ -180,7 +201,7 @@ fn to_component(module: Vec<u8>) -> Result<Vec<u8>, String> {
 
 fn check_interface(engine: &Engine, component: &Component) -> Result<(), WasmError> {
     let ty = component.component_type();
-    if let Some((name, _)) = ty.imports(engine).next() {
+    if let Some((name, _)) = ty.imports(engine).find(|(name, _)| *name != LOG_INTERFACE) {
         return Err(WasmError::Import(name.to_owned()));
     }
     let unversioned = INTERFACE.split('@').next().unwrap_or(INTERFACE);

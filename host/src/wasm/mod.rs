@@ -1,19 +1,25 @@
 //! Policy modules: compiled in a process of their own, run with fuel, a deadline and bounded memory, and believed only
 //! after what they answer was checked.
 
+mod cache;
 mod clock;
 mod compile;
+mod log;
 mod runtime;
+mod wit;
 
 pub use compile::{CHILD_COMMAND, Compiled, Compiler, child_main, sha256};
-pub use runtime::Runtime;
+pub use runtime::{Class, Matrix, Pod, Runtime, Who};
 
 use crate::config;
+use serde::{Deserialize, Serialize};
 use std::time::Duration;
 use wasmtime::{Config, Engine};
 
 /// The interface that a module must export.
-pub const INTERFACE: &str = "wasmgate:policy/policy@0.1.0";
+pub const INTERFACE: &str = "wasmgate:policy/policy@0.2.0";
+/// The one that it may import.
+pub const LOG_INTERFACE: &str = "wasmgate:policy/log@0.2.0";
 
 /// Why a module was refused, or what it did wrong.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -37,7 +43,8 @@ pub enum WasmError {
     CompileCrash(String),
     /// It wants something of the host.
     #[error(
-        "the module imports `{0}`; a policy module may import nothing (no WASI: no clock, no files, no randomness)"
+        "the module imports `{0}`; a policy module may import nothing but `{LOG_INTERFACE}` (no WASI: no clock, no \
+         files, no randomness)"
     )]
     Import(String),
     /// It exports another version of the interface.
@@ -60,6 +67,14 @@ pub enum WasmError {
         /// What was asked.
         call: String,
         /// What happened.
+        problem: String,
+    },
+    /// It used up its fuel or its time.
+    #[error("{call}: {problem}")]
+    Exhausted {
+        /// What was asked.
+        call: String,
+        /// What was used up.
         problem: String,
     },
     /// It answered nonsense.
@@ -100,6 +115,72 @@ impl From<config::Wasm> for Limits {
             fuel: config.fuel_per_call,
         }
     }
+}
+
+/// What a module may use instead of what the configuration says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Overrides {
+    /// Time for all that one load or one change asks of it, in milliseconds.
+    pub evaluate_ms: Option<u64>,
+    /// Its memory, in mebibytes.
+    pub memory_mib: Option<u32>,
+    /// Fuel for one call.
+    pub fuel_per_call: Option<u64>,
+}
+
+impl Limits {
+    /// The same with what one module may use instead.
+    #[must_use]
+    pub fn with(mut self, overrides: Overrides) -> Self {
+        if let Some(ms) = overrides.evaluate_ms {
+            self.evaluate = Duration::from_millis(ms);
+        }
+        if let Some(mib) = overrides.memory_mib {
+            self.memory = (mib as usize) << 20;
+        }
+        if let Some(fuel) = overrides.fuel_per_call {
+            self.fuel = fuel;
+        }
+        self
+    }
+}
+
+/// When a module is asked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Tier {
+    /// First: the admin's, for all.
+    Admin,
+    /// Second.
+    #[default]
+    Tenant,
+    /// Last.
+    Baseline,
+}
+
+impl Tier {
+    /// Name, as on the command line.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Admin => "admin",
+            Self::Tenant => "tenant",
+            Self::Baseline => "baseline",
+        }
+    }
+}
+
+/// Where a module stands among those that are loaded.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Placement {
+    /// Its name, unique.
+    pub name: String,
+    /// Its tier.
+    pub tier: Tier,
+    /// Its place in the tier: the lowest is asked first, then by name.
+    pub priority: u32,
+    /// Whose it is: then it is asked only about this tenant's pods as subjects.
+    pub tenant: Option<String>,
 }
 
 /// The engine that modules are compiled for and run on: the same settings in both processes, and nothing in them that

@@ -1,48 +1,123 @@
 //! Running a module: every call has fuel, a deadline and bounded memory, and every answer is checked.
 
 use super::{
-    Compiled, WasmError,
+    Compiled, Limits, Placement, Tier, WasmError,
     clock::{Running, TICK},
+    log::{Level, ModuleLog},
+    wit,
 };
 use crate::{
-    identity::IdentityKey,
-    plan::{Decision, Row},
-    store::records::PodRecord,
+    identity::{check_labels, check_text},
+    plan::{Decision, Network},
 };
-use abi::{Identity, PortRule, policy::ANY_PROTOCOL, policy::PORT_RULES};
+use abi::{Direction, Identity};
+use ipnet::IpNet;
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
+    net::IpAddr,
     time::Instant,
 };
 use wasmtime::{
     Store, StoreLimits, StoreLimitsBuilder, Trap,
-    component::{Linker, bindgen},
+    component::{HasSelf, Linker},
 };
 
-bindgen!({
-    world: "module",
-    path: "../policy-sdk/wit",
-});
-use exports::wasmgate::policy::policy as wit;
+/// Different decisions in one answer at the most.
+const MAX_DECISIONS: usize = 16_384;
+/// Cells that are asked for in one call, and pods: bounds what a call may cost.
+const CELLS_PER_CALL: usize = 1 << 16;
+const PODS_PER_CALL: usize = 256;
+/// Networks of one module, and blocks of them, at the most.
+const MAX_NETWORKS: usize = 16_384;
 
-/// Different decisions in one row at the most.
-const MAX_DECISIONS: usize = 4096;
+/// A pod, as modules are told of it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Pod {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+    /// Labels of its namespace.
+    pub namespace_labels: BTreeMap<String, String>,
+    /// Its service account, or nothing.
+    pub service_account: String,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Names of its ports, with IP protocol number and port.
+    pub ports: Vec<(String, u8, u16)>,
+}
+
+impl Pod {
+    /// `NAMESPACE/NAME`.
+    #[must_use]
+    pub fn full_name(&self) -> String {
+        format!("{}/{}", self.namespace, self.name)
+    }
+}
+
+/// What a module makes of a pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Class {
+    /// Whose it is, where the module says so.
+    pub tenant: Option<String>,
+    /// The labels that matter to the module.
+    pub labels: BTreeMap<String, String>,
+}
+
+/// Who a module is asked about.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Who {
+    /// Pods of this tenant, of the class with these labels.
+    Pod(String, BTreeMap<String, String>),
+    /// A reserved identity.
+    Reserved(Identity),
+    /// Addresses in these of the module's own networks.
+    Networks(Vec<String>),
+    /// A pod of this tenant that the module could not identify.
+    Unknown(String),
+}
+
+/// Decisions for some subjects with some peers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Matrix {
+    /// The different decisions.
+    pub decisions: Vec<Decision>,
+    /// An index for each, subject by subject.
+    pub cells: Vec<u16>,
+}
 
 /// A module with its configuration, ready to be asked.
 pub struct Runtime {
     compiled: Compiled,
+    limits: Limits,
     config: String,
+    placement: Placement,
     /// Peers that the module has learned, by their number there.
-    learned: HashMap<Identity, u32>,
-    order: Vec<(Identity, Option<IdentityKey>)>,
+    learned: HashMap<Who, u32>,
+    order: Vec<Who>,
     deadline: Instant,
+    calls: u64,
     /// `None` after a trap: a component instance can't be entered again, so the next call starts another.
     instance: Option<Instance>,
+    log: Option<ModuleLog>,
 }
 
 struct Instance {
-    store: Store<StoreLimits>,
-    module: Module,
+    store: Store<State>,
+    module: wit::Module,
+}
+
+struct State {
+    limits: StoreLimits,
+    log: ModuleLog,
+}
+
+impl wit::wasmgate::policy::log::Host for State {
+    fn write(&mut self, level: Level, message: String) {
+        self.log.write(level, &message);
+    }
 }
 
 impl Runtime {
@@ -51,14 +126,18 @@ impl Runtime {
     /// # Errors
     ///
     /// Where it can't be started or refuses its configuration.
-    pub fn start(compiled: &Compiled, config: &str) -> Result<Self, WasmError> {
+    pub fn start(compiled: &Compiled, config: &str, placement: &Placement, limits: Limits) -> Result<Self, WasmError> {
         let mut runtime = Self {
             compiled: compiled.clone(),
+            limits,
             config: config.to_owned(),
+            placement: placement.clone(),
             learned: HashMap::new(),
             order: Vec::new(),
             deadline: Instant::now(),
+            calls: 0,
             instance: None,
+            log: Some(ModuleLog::new(&placement.name)),
         };
         runtime.begin();
         runtime.revive()?;
@@ -67,12 +146,24 @@ impl Runtime {
 
     /// Begins a load or a change: all calls from here on share one time limit.
     pub fn begin(&mut self) {
-        self.deadline = Instant::now() + self.compiled.limits.evaluate;
+        self.deadline = Instant::now() + self.limits.evaluate;
+    }
+
+    /// Calls of the module so far.
+    #[must_use]
+    pub const fn calls(&self) -> u64 {
+        self.calls
+    }
+
+    /// Bytes of the module's own memory limit.
+    #[must_use]
+    pub const fn limits(&self) -> Limits {
+        self.limits
     }
 
     fn revive(&mut self) -> Result<(), WasmError> {
         let limits = StoreLimitsBuilder::new()
-            .memory_size(self.compiled.limits.memory)
+            .memory_size(self.limits.memory)
             .instances(8)
             .tables(8)
             .table_elements(100_000)
@@ -80,30 +171,39 @@ impl Runtime {
             .trap_on_grow_failure(true)
             .build();
         let engine = self.compiled.component.engine();
-        let mut store = Store::new(engine, limits);
-        store.limiter(|limits| limits);
-        let fuel = self.compiled.limits.fuel;
+        let log = self.log.take().unwrap_or_else(|| ModuleLog::new(&self.placement.name));
+        let mut store = Store::new(engine, State { limits, log });
+        store.limiter(|state| &mut state.limits);
         let started = self.budget(&mut store).and_then(|running| {
-            let module = Module::instantiate(&mut store, &self.compiled.component, &Linker::new(engine))?;
+            let mut linker = Linker::new(engine);
+            wit::Module::add_to_linker::<_, HasSelf<_>>(&mut linker, |state| state)?;
+            let module = wit::Module::instantiate(&mut store, &self.compiled.component, &linker)?;
             drop(running);
             Ok(module)
         });
-        let module =
-            started.map_err(|error| failed("starting the module", fuel, self.compiled.limits.evaluate, &error))?;
+        let module = started.map_err(|error| self.failed("starting the module", &error, None))?;
         self.instance = Some(Instance { store, module });
 
         let config = self.config.clone();
-        self.call("configure", |policy, store| policy.call_configure(store, &config))?
-            .map_err(WasmError::Configuration)?;
+        let placement = wit::Placement {
+            name: self.placement.name.clone(),
+            tier: match self.placement.tier {
+                Tier::Admin => wit::Tier::Admin,
+                Tier::Tenant => wit::Tier::Tenant,
+                Tier::Baseline => wit::Tier::Baseline,
+            },
+            tenant: self.placement.tenant.clone(),
+        };
+        self.call("configure", |policy, store| {
+            policy.call_configure(store, &config, &placement)
+        })?
+        .map_err(WasmError::Configuration)?;
         let known = std::mem::take(&mut self.order);
         self.learned.clear();
-        let learned = self.learn(known.clone());
+        let learned = self.learn(known.iter().cloned());
         if learned.is_err() {
             // The next start tells it again.
-            self.learned = (0..)
-                .zip(&known)
-                .map(|(number, (identity, _))| (*identity, number))
-                .collect();
+            self.learned = known.iter().cloned().zip(0..).collect();
             self.order = known;
             self.instance = None;
         }
@@ -111,23 +211,25 @@ impl Runtime {
     }
 
     /// Fuel for one call, and what is left of the time.
-    fn budget(&self, store: &mut Store<StoreLimits>) -> wasmtime::Result<Running> {
-        store.set_fuel(self.compiled.limits.fuel)?;
+    fn budget(&self, store: &mut Store<State>) -> wasmtime::Result<Running> {
+        store.set_fuel(self.limits.fuel)?;
         let left = self.deadline.saturating_duration_since(Instant::now());
         let ticks = left.as_nanos() / TICK.as_nanos();
         store.set_epoch_deadline(u64::try_from(ticks).unwrap_or(u64::MAX) + 1);
+        store.data_mut().log.begin();
         Ok(self.compiled.clock.run())
     }
 
     fn call<T>(
         &mut self,
         what: &str,
-        run: impl FnOnce(&wit::Guest, &mut Store<StoreLimits>) -> wasmtime::Result<T>,
+        run: impl FnOnce(&wit::Guest, &mut Store<State>) -> wasmtime::Result<T>,
     ) -> Result<T, WasmError> {
         let Some(mut instance) = self.instance.take() else {
             self.revive()?;
             return self.call(what, run);
         };
+        self.calls += 1;
         let result = self.budget(&mut instance.store).and_then(|running| {
             let answer = run(instance.module.wasmgate_policy_policy(), &mut instance.store);
             drop(running);
@@ -138,213 +240,318 @@ impl Runtime {
                 self.instance = Some(instance);
                 Ok(answer)
             }
-            Err(error) => Err(failed(
-                what,
-                self.compiled.limits.fuel,
-                self.compiled.limits.evaluate,
-                &error,
-            )),
+            Err(error) => {
+                let mut log = instance.store.into_data().log;
+                let complaint = log.complaint();
+                self.log = Some(log);
+                Err(self.failed(what, &error, complaint))
+            }
         }
     }
 
-    /// What the policy makes of a pod.
+    fn failed(&self, call: &str, error: &wasmtime::Error, complaint: Option<String>) -> WasmError {
+        let call = call.to_owned();
+        let problem = match error.downcast_ref::<Trap>() {
+            Some(Trap::OutOfFuel) => {
+                let problem = format!(
+                    "the module used up its fuel of {} (`wasm.fuel_per_call`): an endless loop?",
+                    self.limits.fuel
+                );
+                return WasmError::Exhausted { call, problem };
+            }
+            Some(Trap::Interrupt) => {
+                let problem = format!(
+                    "the module took longer than {} ms (`wasm.evaluate_ms`)",
+                    self.limits.evaluate.as_millis()
+                );
+                return WasmError::Exhausted { call, problem };
+            }
+            Some(trap) => {
+                let trap = trap.to_string();
+                let trap = trap.trim_start_matches("wasm trap: ");
+                let said = complaint.map_or(String::new(), |said| format!(": {said}"));
+                format!("the module trapped: {trap}{said}")
+            }
+            None => {
+                let root = error.root_cause().to_string();
+                if root.contains("growing memory") || root.contains("growing table") {
+                    format!("the module wants more memory than `wasm.memory_mib` allows ({root})")
+                } else {
+                    format!("{error:#}")
+                }
+            }
+        };
+        WasmError::Call { call, problem }
+    }
+
+    /// The networks that the module wants to tell apart.
     ///
     /// # Errors
     ///
-    /// Where the module fails, can't identify the pod, or answers an identity beyond the limits.
-    pub fn identify(&mut self, pod: &PodRecord) -> Result<IdentityKey, WasmError> {
-        let call = format!("identify({})", pod.full_name());
-        let argument = wit::Pod {
-            namespace: pod.namespace.clone(),
-            name: pod.name.clone(),
-            labels: to_labels(&pod.labels),
-        };
-        let answer = self
-            .call(&call, |policy, store| policy.call_identify(store, &argument))?
-            .map_err(|problem| WasmError::Call {
-                call: call.clone(),
-                problem: format!("the module can't identify the pod: {problem}"),
-            })?;
-        let count = answer.labels.len();
-        let key = IdentityKey {
-            tenant: answer.tenant,
-            labels: answer
-                .labels
-                .into_iter()
-                .map(|label| (label.key, label.value))
-                .collect(),
-        };
-        let problem = if key.labels.len() == count {
-            key.check().err()
-        } else {
-            Some("the same label twice".to_owned())
-        };
-        match problem {
-            None => Ok(key),
-            Some(problem) => Err(WasmError::Answer {
-                call,
-                problem: format!("an identity that is not allowed: {problem}"),
-            }),
-        }
+    /// Where the module fails, or names nonsense.
+    pub fn networks(&mut self) -> Result<Vec<Network>, WasmError> {
+        let call = "networks";
+        let answer = self.call(call, |policy, store| policy.call_networks(store))?;
+        check_networks(&self.placement.name, answer).map_err(|problem| WasmError::Answer {
+            call: call.to_owned(),
+            problem,
+        })
     }
 
-    /// Tells the module of peers, once each; `None` for a reserved identity's key.
+    /// What the policy makes of each pod, given with the names of the module's own networks that hold it. The inner
+    /// error is about one pod.
     ///
     /// # Errors
     ///
     /// Where the module fails.
-    pub fn learn(&mut self, peers: impl IntoIterator<Item = (Identity, Option<IdentityKey>)>) -> Result<(), WasmError> {
-        // Many addresses share an identity; the module numbers each peer that it is told of.
+    pub fn identify(&mut self, pods: &[(&Pod, Vec<String>)]) -> Result<Vec<Result<Class, WasmError>>, WasmError> {
+        let mut classes = Vec::with_capacity(pods.len());
+        for pods in pods.chunks(PODS_PER_CALL) {
+            let call = match pods {
+                [(one, _)] => format!("identify({})", one.full_name()),
+                many => format!("identify({} pods)", many.len()),
+            };
+            let arguments: Vec<wit::Pod> = pods.iter().map(|(pod, networks)| to_pod(pod, networks)).collect();
+            let answers = self.call(&call, |policy, store| policy.call_identify(store, &arguments))?;
+            if answers.len() != pods.len() {
+                return Err(WasmError::Answer {
+                    call,
+                    problem: format!("{} classes where {} were asked for", answers.len(), pods.len()),
+                });
+            }
+            for ((pod, _), answer) in pods.iter().zip(answers) {
+                let call = format!("identify({})", pod.full_name());
+                classes.push(match answer {
+                    Ok(class) => check_class(class).map_err(|problem| WasmError::Answer {
+                        call,
+                        problem: format!("an identity that is not allowed: {problem}"),
+                    }),
+                    Err(problem) => Err(WasmError::Call {
+                        call,
+                        problem: format!("the module can't identify the pod: {problem}"),
+                    }),
+                });
+            }
+        }
+        Ok(classes)
+    }
+
+    /// Tells the module of peers, once each.
+    ///
+    /// # Errors
+    ///
+    /// Where the module fails.
+    pub fn learn(&mut self, peers: impl IntoIterator<Item = Who>) -> Result<(), WasmError> {
         let mut told = HashSet::new();
-        let new: Vec<_> = peers
+        let new: Vec<Who> = peers
             .into_iter()
-            .filter(|(identity, _)| !self.learned.contains_key(identity) && told.insert(*identity))
+            .filter(|who| !self.learned.contains_key(who) && told.insert(who.clone()))
             .collect();
         if new.is_empty() {
             return Ok(());
         }
-        let arguments: Vec<wit::Peer> = new
-            .iter()
-            .map(|(identity, key)| peer(*identity, key.as_ref()))
-            .collect();
+        let arguments: Vec<wit::Peer> = new.iter().map(to_peer).collect();
         self.call("learn", |policy, store| policy.call_learn(store, &arguments))?;
-        for (identity, key) in new {
+        for who in new {
             let number = u32::try_from(self.order.len()).unwrap_or(u32::MAX);
-            self.learned.insert(identity, number);
-            self.order.push((identity, key));
+            self.learned.insert(who.clone(), number);
+            self.order.push(who);
         }
         Ok(())
     }
 
-    fn number(&self, identity: Identity) -> Result<u32, WasmError> {
-        self.learned.get(&identity).copied().ok_or_else(|| WasmError::Call {
-            call: "decide".to_owned(),
-            problem: format!("identity {identity} was never learned: a defect of hostd"),
-        })
+    /// Number of a peer that the module has learned.
+    #[must_use]
+    pub fn number(&self, who: &Who) -> Option<u32> {
+        self.learned.get(who).copied()
     }
 
-    /// May `from` open a connection to each of `to`?
+    /// How many peers the module has learned.
+    #[must_use]
+    pub fn learned(&self) -> usize {
+        self.order.len()
+    }
+
+    /// Starts the module anew, with no memory of peers: numbers change.
+    pub fn forget(&mut self) {
+        self.learned.clear();
+        self.order.clear();
+        self.instance = None;
+    }
+
+    /// What the policy says for each of `subjects`, at that end, with each of `peers`, both by number.
     ///
     /// # Errors
     ///
     /// Where the module fails or answers nonsense.
-    pub fn decide(&mut self, from: Identity, to: &[Identity]) -> Result<Row, WasmError> {
-        if self.instance.is_none() {
-            self.revive()?;
+    pub fn decide(&mut self, side: Direction, subjects: &[u32], peers: &[u32]) -> Result<Matrix, WasmError> {
+        let at_once = (CELLS_PER_CALL / peers.len().max(1)).max(1);
+        if subjects.len() <= at_once {
+            return self.decide_at_once(side, subjects, peers);
         }
-        let from_number = self.number(from)?;
-        let numbers = to.iter().map(|to| self.number(*to)).collect::<Result<Vec<_>, _>>()?;
-        let call = format!("decide(from {from}, to {} peers)", to.len());
-        let row = self.call(&call, |policy, store| policy.call_decide(store, from_number, &numbers))?;
-        check_row(row, to.len()).map_err(|problem| WasmError::Answer { call, problem })
-    }
-}
-
-fn check_row(row: wit::Row, expected: usize) -> Result<Row, String> {
-    if row.cells.len() != expected {
-        return Err(format!("{} cells where {expected} were asked for", row.cells.len()));
-    }
-    if row.decisions.len() > MAX_DECISIONS {
-        return Err(format!(
-            "{} different decisions; at most {MAX_DECISIONS} are allowed",
-            row.decisions.len()
-        ));
-    }
-    let count = row.decisions.len();
-    if let Some(cell) = row.cells.iter().find(|cell| usize::from(**cell) >= count) {
-        return Err(format!("index {cell} into a table of {count} decisions"));
-    }
-    Ok(Row {
-        decisions: row.decisions.into_iter().map(decision).collect::<Result<_, _>>()?,
-        cells: row.cells,
-    })
-}
-
-fn decision(decision: wit::Decision) -> Result<Decision, String> {
-    Ok(match decision {
-        wit::Decision::Allow => Decision::Allow,
-        wit::Decision::Deny => Decision::Deny,
-        wit::Decision::Pass => Decision::Pass,
-        wit::Decision::Ports(ranges) => {
-            if ranges.len() > PORT_RULES {
-                return Err(format!(
-                    "{} port ranges in one decision; at most {PORT_RULES} are allowed",
-                    ranges.len()
+        let mut all = Matrix {
+            decisions: Vec::new(),
+            cells: Vec::with_capacity(subjects.len() * peers.len()),
+        };
+        let mut numbers: HashMap<Decision, u16> = HashMap::new();
+        for subjects in subjects.chunks(at_once) {
+            let some = self.decide_at_once(side, subjects, peers)?;
+            let mut renumbered = Vec::with_capacity(some.decisions.len());
+            for decision in some.decisions {
+                let next = all.decisions.len();
+                let number = *numbers
+                    .entry(decision.clone())
+                    .or_insert(u16::try_from(next).unwrap_or(u16::MAX));
+                if usize::from(number) == next {
+                    all.decisions.push(decision);
+                }
+                renumbered.push(number);
+            }
+            if all.decisions.len() > MAX_DECISIONS {
+                return Err(too_many_decisions(
+                    format!("decide({} peers)", peers.len()),
+                    all.decisions.len(),
                 ));
             }
-            Decision::Ports(ranges.into_iter().map(port_rule).collect::<Result<_, _>>()?)
+            all.cells
+                .extend(some.cells.iter().map(|cell| renumbered[usize::from(*cell)]));
         }
-    })
-}
-
-fn port_rule(range: wit::PortRange) -> Result<PortRule, String> {
-    if range.first > range.last {
-        return Err(format!("the port range {} to {}", range.first, range.last));
+        Ok(all)
     }
-    let protocol = match range.protocol {
-        wit::Protocol::Any => ANY_PROTOCOL,
-        wit::Protocol::Icmp => 1,
-        wit::Protocol::Tcp => 6,
-        wit::Protocol::Udp => 17,
-        wit::Protocol::Sctp => 132,
-    };
-    Ok(PortRule {
-        first: range.first,
-        last: range.last,
-        protocol,
-        zero: 0,
-    })
-}
 
-fn to_labels(labels: &BTreeMap<String, String>) -> Vec<wit::Label> {
-    labels
-        .iter()
-        .map(|(key, value)| wit::Label {
-            key: key.clone(),
-            value: value.clone(),
-        })
-        .collect()
-}
-
-fn peer(identity: Identity, key: Option<&IdentityKey>) -> wit::Peer {
-    match (identity, key) {
-        (_, Some(key)) => wit::Peer::Pod(wit::Identity {
-            tenant: key.tenant.clone(),
-            labels: to_labels(&key.labels),
-        }),
-        (Identity::HOST, None) => wit::Peer::Reserved(wit::Reserved::Host),
-        (Identity::HEALTH, None) => wit::Peer::Reserved(wit::Reserved::Health),
-        (Identity::INIT, None) => wit::Peer::Reserved(wit::Reserved::Init),
-        (Identity::REMOTE_NODE, None) => wit::Peer::Reserved(wit::Reserved::RemoteNode),
-        // Whoever is neither a pod nor of the cluster is the world.
-        _ => wit::Peer::Reserved(wit::Reserved::World),
+    fn decide_at_once(&mut self, side: Direction, subjects: &[u32], peers: &[u32]) -> Result<Matrix, WasmError> {
+        let call = format!("decide({} subjects, {} peers)", subjects.len(), peers.len());
+        let side = match side {
+            Direction::Egress => wit::Side::Egress,
+            Direction::Ingress => wit::Side::Ingress,
+        };
+        let matrix = self.call(&call, |policy, store| policy.call_decide(store, side, subjects, peers))?;
+        if matrix.decisions.len() > MAX_DECISIONS {
+            return Err(too_many_decisions(call, matrix.decisions.len()));
+        }
+        check_matrix(matrix, subjects.len() * peers.len()).map_err(|problem| WasmError::Answer { call, problem })
     }
 }
 
-fn failed(call: &str, fuel: u64, time: std::time::Duration, error: &wasmtime::Error) -> WasmError {
-    let problem = match error.downcast_ref::<Trap>() {
-        Some(Trap::OutOfFuel) => {
-            format!("the module used up its fuel of {fuel} (`wasm.fuel_per_call`): an endless loop?")
+fn too_many_decisions(call: String, found: usize) -> WasmError {
+    WasmError::Answer {
+        call,
+        problem: format!("{found} different decisions; at most {MAX_DECISIONS} are allowed"),
+    }
+}
+
+fn check_matrix(matrix: wit::Matrix, expected: usize) -> Result<Matrix, String> {
+    if matrix.cells.len() != expected {
+        return Err(format!("{} cells where {expected} were asked for", matrix.cells.len()));
+    }
+    let count = matrix.decisions.len();
+    if let Some(cell) = matrix.cells.iter().find(|cell| usize::from(**cell) >= count) {
+        return Err(format!("index {cell} into a table of {count} decisions"));
+    }
+    Ok(Matrix {
+        decisions: matrix
+            .decisions
+            .into_iter()
+            .map(wit::to_decision)
+            .collect::<Result<_, _>>()?,
+        cells: matrix.cells,
+    })
+}
+
+fn check_class(class: wit::Class) -> Result<Class, String> {
+    let count = class.labels.len();
+    let labels: BTreeMap<String, String> = class.labels.into_iter().map(|label| (label.key, label.value)).collect();
+    if labels.len() != count {
+        return Err("the same label twice".to_owned());
+    }
+    if let Some(tenant) = &class.tenant {
+        if tenant.is_empty() {
+            return Err("the tenant is empty".to_owned());
         }
-        Some(Trap::Interrupt) => format!(
-            "the module took longer than {} ms (`wasm.evaluate_ms`)",
-            time.as_millis()
-        ),
-        Some(trap) => {
-            let trap = trap.to_string();
-            format!("the module trapped: {}", trap.trim_start_matches("wasm trap: "))
+        check_text("the tenant", tenant, crate::identity::MAX_TEXT)?;
+    }
+    check_labels(&labels)?;
+    Ok(Class {
+        tenant: class.tenant,
+        labels,
+    })
+}
+
+fn check_networks(module: &str, networks: Vec<wit::Network>) -> Result<Vec<Network>, String> {
+    let blocks: usize = networks.iter().map(|network| network.blocks.len()).sum();
+    if networks.len().max(blocks) > MAX_NETWORKS {
+        return Err(format!(
+            "{} networks with {blocks} blocks; at most {MAX_NETWORKS} are allowed",
+            networks.len()
+        ));
+    }
+    let mut names = HashSet::new();
+    let mut checked = Vec::with_capacity(networks.len());
+    for network in networks {
+        check_text("a network's name", &network.name, crate::identity::MAX_KEY)?;
+        if network.name.is_empty() || !names.insert(network.name.clone()) {
+            return Err(format!("the network {:?} twice, or without a name", network.name));
         }
-        None => {
-            let root = error.root_cause().to_string();
-            if root.contains("growing memory") || root.contains("growing table") {
-                format!("the module wants more memory than `wasm.memory_mib` allows ({root})")
-            } else {
-                format!("{error:#}")
+        let parse = |text: &str| -> Result<IpNet, String> {
+            text.parse()
+                .map_err(|_| format!("network {}: {text:?}, which is no CIDR", network.name))
+        };
+        let mut blocks = Vec::with_capacity(network.blocks.len());
+        for block in &network.blocks {
+            let cidr = parse(&block.cidr)?.trunc();
+            let except = block
+                .except
+                .iter()
+                .map(|text| Ok(parse(text)?.trunc()))
+                .collect::<Result<Vec<_>, String>>()?;
+            if let Some(outside) = except.iter().find(|except| !cidr.contains(*except)) {
+                return Err(format!(
+                    "network {}: the exception {outside}, which is not in {cidr}",
+                    network.name
+                ));
             }
+            blocks.push((cidr, except));
         }
-    };
-    WasmError::Call {
-        call: call.to_owned(),
-        problem,
+        checked.push(Network {
+            module: module.to_owned(),
+            name: network.name,
+            blocks,
+        });
+    }
+    Ok(checked)
+}
+
+fn to_pod(pod: &Pod, networks: &[String]) -> wit::Pod {
+    wit::Pod {
+        namespace: pod.namespace.clone(),
+        name: pod.name.clone(),
+        labels: wit::labels(&pod.labels),
+        namespace_labels: wit::labels(&pod.namespace_labels),
+        service_account: pod.service_account.clone(),
+        addresses: pod.addresses.iter().map(ToString::to_string).collect(),
+        ports: pod
+            .ports
+            .iter()
+            .filter_map(|(name, protocol, port)| {
+                Some(wit::NamedPort {
+                    name: name.clone(),
+                    protocol: wit::protocol(*protocol)?,
+                    port: *port,
+                })
+            })
+            .collect(),
+        networks: networks.to_vec(),
+    }
+}
+
+fn to_peer(who: &Who) -> wit::Peer {
+    match who {
+        Who::Pod(tenant, labels) => wit::Peer::Pod(wit::Identity {
+            tenant: tenant.clone(),
+            labels: wit::labels(labels),
+        }),
+        Who::Reserved(identity) => wit::Peer::Reserved(wit::reserved(*identity)),
+        Who::Networks(names) => wit::Peer::Networks(names.clone()),
+        Who::Unknown(tenant) => wit::Peer::Unknown(tenant.clone()),
     }
 }

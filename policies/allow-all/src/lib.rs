@@ -17,7 +17,7 @@ impl Policy for AllowAll {
     }
 
     fn decide(&self, _from: &Peer, _to: &Peer) -> Decision {
-        Decision::Allow
+        Decision::allow()
     }
 }
 

@@ -22,8 +22,8 @@ impl Policy for TenantIsolation {
 
     fn decide(&self, from: &Peer, to: &Peer) -> Decision {
         match (from.pod(), to.pod()) {
-            (Some(from), Some(to)) if from.tenant == to.tenant || to.tenant == SHARED => Decision::Allow,
-            _ => Decision::Pass,
+            (Some(from), Some(to)) if from.tenant == to.tenant || to.tenant == SHARED => Decision::allow(),
+            _ => Decision::pass(),
         }
     }
 }

@@ -19,14 +19,14 @@ impl Policy for WebApp {
 
     fn decide(&self, from: &Peer, to: &Peer) -> Decision {
         let (Some(from), Some(to)) = (from.pod(), to.pod()) else {
-            return Decision::Pass;
+            return Decision::pass();
         };
         let same_app = from.tenant == to.tenant;
         match (from.label("app"), to.label("app")) {
             (_, Some("dns")) => Decision::ports([udp(53), tcp(53)]),
             (Some("frontend"), Some("backend")) if same_app => Decision::ports([tcp(8080)]),
             (Some("backend"), Some("db")) if same_app => Decision::ports([tcp(5432)]),
-            _ => Decision::Pass,
+            _ => Decision::pass(),
         }
     }
 }

@@ -23,6 +23,10 @@ pub struct Options {
     pub tables: String,
     /// Pod CIDR of node `n`, from 1, with `{n}` for the number.
     pub pod_cidr: String,
+    /// Pod CIDRs of each node, in place of that.
+    pub pod_cidrs: Vec<Vec<String>>,
+    /// Addresses of a host on the underlay that is no node. It routes to the pods by way of their nodes.
+    pub externals: Vec<IpAddr>,
 }
 
 impl Default for Options {
@@ -32,6 +36,8 @@ impl Default for Options {
             keys: String::new(),
             tables: String::new(),
             pod_cidr: "10.{n}.0.0/24".to_owned(),
+            pod_cidrs: Vec::new(),
+            externals: Vec::new(),
         }
     }
 }
@@ -69,6 +75,8 @@ pub struct Cluster {
     pub pods: Vec<Pod>,
     /// The nodes.
     pub nodes: Vec<Node>,
+    /// The host with the addresses that are no pods'.
+    pub external: Option<Namespace>,
     _underlay: Option<Namespace>,
     folder: tempfile::TempDir,
 }
@@ -132,15 +140,24 @@ impl Cluster {
             node.configure(options, number, folder.path())?;
             nodes.push(node);
         }
-        let underlay = join(&nodes)?;
+        let external = if options.externals.is_empty() {
+            None
+        } else {
+            Some(Namespace::new("external")?)
+        };
+        let underlay = join(&nodes, external.as_ref())?;
         for node in &nodes {
             node.netns
                 .ip(&["addr", "add", &format!("{}/24", node.underlay), "dev", "underlay"])?;
             node.netns.ip(&["link", "set", "underlay", "up"])?;
         }
+        if let Some(external) = &external {
+            connect_external(external, &nodes, options)?;
+        }
         Ok(Self {
             pods: Vec::new(),
             nodes,
+            external,
             _underlay: underlay,
             folder,
         })
@@ -158,6 +175,18 @@ impl Cluster {
     ///
     /// Where hostd refuses.
     pub fn add_pod(&mut self, node: usize, name: &str, labels: &[(&str, &str)]) -> anyhow::Result<usize> {
+        let labels = labels
+            .iter()
+            .flat_map(|(key, value)| ["--label".to_owned(), format!("{key}={value}")]);
+        self.add_pod_with(node, name, &labels.collect::<Vec<_>>())
+    }
+
+    /// Connects a new pod, with more arguments for `hostd endpoint add`; the answer is its index.
+    ///
+    /// # Errors
+    ///
+    /// Where hostd refuses.
+    pub fn add_pod_with(&mut self, node: usize, name: &str, more: &[String]) -> anyhow::Result<usize> {
         let netns = Namespace::new(&name.replace('/', "-"))?;
         let (namespace, pod) = name.split_once('/').context("a pod is NAMESPACE/NAME")?;
         let mut arguments = vec![
@@ -170,10 +199,7 @@ impl Cluster {
             "--name",
             pod,
         ];
-        let labels: Vec<String> = labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
-        for label in &labels {
-            arguments.extend(["--label", label]);
-        }
+        arguments.extend(more.iter().map(String::as_str));
         let added = self.nodes[node].json(&arguments)?;
         let address = added["address"].as_str().context("hostd names no address")?.parse()?;
         self.pods.push(Pod {
@@ -183,6 +209,24 @@ impl Cluster {
             node,
         });
         Ok(self.pods.len() - 1)
+    }
+
+    /// Disconnects a pod, and removes its namespace.
+    ///
+    /// # Errors
+    ///
+    /// Where there is no such pod, or hostd refuses.
+    pub fn remove_pod(&mut self, name: &str) -> anyhow::Result<()> {
+        let index = self
+            .pods
+            .iter()
+            .position(|pod| pod.name == name)
+            .context("no such pod")?;
+        let pod = self.pods.remove(index);
+        let (namespace, name) = name.split_once('/').context("a pod is NAMESPACE/NAME")?;
+        let arguments = ["endpoint", "delete", "--namespace", namespace, "--name", name];
+        self.nodes[pod.node].json(&arguments)?;
+        Ok(())
     }
 
     /// A pod by name.
@@ -213,6 +257,42 @@ impl Cluster {
         Ok(())
     }
 
+    /// Waits until all nodes say the same of every address: what one node does others learn a moment later.
+    ///
+    /// # Errors
+    ///
+    /// Where they do not in time.
+    pub fn agree(&self) -> anyhow::Result<()> {
+        let identities = |node: &Node| -> anyhow::Result<Vec<(String, u64)>> {
+            let entries = node.json(&["ipcache", "list"])?;
+            let entries = entries.as_array().cloned().unwrap_or_default();
+            let own = node.underlay.to_string();
+            let mut identities: Vec<(String, u64)> = entries
+                .iter()
+                .map(|entry| {
+                    let address = entry["address"].as_str().unwrap_or_default().to_owned();
+                    (address, entry["identity"].as_u64().unwrap_or(0))
+                })
+                .filter(|(address, _)| *address != own)
+                .collect();
+            identities.sort();
+            Ok(identities)
+        };
+        let mut problem = None;
+        let agreed = wait_until(START, || {
+            let all: Result<Vec<_>, _> = self.nodes.iter().map(identities).collect();
+            match all {
+                Ok(all) => all[0].len() == self.pods.len() && all.iter().all(|one| *one == all[0]),
+                Err(error) => {
+                    problem = Some(error);
+                    false
+                }
+            }
+        });
+        ensure!(agreed, "the nodes do not agree: {problem:?}");
+        Ok(())
+    }
+
     /// Loads a policy by its name among those built, on the first node.
     ///
     /// # Errors
@@ -224,9 +304,37 @@ impl Cluster {
     }
 }
 
+/// Gives the external host its addresses and everybody the routes that they need.
+fn connect_external(external: &Namespace, nodes: &[Node], options: &Options) -> anyhow::Result<()> {
+    let own = format!("{UNDERLAY}.254");
+    external.ip(&["addr", "add", &format!("{own}/24"), "dev", "underlay"])?;
+    external.ip(&["link", "set", "underlay", "up"])?;
+    for address in &options.externals {
+        external.ip(&["addr", "add", &format!("{address}/32"), "dev", "lo"])?;
+        for node in nodes {
+            node.netns.ip(&["route", "add", &address.to_string(), "via", &own])?;
+        }
+    }
+    for (number, node) in (1..).zip(nodes) {
+        for cidr in options.cidrs_of(number) {
+            external.ip(&["route", "add", &cidr, "via", &node.underlay.to_string()])?;
+        }
+    }
+    Ok(())
+}
+
+impl Options {
+    fn cidrs_of(&self, number: u8) -> Vec<String> {
+        match self.pod_cidrs.get(usize::from(number) - 1) {
+            Some(cidrs) => cidrs.clone(),
+            None => vec![self.pod_cidr.replace("{n}", &number.to_string())],
+        }
+    }
+}
+
 /// Joins the nodes: two by a veth pair, more by a bridge in a namespace of its own.
-fn join(nodes: &[Node]) -> anyhow::Result<Option<Namespace>> {
-    if let [one, other] = nodes {
+fn join(nodes: &[Node], external: Option<&Namespace>) -> anyhow::Result<Option<Namespace>> {
+    if let ([one, other], None) = (nodes, external) {
         let (one, other) = (one.netns.name(), other.netns.name());
         let pair = [
             "link", "add", "underlay", "netns", one, "type", "veth", "peer", "name", "underlay", "netns", other,
@@ -237,9 +345,10 @@ fn join(nodes: &[Node]) -> anyhow::Result<Option<Namespace>> {
     let bridge = Namespace::new("underlay")?;
     bridge.ip(&["link", "add", "bridge", "type", "bridge"])?;
     bridge.ip(&["link", "set", "bridge", "up"])?;
-    for (index, node) in nodes.iter().enumerate() {
+    let namespaces = nodes.iter().map(|node| &node.netns).chain(external);
+    for (index, netns) in namespaces.enumerate() {
         let port = format!("port{index}");
-        let (here, there) = (bridge.name(), node.netns.name());
+        let (here, there) = (bridge.name(), netns.name());
         let pair = [
             "link", "add", &port, "netns", here, "type", "veth", "peer", "name", "underlay", "netns", there,
         ];
@@ -254,11 +363,7 @@ impl Node {
         let mut text = String::new();
         writeln!(text, "node = {:?}", self.name)?;
         writeln!(text, "underlay = \"{}\"", self.underlay)?;
-        writeln!(
-            text,
-            "pod_cidrs = [{:?}]",
-            options.pod_cidr.replace("{n}", &number.to_string())
-        )?;
+        writeln!(text, "pod_cidrs = {:?}", options.cidrs_of(number))?;
         writeln!(text, "store = \"file:{}\"", cluster.join("store").display())?;
         writeln!(text, "state_dir = \"{}\"", self.folder.join("state").display())?;
         writeln!(text, "socket = \"{}\"", self.socket().display())?;

@@ -8,6 +8,7 @@ mod cluster;
 mod netns;
 mod probe;
 mod reach;
+mod server;
 mod support;
 
 pub use artifacts::{hostd, policy, test_policy, use_release};
@@ -18,6 +19,7 @@ pub use probe::{
     Counts, Listener, Stream, TcpOutcome, Traffic, tcp_exchange, tcp_open, tcp_retransmits, udp_exchange, wait_until,
 };
 pub use reach::{Duplex, Reach, reachable};
+pub use server::Server;
 pub use support::{Unsupported, check as check_support};
 
 /// Begins a kernel test: on a machine that can't run it the test is skipped, but never in CI.

@@ -4,7 +4,11 @@
 
 use policy_sdk::guest::bindings::{
     self,
-    exports::wasmgate::policy::policy::{Decision, Guest, Identity, Label, Peer, Pod, PortRange, Protocol, Row},
+    exports::wasmgate::policy::policy::{
+        Action, AddressBlock, Class, Decision, Guest, Label, Matrix, Network, Peer, Placement, Pod, PortRange,
+        Protocol, Rule, Side,
+    },
+    wasmgate::policy::log,
 };
 use std::cell::RefCell;
 
@@ -49,65 +53,125 @@ fn recurse(depth: u64) -> u64 {
     recurse(depth + 1) + room[0]
 }
 
+const fn all(action: Action) -> Decision {
+    Decision {
+        rules: Vec::new(),
+        otherwise: action,
+        reason: String::new(),
+    }
+}
+
+fn identify(pod: Pod) -> Result<Class, String> {
+    let label = |n: usize| Label {
+        key: n.to_string(),
+        value: String::new(),
+    };
+    let (tenant, labels) = match deed().as_str() {
+        "refuse pod" => return Err(format!("{} is not welcome", pod.name)),
+        "refuse foreign" if pod.namespace != "red" => return Err(format!("{} is not mine", pod.name)),
+        "long tenant" => ("t".repeat(64), Vec::new()),
+        "no tenant" => (String::new(), Vec::new()),
+        "huge tenant" => ("t".repeat(40 << 20), Vec::new()),
+        "many labels" => (pod.namespace, (0..65).map(label).collect()),
+        "same label" => (pod.namespace, vec![label(1), label(1)]),
+        "control" => ("a\nb".to_owned(), Vec::new()),
+        // Claims everybody's pods.
+        "conquer" => ("red".to_owned(), Vec::new()),
+        _ => (pod.namespace, Vec::new()),
+    };
+    Ok(Class {
+        tenant: Some(tenant),
+        labels,
+    })
+}
+
 impl Guest for Hostile {
-    fn configure(config: String) -> Result<(), String> {
+    fn configure(config: String, _placement: Placement) -> Result<(), String> {
         DEED.with(|deed| *deed.borrow_mut() = config.trim_matches('"').to_owned());
         misbehave("configure");
-        if deed() == "refuse" {
-            Err("the moon is in the wrong phase".to_owned())
-        } else {
-            Ok(())
+        match deed().as_str() {
+            "refuse" => Err("the moon is in the wrong phase".to_owned()),
+            "flood" => {
+                for number in 0..10_000 {
+                    log::write(log::Level::Info, &format!("flood {number}"));
+                }
+                Ok(())
+            }
+            _ => Ok(()),
         }
     }
 
-    fn identify(pod: Pod) -> Result<Identity, String> {
+    fn networks() -> Vec<Network> {
+        misbehave("networks");
+        let network = |name: &str, cidr: &str, except: &[&str]| {
+            vec![Network {
+                name: name.to_owned(),
+                blocks: vec![AddressBlock {
+                    cidr: cidr.to_owned(),
+                    except: except.iter().map(|one| (*one).to_owned()).collect(),
+                }],
+            }]
+        };
+        match deed().as_str() {
+            "no cidr" => network("a", "10.0.0.0/33", &[]),
+            "foreign exception" => network("a", "10.0.0.0/8", &["11.0.0.0/16"]),
+            "same network" => [network("a", "10.0.0.0/8", &[]), network("a", "11.0.0.0/8", &[])].concat(),
+            "many networks" => {
+                let one = |number: u32| {
+                    let address = std::net::Ipv4Addr::from(number * 2);
+                    network(&number.to_string(), &format!("{address}/32"), &[]).remove(0)
+                };
+                (1..17_000).map(one).collect()
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    fn identify(pods: Vec<Pod>) -> Vec<Result<Class, String>> {
         misbehave("identify");
-        let label = |n: usize| Label {
-            key: n.to_string(),
-            value: String::new(),
-        };
-        let (tenant, labels) = match deed().as_str() {
-            "refuse pod" => return Err(format!("{} is not welcome", pod.name)),
-            "long tenant" => ("t".repeat(64), Vec::new()),
-            "no tenant" => (String::new(), Vec::new()),
-            "huge tenant" => ("t".repeat(40 << 20), Vec::new()),
-            "many labels" => (pod.namespace, (0..17).map(label).collect()),
-            "same label" => (pod.namespace, vec![label(1), label(1)]),
-            "control" => ("a\nb".to_owned(), Vec::new()),
-            _ => (pod.namespace, Vec::new()),
-        };
-        Ok(Identity { tenant, labels })
+        if deed() == "few classes" {
+            return Vec::new();
+        }
+        if deed() == "foreign trap" && pods.iter().any(|pod| pod.namespace != "red") {
+            core::arch::wasm32::unreachable();
+        }
+        pods.into_iter().map(identify).collect()
     }
 
     fn learn(_peers: Vec<Peer>) {
         misbehave("learn");
     }
 
-    fn decide(_from: u32, to: Vec<u32>) -> Row {
+    fn decide(_side: Side, subjects: Vec<u32>, peers: Vec<u32>) -> Matrix {
         misbehave("decide");
-        let port = |port: u16| PortRange {
-            protocol: Protocol::Tcp,
-            first: port * 2,
-            last: port * 2,
+        let mut matrix = Matrix {
+            decisions: vec![all(Action::Allow)],
+            cells: vec![0; subjects.len() * peers.len()],
         };
-        let mut row = Row {
-            decisions: vec![Decision::Allow],
-            cells: vec![0; to.len()],
+        let rule = |first: u16, last: u16, reason: &str| Rule {
+            ports: PortRange {
+                protocol: Protocol::Tcp,
+                first,
+                last,
+            },
+            action: Action::Allow,
+            reason: reason.to_owned(),
         };
+        let mut decision = all(Action::Pass);
         match deed().as_str() {
-            "index" => row.cells.iter_mut().for_each(|cell| *cell = 1),
-            "short row" => row.cells.truncate(1),
-            "many ports" => row.decisions = vec![Decision::Ports((0..33).map(port).collect())],
-            "backward ports" => {
-                row.decisions = vec![Decision::Ports(vec![PortRange {
-                    protocol: Protocol::Udp,
-                    first: 2,
-                    last: 1,
-                }])];
-            }
-            _ => {}
+            "index" => matrix.cells.iter_mut().for_each(|cell| *cell = 1),
+            "short row" => matrix.cells.truncate(matrix.cells.len() - 1),
+            "many rules" => decision.rules = (0..16_385).map(|_| rule(1, 1, "")).collect(),
+            "backward ports" => decision.rules = vec![rule(2, 1, "")],
+            "long reason" => decision.rules = vec![rule(1, 2, &"r".repeat(513))],
+            // More breakpoints than the pool has.
+            "scattered ports" => decision.rules = (0..16_000).map(|port| rule(port * 4, port * 4, "")).collect(),
+            _ => return matrix,
         }
-        row
+        if !decision.rules.is_empty() {
+            matrix.decisions = vec![decision];
+        }
+        matrix
     }
 }
 

@@ -2,24 +2,28 @@
 
 use super::frame::{Frame, GATEWAY_A, GATEWAY_B, NODE, OTHER_NODE, POD_A, POD_A_MAC, POD_B, POD_B_MAC, REMOTE};
 use abi::{
-    AddressKey, Direction, DropReason, Endpoint, Event, Hook, Identity, IpcacheEntry, NodeConfig, NodeEntry, Path,
-    PortRule, PortSet,
+    AddressKey, Direction, DropReason, Endpoint, Event, Hook, Identity, IpcacheEntry, NetworkEntry, NodeConfig,
+    NodeEntry, Path, PortSet,
     event::Counter,
     ipcache::IPCACHE_HOST,
     map,
+    network::{NETWORK_KEY_BITS, UNROUTED},
     node::{GATEWAY_V4, REPORT_DROPS, REPORT_FLOWS, TUNNEL_PORT},
-    policy::{CELL_ALLOW, CELLS_PER_ELEMENT, PORT_RULES, cell_index},
+    policy::{CELL_ALLOW, CELLS_PER_ELEMENT, cell_index},
 };
 use aya::{
     Ebpf, EbpfLoader, Pod, TestRunOptions,
-    maps::{Array, HashMap, MapData, PerCpuArray, ProgramArray, RingBuf},
+    maps::{
+        Array, HashMap, MapData, PerCpuArray, ProgramArray, RingBuf,
+        lpm_trie::{Key, LpmTrie},
+    },
     programs::{SchedClassifier, TestRun},
 };
 use harness::{Namespace, in_netns};
 use hostd::{
     config::Maps,
     datapath::{Constants, load_programs},
-    plan::Shape,
+    plan::{Action, Decision, Ports, Rule, Shape},
 };
 
 pub const RED: Identity = Identity(0x01_0001);
@@ -35,6 +39,7 @@ const SHAPE: Shape = Shape {
     rows: 4,
     columns: 32,
     port_sets: 4,
+    breakpoints: 64,
 };
 
 /// What the programs did with one packet.
@@ -144,6 +149,10 @@ impl Bench {
         self.put_pod(POD_B, [BLUE; 2], BLUE_PLACE, 2, b);
         self.put_remote(REMOTE, [GREEN; 2], OTHER_NODE);
         self.put_ipcache(NODE, [Identity::HOST; 2], Identity::HOST.0, None, IPCACHE_HOST);
+        let none = [Identity::WORLD; 2];
+        for (address, length) in [([10, 0, 0, 0], 8), ([224, 0, 0, 0], 3)] {
+            self.put_network(address, length, none, [Identity::WORLD.0; 2], UNROUTED);
+        }
         self.allow_everything(0);
         self.allow_everything(1);
     }
@@ -236,16 +245,74 @@ impl Bench {
         self.set_cell(Direction::Egress, row, column, 0);
     }
 
-    pub fn set_port_set(&mut self, number: u32, rules: &[PortRule]) {
-        let mut set = PortSet {
-            len: u32::try_from(rules.len()).unwrap(),
-            rules: [PortRule::EMPTY; PORT_RULES],
+    /// Rules are protocol (none for any), first port and last port.
+    pub fn set_port_set(&mut self, number: u32, rules: &[(Option<u8>, u16, u16)]) {
+        let rules = rules.iter().map(|(protocol, first, last)| Rule {
+            ports: Ports {
+                protocol: *protocol,
+                first: *first,
+                last: *last,
+            },
+            action: Action::Allow,
+            reason: String::new(),
+        });
+        let decision = Decision {
+            rules: rules.collect(),
+            otherwise: Action::Deny,
+            reason: String::new(),
         };
-        set.rules[..rules.len()].copy_from_slice(rules);
+        let breakpoints = decision.line().settle(false).breakpoints();
+        let set = PortSet {
+            first: number * 16,
+            len: u32::try_from(breakpoints.len()).unwrap(),
+        };
         let parity = usize::try_from(self.generation & 1).unwrap();
-        self.array::<PortSet>(map::PORT_SETS[parity])
-            .set(number, set, 0)
-            .unwrap();
+        for (index, breakpoint) in (set.first..).zip(breakpoints) {
+            let mut pool = self.array::<u64>(map::PORT_POOL[parity]);
+            pool.set(index, breakpoint, 0).unwrap();
+        }
+        let mut sets = self.array::<PortSet>(map::PORT_SETS[parity]);
+        sets.set(number, set, 0).unwrap();
+    }
+
+    /// Gives the node one more address, of which hostd knows nothing.
+    pub fn address(&self, address: [u8; 4]) {
+        let address = std::net::Ipv4Addr::from(address).to_string();
+        self.netns.ip(&["addr", "add", &address, "dev", "lo"]).unwrap();
+    }
+
+    /// What the trie says of a prefix, by parity.
+    pub fn put_network(
+        &mut self,
+        address: [u8; 4],
+        length: u32,
+        identity: [Identity; 2],
+        column: [u32; 2],
+        flags: u32,
+    ) {
+        let mut trie: LpmTrie<_, AddressKey, NetworkEntry> =
+            self.ebpf.map_mut(map::NETWORKS).unwrap().try_into().unwrap();
+        let key = Key::new(NETWORK_KEY_BITS + length, AddressKey::v4(address));
+        let entry = NetworkEntry {
+            identity,
+            column,
+            flags,
+            zero: 0,
+        };
+        trie.insert(&key, entry, 0).unwrap();
+    }
+
+    /// Lets the node route: without it everything that is no pod's ends at the node itself.
+    pub fn forward(&self) {
+        in_netns(self.netns.name(), || {
+            std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")
+        })
+        .unwrap()
+        .unwrap();
+        let route = ["route", "add", "default", "dev", "vb"];
+        self.netns.ip(&["link", "set", "vb", "up"]).unwrap();
+        self.netns.ip(&["link", "set", "va", "up"]).unwrap();
+        self.netns.ip(&route).unwrap();
     }
 
     /// Puts the next generation in force.

@@ -145,21 +145,30 @@ const TABLE: &[(DropReason, &str, Run)] = &[
     (DropReason::TunnelPort, "this node's tunnel port", |b| {
         b.from_pod_a(&Frame::udp(POD_A, 1, NODE, 8472))
     }),
-    (DropReason::UnknownDestination, "outside the cluster", |b| {
-        b.from_pod_a(&Frame::tcp(POD_A, 1, NOBODY, 2, SYN))
-    }),
     (
         DropReason::UnknownDestination,
-        "another node, other than its tunnel port",
-        |b| b.from_pod_a(&Frame::udp(POD_A, 1, OTHER_NODE, 53)),
+        "an address of a pod CIDR that is no pod's",
+        |b| b.from_pod_a(&Frame::tcp(POD_A, 1, [10, 9, 9, 9], 2, SYN)),
     ),
     (DropReason::UnknownDestination, "multicast", |b| {
         b.from_pod_a(&Frame::udp(POD_A, 1, [224, 0, 0, 1], 2))
     }),
-    (DropReason::UnknownSource, "a routed packet from outside", |b| {
-        let vb = b.pod_b;
-        b.to_pod(&Frame::tcp(NOBODY, 1, POD_A, 2, SYN), vb)
-    }),
+    (
+        DropReason::UnknownSource,
+        "a routed packet from an address of a pod CIDR that is no pod's",
+        |b| {
+            let vb = b.pod_b;
+            b.to_pod(&Frame::tcp([10, 9, 9, 9], 1, POD_A, 2, SYN), vb)
+        },
+    ),
+    (
+        DropReason::UnknownSource,
+        "a routed packet that claims to be the node's",
+        |b| {
+            let vb = b.pod_b;
+            b.to_pod(&Frame::tcp(NODE, 1, POD_A, 2, SYN), vb)
+        },
+    ),
     (
         DropReason::UnknownSource,
         "a routed packet that claims to be another pod's",

@@ -128,19 +128,18 @@ fn a_low_ttl_and_every_checksum_carry_are_right() {
 #[test]
 fn a_port_set_lets_its_ports_through_and_no_others() {
     kernel_test!();
-    let rule = |protocol, first, last| PortRule {
-        first,
-        last,
-        protocol,
-        zero: 0,
-    };
     let mut bench = Bench::new();
     bench.set_port_set(
         1,
-        &[rule(6, 80, 80), rule(6, 8000, 8010), rule(17, 53, 53), rule(1, 0, 0)],
+        &[
+            (Some(6), 80, 80),
+            (Some(6), 8000, 8010),
+            (Some(17), 53, 53),
+            (Some(1), 8, 8),
+        ],
     );
-    bench.set_port_set(2, &[rule(ANY_PROTOCOL, 443, 443)]);
-    let cases: [(u16, Frame, bool); 13] = [
+    bench.set_port_set(2, &[(None, 443, 443)]);
+    let cases: [(u16, Frame, bool); 14] = [
         (1, Frame::tcp(POD_A, 1, POD_B, 80, SYN), true),
         (1, Frame::tcp(POD_A, 1, POD_B, 79, SYN), false),
         (1, Frame::tcp(POD_A, 1, POD_B, 8000, SYN), true),
@@ -150,6 +149,7 @@ fn a_port_set_lets_its_ports_through_and_no_others() {
         (1, Frame::udp(POD_A, 1, POD_B, 53), true),
         (1, Frame::udp(POD_A, 1, POD_B, 80), false),
         (1, Frame::echo(POD_A, POD_B, false, 80), true),
+        (2, Frame::echo(POD_A, POD_B, false, 443), false),
         (2, Frame::tcp(POD_A, 1, POD_B, 443, SYN), true),
         (2, Frame::udp(POD_A, 1, POD_B, 443), true),
         (2, Frame::udp(POD_A, 1, POD_B, 444), false),
@@ -179,15 +179,78 @@ fn sctp_is_matched_by_port() {
         )
     };
     bench.set_cell(Direction::Egress, RED_PLACE.0, BLUE_PLACE.1, CELL_PORT_SET + 1);
-    bench.set_port_set(
-        1,
-        &[PortRule {
-            first: 38412,
-            last: 38412,
-            protocol: 132,
-            zero: 0,
-        }],
-    );
+    bench.set_port_set(1, &[(Some(132), 38412, 38412)]);
     assert_eq!(bench.from_pod_a(&frame(38412)).path(), Path::Local);
     assert_eq!(bench.from_pod_a(&frame(38413)).reason(), DropReason::EgressDenied);
+}
+
+#[test]
+fn many_ports_are_found_by_their_halves() {
+    kernel_test!();
+    let mut bench = Bench::new();
+    let odd: Vec<(Option<u8>, u16, u16)> = (0..7).map(|n| (Some(6), 1001 + 2 * n, 1001 + 2 * n)).collect();
+    bench.set_port_set(1, &odd);
+    bench.set_cell(Direction::Egress, RED_PLACE.0, BLUE_PLACE.1, CELL_PORT_SET + 1);
+    for port in 999..1016 {
+        let outcome = bench.from_pod_a(&Frame::tcp(POD_A, 1, POD_B, port, SYN));
+        let expected = port % 2 == 1 && (1001..1015).contains(&port);
+        assert_eq!(matches!(outcome, Outcome::Sent { .. }), expected, "port {port}");
+    }
+}
+
+#[test]
+fn addresses_that_are_no_pods_are_routed_by_the_node_under_policy() {
+    kernel_test!();
+    let network = Identity(20);
+    let out = |port: u16| Frame::tcp(POD_A, 40000, NOBODY, port, SYN);
+    let into = |port: u16| Frame::tcp(NOBODY, 40001, POD_A, port, SYN);
+    let mut bench = Bench::new();
+    bench.forward();
+    let vb = bench.pod_b;
+    assert_eq!(bench.from_pod_a(&out(1)).path(), Path::ToOutside, "the world");
+    assert_eq!(bench.to_pod(&into(1), vb).path(), Path::FromOutside);
+    // The world's column counts while no network holds the address, then the network's, by parity.
+    bench.deny_egress(RED_PLACE.0, Identity::WORLD.0);
+    bench.set_cell(Direction::Ingress, RED_PLACE.0, Identity::WORLD.0, 0);
+    assert_eq!(bench.from_pod_a(&out(2)).reason(), DropReason::EgressDenied);
+    assert_eq!(bench.to_pod(&into(2), vb).reason(), DropReason::IngressDenied);
+    let world = (Identity::WORLD, Identity::WORLD.0);
+    bench.put_network(NOBODY, 24, [network, world.0], [19, world.1], 0);
+    assert_eq!(bench.from_pod_a(&out(3)).path(), Path::ToOutside);
+    assert_eq!(bench.to_pod(&into(3), vb).path(), Path::FromOutside);
+    // The longest prefix decides.
+    bench.put_network(NOBODY, 32, [world.0; 2], [world.1; 2], 0);
+    assert_eq!(bench.from_pod_a(&out(4)).reason(), DropReason::EgressDenied);
+    // Replies of what was let out come back.
+    let reply = Frame::tcp(NOBODY, 3, POD_A, 40000, SYN | ACK);
+    assert_eq!(bench.to_pod(&reply, vb).path(), Path::FromOutside);
+}
+
+#[test]
+fn another_node_is_a_peer_of_its_own() {
+    kernel_test!();
+    let mut bench = Bench::new();
+    bench.forward();
+    let vb = bench.pod_b;
+    let out = Frame::tcp(POD_A, 40000, OTHER_NODE, 80, SYN);
+    let into = Frame::tcp(OTHER_NODE, 40000, POD_A, 80, SYN);
+    assert_eq!(bench.from_pod_a(&out).path(), Path::ToOutside);
+    bench.flip();
+    bench.deny_egress(RED_PLACE.0, Identity::REMOTE_NODE.0);
+    bench.set_cell(Direction::Ingress, RED_PLACE.0, Identity::REMOTE_NODE.0, 0);
+    assert_eq!(bench.from_pod_a(&out).reason(), DropReason::EgressDenied);
+    assert_eq!(bench.to_pod(&into, vb).reason(), DropReason::IngressDenied);
+}
+
+#[test]
+fn an_address_of_the_nodes_own_is_the_node_however_it_is_called() {
+    kernel_test!();
+    let mut bench = Bench::new();
+    bench.forward();
+    bench.address(NOBODY);
+    let out = Frame::tcp(POD_A, 40000, NOBODY, 22, SYN);
+    assert_eq!(bench.from_pod_a(&out).path(), Path::ToHost);
+    bench.flip();
+    bench.deny_egress(RED_PLACE.0, Identity::HOST.0);
+    assert_eq!(bench.from_pod_a(&out).reason(), DropReason::EgressDenied);
 }

@@ -1,0 +1,396 @@
+//! Why something passes or not: what each module says, and what the kernel has.
+
+use super::{Daemon, DaemonError, policy::Side};
+use crate::{
+    api::{EndView, Explain, Explanation, FlowView, KernelView, SideView, StepView, Verification},
+    identity::IdentityKey,
+    invariant::{End, Invariants, Violation},
+    plan::{Action, Ruling, protocol_name},
+    stack::Include,
+    survey::Survey,
+    wasm,
+};
+use abi::{
+    AddressKey, Direction, Identity,
+    policy::{CELL_ALLOW, CELL_DENY, CELL_PORT_SET, ICMP, ICMPV6, port_key},
+};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
+use tokio::task::block_in_place;
+
+/// One end of a question.
+struct Asked {
+    view: EndView,
+    identity: Identity,
+    /// Policy is enforced at this end.
+    is_pod: bool,
+}
+
+fn wrong<T>(problem: String) -> Result<T, DaemonError> {
+    Err(DaemonError::Request(problem))
+}
+
+impl Daemon {
+    /// Answers who may reach whom, and why.
+    pub(super) fn explain(&mut self, what: &Explain) -> Result<Explanation, DaemonError> {
+        let from = self.resolve(&what.from)?;
+        let to = self.resolve(&what.to)?;
+        let key = position(what)?;
+        self.active.stack.begin();
+        let mut sides = Vec::new();
+        if from.is_pod {
+            sides.push(self.side(Direction::Egress, &from, &to, key)?);
+        }
+        if to.is_pod {
+            sides.push(self.side(Direction::Ingress, &to, &from, key)?);
+        }
+        let both = sides.iter().fold(Ruling::all(true), |sum, (_, ruling)| {
+            sum.merge(ruling, |one, other| one && other)
+        });
+        Ok(Explanation {
+            from: from.view,
+            to: to.view,
+            protocol: what.protocol.map(protocol_name),
+            port: what.port,
+            generation: self.datapath.generation(),
+            verdict: key.map(|key| both.at(key)),
+            allowed: both.to_string(),
+            agrees: sides
+                .iter()
+                .all(|(side, _)| side.kernel.as_ref().is_none_or(|kernel| kernel.ruling == side.ruling)),
+            sides: sides.into_iter().map(|(side, _)| side).collect(),
+        })
+    }
+
+    fn side(
+        &mut self,
+        direction: Direction,
+        subject: &Asked,
+        peer: &Asked,
+        key: Option<u32>,
+    ) -> Result<(SideView, Ruling), DaemonError> {
+        let stack = &mut self.active.stack;
+        let (ruling, steps) = block_in_place(|| {
+            let ruling = stack.ruling_of(Include::Enforced, direction, subject.identity, peer.identity)?;
+            let steps = match key {
+                Some(key) => stack.steps(direction, subject.identity, peer.identity, key)?,
+                None => Vec::new(),
+            };
+            Ok::<_, DaemonError>((ruling, steps))
+        })?;
+        let mut open = true;
+        let steps = steps
+            .into_iter()
+            .map(|step| {
+                let decides = open && !step.audit && step.action != Action::Pass;
+                open &= !decides;
+                StepView {
+                    module: step.module,
+                    tier: step.tier.name().to_owned(),
+                    tenant: step.tenant,
+                    audit: step.audit,
+                    subject: step.classes.0,
+                    peer: step.classes.1,
+                    action: step.action.to_string(),
+                    reason: step.reason,
+                    decides,
+                }
+            })
+            .collect();
+        let view = SideView {
+            side: match direction {
+                Direction::Egress => "egress",
+                Direction::Ingress => "ingress",
+            }
+            .to_owned(),
+            subject: subject.view.name.clone(),
+            node: subject.view.node.clone(),
+            ruling: ruling.to_string(),
+            verdict: key.map(|key| ruling.at(key)),
+            last_word: open,
+            steps,
+            kernel: self.kernel(direction, subject.identity, peer.identity)?,
+        };
+        Ok((view, ruling))
+    }
+
+    /// What the kernel has for a pair at one end, where this node enforces it.
+    fn kernel(
+        &self,
+        direction: Direction,
+        subject: Identity,
+        peer: Identity,
+    ) -> Result<Option<KernelView>, DaemonError> {
+        let generation = &self.active.generation;
+        let Some((row, column)) = generation.row(subject).zip(generation.column(peer)) else {
+            return Ok(None);
+        };
+        let parity = self.datapath.parity();
+        let index = self.datapath.shape().index(direction, row, column);
+        let cell = self.datapath.cell(parity, index);
+        Ok(Some(KernelView {
+            map: abi::map::POLICY[parity].to_owned(),
+            row,
+            column,
+            index,
+            cell: match cell {
+                CELL_DENY => "deny".to_owned(),
+                CELL_ALLOW => "allow".to_owned(),
+                set => format!("port set {}", set - CELL_PORT_SET),
+            },
+            ruling: self.datapath.ruling(parity, cell)?.to_string(),
+        }))
+    }
+
+    /// Who is meant: a pod, an address, a number, a reserved name, or labels of a pod that need not exist.
+    fn resolve(&mut self, text: &str) -> Result<Asked, DaemonError> {
+        if let Some(labels) = text.strip_suffix('}') {
+            return self.resolve_labels(text, labels);
+        }
+        let pod = self.pods.values().find(|pod| pod.record.full_name() == text);
+        let address = match (pod, text.parse::<IpAddr>()) {
+            (Some(pod), _) => Some(pod.record.address),
+            (None, Ok(address)) => Some(address),
+            (None, Err(_)) => None,
+        };
+        if let Some(address) = address {
+            return Ok(self.resolve_address(address));
+        }
+        let reserved = Identity::RESERVED.iter().find(|(_, name)| *name == text);
+        let number = text.parse::<u32>().ok().map(Identity);
+        let identity = reserved.map(|(identity, _)| *identity).or(number);
+        match identity {
+            Some(identity) if identity.reserved_name().is_some() || self.active.stack.key(identity).is_some() => {
+                Ok(self.asked(text.to_owned(), identity, None))
+            }
+            Some(identity) => wrong(format!("nobody has identity {} in the policy in force", identity.0)),
+            None => wrong(format!(
+                "{text:?} is no pod of this cluster (NAMESPACE/NAME), address, identity, reserved name (host, world, \
+                 remote-node, health) and no labels (NAMESPACE{{KEY=VALUE,…}})"
+            )),
+        }
+    }
+
+    fn resolve_address(&self, address: IpAddr) -> Asked {
+        let key = AddressKey::from(address);
+        if let Some(pod) = self.pods.get(&key) {
+            let name = format!("{} ({address})", pod.record.full_name());
+            return self.asked(name, self.active_identity(&key), Some(pod.record.node.clone()));
+        }
+        // From what the kernel was given, as the programs would find it.
+        let placed = self.datapath.placed().find(|(placed, _)| **placed == key);
+        let is_node = |node: &super::Node| IpAddr::V4(node.record.underlay) == address;
+        let identity = if placed.is_some() {
+            Identity::HOST
+        } else if self.nodes.values().any(is_node) {
+            Identity::REMOTE_NODE
+        } else {
+            let side = &self.active;
+            let index = side.stack.networks().find(address.into());
+            side.networks.get(index).copied().unwrap_or(Identity::WORLD)
+        };
+        self.asked(address.to_string(), identity, None)
+    }
+
+    fn resolve_labels(&mut self, text: &str, labels: &str) -> Result<Asked, DaemonError> {
+        let Some((namespace, labels)) = labels.split_once('{') else {
+            return wrong(format!("{text:?}: labels are NAMESPACE{{KEY=VALUE,…}}"));
+        };
+        let labels = labels
+            .split(',')
+            .filter(|label| !label.is_empty())
+            .map(|label| match label.split_once('=') {
+                Some((key, value)) => Ok((key.trim().to_owned(), value.trim().to_owned())),
+                None => wrong(format!("{label:?}: a label is KEY=VALUE")),
+            })
+            .collect::<Result<BTreeMap<_, _>, _>>()?;
+        let pod = wasm::Pod {
+            namespace: namespace.to_owned(),
+            name: "explained".to_owned(),
+            labels,
+            namespace_labels: self.namespaces.get(namespace).cloned().unwrap_or_default(),
+            service_account: String::new(),
+            addresses: Vec::new(),
+            ports: Vec::new(),
+        };
+        let key = self.active.identify(pod)?;
+        let identity = match &key {
+            None => Identity::INIT,
+            // A number that only this answer knows, where nobody has it.
+            Some(key) => self.registry.clone().assign(key)?,
+        };
+        self.active.stack.learn(identity, key);
+        Ok(self.asked(text.to_owned(), identity, None))
+    }
+
+    fn asked(&self, name: String, identity: Identity, node: Option<String>) -> Asked {
+        let key = self.active.stack.key(identity);
+        Asked {
+            is_pod: identity == Identity::INIT || key.is_some_and(|key| key.tenant().is_some()),
+            view: EndView {
+                name,
+                identity: identity.0,
+                identity_name: key.map_or_else(|| self.registry.name(identity), IdentityKey::to_string),
+                node,
+            },
+            identity,
+        }
+    }
+
+    /// All counterexamples to invariants under one side's policy.
+    pub(super) fn verify(
+        &self,
+        invariants: &Invariants,
+        side: &mut Side,
+        identities: &BTreeMap<AddressKey, Identity>,
+    ) -> Result<Vec<Violation>, DaemonError> {
+        let ends = self.ends(side, identities);
+        side.stack.begin();
+        block_in_place(|| {
+            invariants.check(&ends, |from, to| {
+                let survey = Survey::between(&mut side.stack, from, to)?;
+                Ok(from
+                    .iter()
+                    .flat_map(|from| to.iter().map(|to| survey.ruling(*from, *to)).collect::<Vec<_>>())
+                    .collect())
+            })
+        })
+    }
+
+    /// All ends that an invariant may be about.
+    fn ends(&self, side: &Side, identities: &BTreeMap<AddressKey, Identity>) -> Vec<End> {
+        let mut ends: Vec<End> = Identity::RESERVED
+            .iter()
+            .filter(|(identity, _)| *identity != Identity::INIT)
+            .map(|(identity, name)| End {
+                name: (*name).to_owned(),
+                identity: *identity,
+                pod: None,
+                labels: BTreeMap::new(),
+                networks: BTreeSet::new(),
+            })
+            .collect();
+        for (identity, names) in side.networks.iter().zip(side.stack.networks().memberships()) {
+            if *identity != Identity::WORLD {
+                ends.push(End {
+                    name: IdentityKey::Networks(names.clone()).to_string(),
+                    identity: *identity,
+                    pod: None,
+                    labels: BTreeMap::new(),
+                    networks: names.clone(),
+                });
+            }
+        }
+        for (address, pod) in &self.pods {
+            let Some(identity) = identities.get(address) else {
+                continue;
+            };
+            let tenant = side.stack.key(*identity).and_then(IdentityKey::tenant);
+            let tenant = tenant.unwrap_or(&pod.record.namespace).to_owned();
+            ends.push(End {
+                name: pod.record.full_name(),
+                identity: *identity,
+                pod: Some((tenant, pod.record.namespace.clone())),
+                labels: pod.record.labels.clone(),
+                networks: side.stack.networks().holding(pod.record.address).clone(),
+            });
+        }
+        ends
+    }
+
+    /// Checks invariants against the policy in force.
+    pub(super) fn policy_verify(&mut self, text: &str) -> Result<Verification, DaemonError> {
+        let invariants = Invariants::parse(text).map_err(|error| DaemonError::Request(error.to_string()))?;
+        let identities: BTreeMap<AddressKey, Identity> = self
+            .pods
+            .keys()
+            .map(|address| (*address, self.active_identity(address)))
+            .collect();
+        // Out of `self`, which is asked for the pods meanwhile.
+        let mut side = std::mem::replace(&mut self.active, Side::empty(self.datapath.shape()));
+        let broken = self.verify(&invariants, &mut side, &identities);
+        let vain = invariants.about_nobody(&self.ends(&side, &identities));
+        self.active = side;
+        let broken = broken?;
+        Ok(Verification {
+            invariants: invariants.0.len(),
+            identities: identities.values().collect::<BTreeSet<_>>().len(),
+            broken: broken.iter().map(ToString::to_string).collect(),
+            about_nobody: vain,
+        })
+    }
+
+    /// What a new policy would no longer let pass of the flows that are tracked on this node.
+    pub(super) fn changed_flows(
+        &mut self,
+        next: &BTreeMap<AddressKey, Identity>,
+        side: &mut Side,
+    ) -> Result<Vec<FlowView>, DaemonError> {
+        /// Flows that are listed at the most.
+        const MAX_FLOWS: usize = 1000;
+        let flows = self.datapath.flows()?;
+        side.stack.begin();
+        let mut changed = BTreeMap::new();
+        for flow in flows {
+            let identity = |address: &AddressKey| match next.get(address) {
+                Some(identity) => *identity,
+                None => self.outside_identity(side, address),
+            };
+            let (from, to) = (identity(&flow.from), identity(&flow.to));
+            let survey = block_in_place(|| {
+                if from == to {
+                    Survey::new(&mut side.stack, &[from])
+                } else {
+                    Survey::between(&mut side.stack, &[from], &[to])
+                }
+            })?;
+            let ruling = survey.ruling(from, to);
+            if ruling.at(port_key(flow.protocol, flow.port)) {
+                continue;
+            }
+            let name = |address: &AddressKey| match self.pods.get(address) {
+                Some(pod) => format!("{} ({})", pod.record.full_name(), address.ip()),
+                None => address.ip().to_string(),
+            };
+            let view = FlowView {
+                from: name(&flow.from),
+                to: name(&flow.to),
+                protocol: protocol_name(flow.protocol),
+                port: flow.port,
+                flows: 0,
+            };
+            if changed.len() < MAX_FLOWS {
+                let key = (view.from.clone(), view.to.clone(), flow.protocol, flow.port);
+                changed.entry(key).or_insert(view).flows += 1;
+            }
+        }
+        Ok(changed.into_values().collect())
+    }
+
+    /// What one side makes of an address that is no pod's.
+    fn outside_identity(&self, side: &Side, address: &AddressKey) -> Identity {
+        let ip = address.ip();
+        if ip == IpAddr::V4(self.config.underlay) {
+            Identity::HOST
+        } else if self.nodes.values().any(|node| IpAddr::V4(node.record.underlay) == ip) {
+            Identity::REMOTE_NODE
+        } else {
+            let index = side.stack.networks().find(ip.into());
+            side.networks.get(index).copied().unwrap_or(Identity::WORLD)
+        }
+    }
+}
+
+/// Where on the line of ports the question is.
+fn position(what: &Explain) -> Result<Option<u32>, DaemonError> {
+    match (what.protocol, what.port) {
+        (None, None) => Ok(None),
+        (None, Some(_)) => wrong("a port needs a protocol".to_owned()),
+        (Some(ICMP), None) => Ok(Some(port_key(ICMP, 8))),
+        (Some(ICMPV6), None) => Ok(Some(port_key(ICMPV6, 128))),
+        (Some(protocol), None) => wrong(format!("{} needs a port", protocol_name(protocol))),
+        (Some(protocol), Some(port)) => Ok(Some(port_key(protocol, port))),
+    }
+}

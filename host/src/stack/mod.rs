@@ -1,0 +1,341 @@
+//! The modules that are loaded, in the order in which they are asked: what they make of a pod, put together into its
+//! identity key; what they say of a pair, put together into a ruling.
+//!
+//! Whatever the modules answer, this holds:
+//!
+//! - Admin before tenant before baseline, in a tier by priority, then by name. What one passes on the next one decides.
+//!   Last of all a node may reach its own pods; everything else is denied.
+//! - A tenant's module is asked only about that tenant's pods as subjects, so it decides only over their own ends of
+//!   connections. Which tenant a pod has is never a tenant's module to say. Where such a module fails, its tenant's
+//!   pods lose what it would have decided; nobody else notices.
+
+mod identify;
+mod judge;
+
+pub use judge::Step;
+
+use crate::{
+    api::ModuleView,
+    identity::IdentityKey,
+    plan::{Action, Decision, Line, Network, Oracle, Partition, Ruling},
+    store::records::ModuleRecord,
+    wasm::{Compiled, Limits, Matrix, Runtime, WasmError, Who},
+};
+use abi::{Direction, Identity};
+use std::{
+    collections::{BTreeMap, HashMap},
+    time::{Duration, Instant},
+};
+
+/// Why the modules could not be asked.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("module {module}: {source}")]
+pub struct StackError {
+    /// Its name.
+    pub module: String,
+    /// What it did.
+    pub source: WasmError,
+}
+
+/// Which modules to ask.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Include<'a> {
+    /// Those that are enforced.
+    Enforced,
+    /// Those, and this one that is only audited.
+    Audited(&'a str),
+}
+
+/// One module, running.
+struct Module {
+    record: ModuleRecord,
+    runtime: Runtime,
+    /// Its own networks, as it named them and cut into pieces.
+    blocks: Vec<Network>,
+    networks: Partition,
+    /// Number of each identity there.
+    numbers: HashMap<Identity, u32>,
+    /// Interned line of each of its decisions.
+    lines: HashMap<Decision, u32>,
+    /// It must not fail: it is being loaded.
+    strict: bool,
+    /// Why its tenant's pods do without it, where they do.
+    failure: Option<WasmError>,
+    /// Until when it is not asked again, since it has used up what it may.
+    rest: Option<Instant>,
+}
+
+/// A tenant's module that uses up its fuel or its time is not asked again for so long: it would hold up everybody.
+const REST: Duration = Duration::from_secs(10);
+
+impl Module {
+    fn error(&self, source: WasmError) -> StackError {
+        StackError {
+            module: self.record.name().to_owned(),
+            source,
+        }
+    }
+
+    /// It has used up what it may: where it is a tenant's, it is left alone for a while.
+    fn suspend(&mut self, error: &WasmError) {
+        if !self.strict && self.tenant().is_some() {
+            self.failure = Some(error.clone());
+            self.rest = Some(Instant::now() + REST);
+        }
+    }
+
+    /// Why it is not asked, while it is not.
+    fn suspended(&self) -> Option<WasmError> {
+        let resting = self.rest.is_some_and(|until| Instant::now() < until);
+        self.failure.clone().filter(|_| resting)
+    }
+
+    /// Whose it is.
+    fn tenant(&self) -> Option<&str> {
+        self.record.placement.tenant.as_deref()
+    }
+}
+
+/// Values that have numbers, which keep their meaning.
+struct Interner<T> {
+    numbers: HashMap<T, u32>,
+    values: Vec<T>,
+}
+
+impl<T: Clone + Eq + std::hash::Hash> Interner<T> {
+    fn new() -> Self {
+        Self {
+            numbers: HashMap::new(),
+            values: Vec::new(),
+        }
+    }
+
+    fn number(&mut self, value: T) -> u32 {
+        if let Some(number) = self.numbers.get(&value) {
+            return *number;
+        }
+        let number = u32::try_from(self.values.len()).unwrap_or(u32::MAX);
+        self.values.push(value.clone());
+        self.numbers.insert(value, number);
+        number
+    }
+
+    fn get(&self, number: u32) -> &T {
+        &self.values[number as usize]
+    }
+}
+
+/// The modules that are loaded.
+pub struct Stack {
+    modules: Vec<Module>,
+    networks: Partition,
+    /// What each identity stands for, as far as a decision can be about it.
+    keys: HashMap<Identity, IdentityKey>,
+    lines: Interner<Line<Action>>,
+    rulings: Interner<Ruling>,
+}
+
+/// A module that is to be started.
+pub struct Start<'a> {
+    /// Its record.
+    pub record: &'a ModuleRecord,
+    /// The module.
+    pub compiled: &'a Compiled,
+    /// What it may use, overrides included.
+    pub limits: Limits,
+    /// It must not fail, whoever's it is.
+    pub strict: bool,
+}
+
+impl Stack {
+    /// No modules: every pod is `init`, and everything is passed on to the last word.
+    #[must_use]
+    pub fn empty() -> Self {
+        Self {
+            modules: Vec::new(),
+            networks: Partition::new(&[]),
+            keys: HashMap::new(),
+            lines: Interner::new(),
+            rulings: Interner::new(),
+        }
+    }
+
+    /// Starts modules, in any order.
+    ///
+    /// # Errors
+    ///
+    /// Which module can't be started, and why.
+    pub fn start(starts: &[Start<'_>]) -> Result<Self, StackError> {
+        let mut stack = Self::empty();
+        let mut all: Vec<Network> = Vec::new();
+        for start in starts {
+            let failed = |source| StackError {
+                module: start.record.name().to_owned(),
+                source,
+            };
+            let placement = &start.record.placement;
+            let mut runtime =
+                Runtime::start(start.compiled, &start.record.config, placement, start.limits).map_err(failed)?;
+            let networks = runtime.networks().map_err(failed)?;
+            stack.modules.push(Module {
+                record: start.record.clone(),
+                runtime,
+                networks: Partition::new(&networks),
+                blocks: networks.clone(),
+                numbers: HashMap::new(),
+                lines: HashMap::new(),
+                strict: start.strict,
+                failure: None,
+                rest: None,
+            });
+            all.extend(networks);
+        }
+        stack
+            .modules
+            .sort_by(|one, other| order(&one.record).cmp(&order(&other.record)));
+        stack.networks = Partition::new(&all);
+        Ok(stack)
+    }
+
+    /// Begins a load or a change, with a time limit of its own for each module.
+    pub fn begin(&mut self) {
+        for module in &mut self.modules {
+            module.runtime.begin();
+        }
+    }
+
+    /// From now on a tenant's module that fails harms only its tenant.
+    pub fn settle(&mut self) {
+        for module in &mut self.modules {
+            module.strict = false;
+        }
+    }
+
+    /// The address space, cut into pieces by all modules' networks.
+    #[must_use]
+    pub const fn networks(&self) -> &Partition {
+        &self.networks
+    }
+
+    /// Takes note of what an identity stands for; nothing for the reserved ones.
+    pub fn learn(&mut self, identity: Identity, key: Option<IdentityKey>) {
+        if let Some(key) = key {
+            self.keys.entry(identity).or_insert(key);
+        }
+    }
+
+    /// Whether an identity stands for pods.
+    #[must_use]
+    pub fn is_pod(&self, identity: Identity) -> bool {
+        self.keys.get(&identity).is_some_and(|key| key.tenant().is_some())
+    }
+
+    /// What an identity stands for, where it is known and no reserved one.
+    #[must_use]
+    pub fn key(&self, identity: Identity) -> Option<&IdentityKey> {
+        self.keys.get(&identity)
+    }
+
+    /// Forgets identities that are gone, once there are many of them.
+    pub fn forget_except(&mut self, live: usize, is_live: impl Fn(Identity) -> bool) {
+        const SLACK: usize = 1024;
+        if self.keys.len() > 2 * live + SLACK {
+            self.keys.retain(|identity, _| is_live(*identity));
+        }
+        for module in &mut self.modules {
+            if module.runtime.learned() > 2 * live + SLACK {
+                module.runtime.forget();
+                module.numbers.clear();
+            }
+        }
+    }
+
+    /// Calls of modules so far.
+    #[must_use]
+    pub fn calls(&self) -> u64 {
+        self.modules.iter().map(|module| module.runtime.calls()).sum()
+    }
+
+    /// One module, for people.
+    #[must_use]
+    pub fn inspect(&self, name: &str) -> Option<ModuleView> {
+        let module = self.modules.iter().find(|module| module.record.name() == name)?;
+        let limits = module.runtime.limits();
+        let networks = module.blocks.iter().map(|network| {
+            let blocks = network.blocks.iter().map(|(cidr, except)| {
+                let except: Vec<String> = except.iter().map(|one| format!(" but {one}")).collect();
+                format!("{cidr}{}", except.concat())
+            });
+            (network.name.clone(), blocks.collect())
+        });
+        Some(ModuleView {
+            module: module.record.clone(),
+            networks: networks.collect(),
+            peers: module.runtime.learned(),
+            calls: module.runtime.calls(),
+            limits: (
+                limits.fuel,
+                u64::try_from(limits.evaluate.as_millis()).unwrap_or(u64::MAX),
+                limits.memory as u64,
+            ),
+            failure: module.failure.as_ref().map(ToString::to_string),
+        })
+    }
+
+    /// Tenants' modules that have failed, with what they did.
+    pub fn failures(&self) -> impl Iterator<Item = (&str, &WasmError)> {
+        self.modules
+            .iter()
+            .filter_map(|module| Some((module.record.name(), module.failure.as_ref()?)))
+    }
+
+    /// Names of the modules that are only audited.
+    #[must_use]
+    pub fn audited(&self) -> Vec<String> {
+        let audited = self.modules.iter().filter(|module| module.record.audit);
+        audited.map(|module| module.record.name().to_owned()).collect()
+    }
+}
+
+/// Where a module stands among the others.
+#[must_use]
+pub fn order(record: &ModuleRecord) -> impl Ord + use<'_> {
+    let placement = &record.placement;
+    (placement.tier, placement.priority, &placement.name)
+}
+
+impl Oracle for Stack {
+    type Error = StackError;
+
+    fn decide(&mut self, side: Direction, subjects: &[Identity], peers: &[Identity]) -> Result<Vec<u32>, StackError> {
+        self.judge(Include::Enforced, side, subjects, peers)
+    }
+
+    fn ruling(&self, number: u32) -> &Ruling {
+        self.rulings.get(number)
+    }
+}
+
+/// Who an identity is to one module.
+fn who(module: &str, identity: Identity, key: Option<&IdentityKey>) -> Who {
+    match key {
+        None => Who::Reserved(identity),
+        Some(IdentityKey::Pod(pod)) => match pod.classes.get(module) {
+            None => Who::Pod(pod.tenant.clone(), BTreeMap::new()),
+            Some(Some(labels)) => Who::Pod(pod.tenant.clone(), labels.clone()),
+            Some(None) => Who::Unknown(pod.tenant.clone()),
+        },
+        Some(IdentityKey::Networks(membership)) => {
+            let names: Vec<String> = membership
+                .iter()
+                .filter(|(owner, _)| owner == module)
+                .map(|(_, name)| name.clone())
+                .collect();
+            if names.is_empty() {
+                Who::Reserved(Identity::WORLD)
+            } else {
+                Who::Networks(names)
+            }
+        }
+    }
+}

@@ -1,0 +1,60 @@
+//! What a policy says of itself: in hostd's log with the module's name, natively on stderr.
+
+/// How much it matters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Level {
+    /// For the author.
+    Debug,
+    /// For the admin.
+    Info,
+    /// Something is odd.
+    Warn,
+    /// Something is wrong.
+    Error,
+}
+
+/// Writes a line. hostd limits how much of it a module may write.
+///
+/// ```
+/// policy_sdk::log::write(policy_sdk::log::Level::Info, "read 12 rules");
+/// policy_sdk::info!("read {} rules", 12);
+/// ```
+pub fn write(level: Level, message: &str) {
+    #[cfg(target_arch = "wasm32")]
+    {
+        use crate::guest::bindings::wasmgate::policy::log as wit;
+        let level = match level {
+            Level::Debug => wit::Level::Debug,
+            Level::Info => wit::Level::Info,
+            Level::Warn => wit::Level::Warn,
+            Level::Error => wit::Level::Error,
+        };
+        wit::write(level, message);
+    }
+    #[cfg(not(target_arch = "wasm32"))]
+    eprintln!("{level:?}: {message}");
+}
+
+/// Logs for the author.
+#[macro_export]
+macro_rules! debug {
+    ($($text:tt)*) => { $crate::log::write($crate::log::Level::Debug, &format!($($text)*)) };
+}
+
+/// Logs for the admin.
+#[macro_export]
+macro_rules! info {
+    ($($text:tt)*) => { $crate::log::write($crate::log::Level::Info, &format!($($text)*)) };
+}
+
+/// Logs something odd.
+#[macro_export]
+macro_rules! warn {
+    ($($text:tt)*) => { $crate::log::write($crate::log::Level::Warn, &format!($($text)*)) };
+}
+
+/// Logs something wrong.
+#[macro_export]
+macro_rules! error {
+    ($($text:tt)*) => { $crate::log::write($crate::log::Level::Error, &format!($($text)*)) };
+}

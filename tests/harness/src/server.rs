@@ -1,0 +1,101 @@
+//! One thread that listens on many ports of a namespace.
+
+use crate::in_netns;
+use anyhow::Context;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::{
+    io::{self, Read, Write},
+    net::{TcpListener, TcpStream, UdpSocket},
+    os::fd::AsFd,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+/// Sends back one line over TCP, and every datagram over UDP, on many ports, until it is dropped.
+pub struct Server {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// How long a connection may be silent.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+impl Server {
+    /// Listens on all of `ports`, by TCP and UDP, in a namespace.
+    ///
+    /// # Errors
+    ///
+    /// Where a port is taken.
+    pub fn new(namespace: &str, ports: &[u16]) -> anyhow::Result<Self> {
+        let sockets = in_netns(namespace, || -> io::Result<Vec<_>> {
+            ports
+                .iter()
+                .map(|port| {
+                    let tcp = TcpListener::bind(("0.0.0.0", *port))?;
+                    let udp = UdpSocket::bind(("0.0.0.0", *port))?;
+                    tcp.set_nonblocking(true)?;
+                    udp.set_nonblocking(true)?;
+                    Ok((tcp, udp))
+                })
+                .collect()
+        })?
+        .with_context(|| format!("listening on {ports:?} in {namespace}"))?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let told = Arc::clone(&stop);
+        let thread = thread::spawn(move || serve(&sockets, &told));
+        Ok(Self {
+            stop,
+            thread: Some(thread),
+        })
+    }
+}
+
+fn serve(sockets: &[(TcpListener, UdpSocket)], stop: &AtomicBool) {
+    let pause = Timespec {
+        tv_sec: 0,
+        tv_nsec: 50_000_000,
+    };
+    while !stop.load(Ordering::Relaxed) {
+        let mut wanted: Vec<PollFd<'_>> = sockets
+            .iter()
+            .flat_map(|(tcp, udp)| [tcp.as_fd(), udp.as_fd()])
+            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
+            .collect();
+        // Interrupted or not: the sockets are looked at again.
+        let _ = poll(&mut wanted, Some(&pause));
+        for (tcp, udp) in sockets {
+            while let Ok((stream, _)) = tcp.accept() {
+                thread::spawn(move || answer(stream));
+            }
+            let mut datagram = [0; 2048];
+            while let Ok((length, from)) = udp.recv_from(&mut datagram) {
+                // One that can't be sent is one that does not arrive.
+                let _ = udp.send_to(&datagram[..length], from);
+            }
+        }
+    }
+}
+
+/// A client that has gone wants no answer.
+fn answer(mut stream: TcpStream) {
+    let mut line = [0; 64];
+    let ready = stream.set_nonblocking(false).is_ok() && stream.set_read_timeout(Some(PATIENCE)).is_ok();
+    if ready && let Ok(length) = stream.read(&mut line) {
+        let _ = stream.write_all(&line[..length]);
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            eprintln!("a listening thread has panicked");
+        }
+    }
+}
