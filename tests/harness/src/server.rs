@@ -5,7 +5,7 @@ use anyhow::Context;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::{
     io::{self, Read, Write},
-    net::{TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::AsFd,
     sync::{
         Arc,
@@ -25,18 +25,20 @@ pub struct Server {
 const PATIENCE: Duration = Duration::from_secs(2);
 
 impl Server {
-    /// Listens on all of `ports`, by TCP and UDP, in a namespace.
+    /// Listens on all of `ports` of all of `addresses`, by TCP and UDP, in a namespace. An answer comes from the address
+    /// that was asked.
     ///
     /// # Errors
     ///
     /// Where a port is taken.
-    pub fn new(namespace: &str, ports: &[u16]) -> anyhow::Result<Self> {
+    pub fn new(namespace: &str, addresses: &[IpAddr], ports: &[u16]) -> anyhow::Result<Self> {
         let sockets = in_netns(namespace, || -> io::Result<Vec<_>> {
-            ports
+            addresses
                 .iter()
-                .map(|port| {
-                    let tcp = TcpListener::bind(("0.0.0.0", *port))?;
-                    let udp = UdpSocket::bind(("0.0.0.0", *port))?;
+                .flat_map(|address| ports.iter().map(move |port| (*address, *port)))
+                .map(|place| {
+                    let tcp = TcpListener::bind(place)?;
+                    let udp = UdpSocket::bind(place)?;
                     tcp.set_nonblocking(true)?;
                     udp.set_nonblocking(true)?;
                     Ok((tcp, udp))

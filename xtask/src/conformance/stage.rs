@@ -11,7 +11,7 @@ use serde_json::Value;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr},
     thread,
     time::Duration,
 };
@@ -166,14 +166,16 @@ impl Stage {
     fn listen(&mut self, step: &Step) -> anyhow::Result<()> {
         let ports: BTreeSet<u16> = step.expect.iter().map(|verdict| verdict.3).collect();
         let ports: Vec<u16> = ports.into_iter().collect();
-        let external = self.cluster.external.as_ref().map(|netns| ("external", netns));
-        let ends = self.cluster.pods.iter().map(|pod| (pod.name.as_str(), &pod.netns));
-        for (name, netns) in ends.chain(external) {
+        let external = self.cluster.external.as_ref();
+        let external = external.map(|netns| ("external", netns, self.externals.clone()));
+        let pods = self.cluster.pods.iter();
+        let ends = pods.map(|pod| (pod.name.as_str(), &pod.netns, vec![pod.address, Ipv4Addr::LOCALHOST.into()]));
+        for (name, netns, addresses) in ends.chain(external) {
             if self.servers.get(name).is_some_and(|(known, _)| *known == ports) {
                 continue;
             }
             self.servers.remove(name);
-            let server = Server::new(netns.name(), &ports)?;
+            let server = Server::new(netns.name(), &addresses, &ports)?;
             self.servers.insert(name.to_owned(), (ports.clone(), server));
         }
         Ok(())
