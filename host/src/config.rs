@@ -130,11 +130,11 @@ impl Default for Wasm {
     fn default() -> Self {
         Self {
             max_module_bytes: 16 << 20,
-            compile_seconds: 1,
+            compile_seconds: 2,
             compile_memory_mib: 1024,
             evaluate_ms: 700,
             memory_mib: 64,
-            fuel_per_call: 100_000_000,
+            fuel_per_call: 500_000_000,
         }
     }
 }

@@ -120,9 +120,9 @@ mod wasm {
                 let subject = &known[*subject as usize];
                 for peer in peers {
                     let decision = self.policy().decide_side(side, subject, &known[*peer as usize]);
-                    if decisions.get(last) != Some(&decision) {
+                    if !decisions.get(last).is_some_and(|known| known.is(&decision)) {
                         let head = &decisions[..decisions.len().min(SEARCHED)];
-                        let number = head.iter().position(|one| *one == decision);
+                        let number = head.iter().position(|one| one.is(&decision));
                         last = number
                             .or_else(|| numbers.get(&decision).copied())
                             .unwrap_or(decisions.len());

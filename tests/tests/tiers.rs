@@ -108,7 +108,7 @@ spec:
     assert_eq!(decides["module"], "cnp");
     assert_eq!(decides["reason"], "ClusterNetworkPolicy apart, egress[1]");
     assert_eq!(egress["kernel"]["cell"], "deny");
-    assert_eq!(why["sides"][1]["kernel"], Value::Null, "the other end is the other node's");
+    assert_eq!(why["sides"][1]["node"], "node2", "the other end is the other node's");
     // Unloaded and put back.
     cluster.nodes[1].json(&["policy", "unload", "cnp"]).unwrap();
     assert!(reaches(&cluster, "red/a", "blue/b"));
@@ -170,6 +170,10 @@ fn a_tenants_module_that_fails_harms_nobody_else() {
         // Others go on changing their policy.
         load(&cluster, &module("tenant-isolation"), &["--tier", "baseline"]);
         assert!(reaches(&cluster, &one, &other), "{what}");
+        for name in [&one, &other] {
+            cluster.remove_pod(name).unwrap();
+        }
+        cluster.agree().unwrap();
     }
 }
 

@@ -1,5 +1,6 @@
 //! `cargo xtask`: sets the project up, builds it, shows it, tests it.
 
+mod bench;
 mod build;
 mod check;
 mod conformance;
@@ -42,6 +43,9 @@ enum Task {
         /// Only tests whose name contains this.
         filter: Option<String>,
     },
+    /// Measure.
+    #[command(subcommand)]
+    Bench(bench::Bench),
     /// Run NetworkPolicy cases with real probes between real pods; compare, and ask `explain` too. Needs root.
     ///
     /// The last line is `N verdicts, M mismatches`; the status is 0 only where M is 0.
@@ -58,6 +62,7 @@ fn main() -> ExitCode {
             .and_then(|()| build::run())
             .and_then(|()| demo::run(keep)),
         Task::Test { filter } => setup::quietly().and_then(|()| test::run(filter.as_deref())),
+        Task::Bench(which) => setup::quietly().and_then(|()| bench::run(&which)),
         Task::Conformance(arguments) => setup::quietly()
             .and_then(|()| build::run())
             .and_then(|()| conformance::run(&arguments)),

@@ -126,6 +126,19 @@ pub struct LoadArguments {
     pub change: ChangeArguments,
 }
 
+#[derive(Args)]
+pub struct AuthorArguments {
+    /// The module.
+    #[arg(value_name = "FILE.wasm")]
+    pub file: PathBuf,
+    /// The module's configuration: JSON, or TOML or YAML in a file named so.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// The tier that it is meant for.
+    #[arg(long)]
+    pub tier: Option<TierArgument>,
+}
+
 #[derive(Args, Clone, Copy)]
 pub struct ChangeArguments {
     /// Only print which pairs would change.
@@ -259,11 +272,44 @@ pub enum PolicyCommand {
     Show,
     /// List the modules in force, in the order in which they are asked, and earlier sets of them.
     List,
-    /// Show a module: one in force, by its name, or one in a file.
+    /// Show a module: one in force, by its name, or one in a file, for which no daemon is needed.
     Inspect {
         /// A name, or a file whose name ends in .wasm.
         #[arg(value_name = "NAME|FILE.wasm")]
         module: String,
+        /// For a file: the module's configuration.
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+        /// For a file: the tier that it is meant for.
+        #[arg(long)]
+        tier: Option<TierArgument>,
+    },
+    /// Make a crate for a new policy in the present folder, which builds and has tests.
+    New {
+        /// Its name.
+        name: String,
+        /// The folder `policy-sdk` of a checkout of Wasmgate; found by itself inside one.
+        #[arg(long, value_name = "PATH")]
+        sdk: Option<PathBuf>,
+    },
+    /// Run a module without a daemon, and compare who reaches whom with a file of expectations.
+    ///
+    /// The file has `pods` (name, labels, address, service_account, ports), `namespaces` with their labels, and `expect`
+    /// (from, to, port as tcp/80, allow). Status 1: an expectation is not met.
+    Test {
+        #[command(flatten)]
+        module: AuthorArguments,
+        /// The expectations: JSON, or TOML or YAML in a file named so.
+        #[arg(value_name = "CASES")]
+        cases: PathBuf,
+    },
+    /// Measure a module without a daemon: compiling, identifying, deciding.
+    Bench {
+        #[command(flatten)]
+        module: AuthorArguments,
+        /// Pods, each with a label `app` of its own.
+        #[arg(long, default_value_t = 1000, value_name = "N")]
+        identities: usize,
     },
     /// Take a module away, on all nodes.
     Unload {

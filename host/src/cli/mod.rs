@@ -1,6 +1,7 @@
 //! The command line.
 
 mod args;
+mod author;
 mod print;
 mod table;
 
@@ -14,7 +15,7 @@ use crate::{
 };
 use anyhow::Context;
 use args::{
-    Arguments, ChangeArguments, Command, EndpointCommand, LoadArguments, MonitorArguments, NamespaceCommand,
+    Arguments, AuthorArguments, ChangeArguments, Command, EndpointCommand, LoadArguments, MonitorArguments, NamespaceCommand,
     NodeCommand, PolicyCommand,
 };
 use clap::Parser;
@@ -77,7 +78,10 @@ async fn ask(socket: &Path, json: bool, command: Command) -> anyhow::Result<()> 
         Command::Status => Request::Status,
         Command::Identity(_) => Request::IdentityList,
         Command::Ipcache(_) => Request::IpcacheList,
-        Command::Policy(command) => policy(command)?,
+        Command::Policy(command) => match policy(command, json).await? {
+            Some(request) => request,
+            None => return Ok(()),
+        },
         Command::Namespace(command) => namespace(command),
         Command::Metrics => return metrics(socket).await,
         Command::Node(NodeCommand::Delete { name }) => Request::NodeDelete(name),
@@ -125,12 +129,30 @@ fn namespace(command: NamespaceCommand) -> Request {
     }
 }
 
-fn policy(command: PolicyCommand) -> anyhow::Result<Request> {
-    Ok(match command {
+/// What to ask the daemon; nothing where it was done without one.
+async fn policy(command: PolicyCommand, json: bool) -> anyhow::Result<Option<Request>> {
+    Ok(Some(match command {
+        PolicyCommand::New { name, sdk } => {
+            author::new(&name, sdk.as_deref())?;
+            return Ok(None);
+        }
+        PolicyCommand::Test { module, cases } => {
+            author::test(&module, &cases).await?;
+            return Ok(None);
+        }
+        PolicyCommand::Bench { module, identities } => {
+            author::bench(&module, identities).await?;
+            return Ok(None);
+        }
+        PolicyCommand::Inspect { module, config, tier } if author::is_file(&module) => {
+            let file = module.into();
+            author::inspect(&AuthorArguments { file, config, tier }, json).await?;
+            return Ok(None);
+        }
         PolicyCommand::Show => Request::PolicyShow,
         PolicyCommand::List => Request::PolicyList,
         PolicyCommand::Audit => Request::PolicyAudit,
-        PolicyCommand::Inspect { module } => Request::PolicyInspect(module),
+        PolicyCommand::Inspect { module, .. } => Request::PolicyInspect(module),
         PolicyCommand::Unload { name, change } => policy_change(Change::Unload(name), change),
         PolicyCommand::Rollback { to, change } => policy_change(Change::Rollback(to), change),
         PolicyCommand::Explain {
@@ -148,7 +170,7 @@ fn policy(command: PolicyCommand) -> anyhow::Result<Request> {
             let text = fs::read_to_string(&file).with_context(|| format!("invariants {}", file.display()))?;
             Request::PolicyVerify(text)
         }
-    })
+    }))
 }
 
 fn policy_change(what: Change, arguments: ChangeArguments) -> Request {
@@ -223,28 +245,34 @@ fn read_policy(arguments: LoadArguments) -> anyhow::Result<Request> {
 
 /// A module gets its configuration as JSON, whatever the admin wrote it in.
 fn policy_config(path: &Path) -> anyhow::Result<String> {
-    let context = || format!("policy configuration {}", path.display());
+    let value = read_document(path).context("policy configuration")?;
+    Ok(value.to_string())
+}
+
+/// A file of JSON, or TOML or YAML where its name says so. Many documents of YAML are a list.
+fn read_document(path: &Path) -> anyhow::Result<serde_json::Value> {
+    let context = || path.display().to_string();
     let text = fs::read_to_string(path).with_context(context)?;
     let extension = path.extension().and_then(|extension| extension.to_str());
-    let value: serde_json::Value = match extension {
-        Some("toml") => toml::from_str(&text).with_context(context)?,
+    match extension {
+        Some("toml") => toml::from_str(&text).with_context(context),
         Some("yaml" | "yml") => {
+            // In YAML 1.2 `no` and `y` are words, not booleans.
+            let options = serde_saphyr::options! { strict_booleans: true };
             let documents: Vec<serde_json::Value> =
-                serde_saphyr::from_multiple_with_options(&text, serde_saphyr::options! { strict_booleans: true })
-                    .with_context(context)?;
-            match <[_; 1]>::try_from(documents) {
+                serde_saphyr::from_multiple_with_options(&text, options).with_context(context)?;
+            Ok(match <[_; 1]>::try_from(documents) {
                 Ok([one]) => one,
                 Err(many) => serde_json::Value::Array(many),
-            }
+            })
         }
         _ => serde_json::from_str(&text).with_context(|| {
             format!(
                 "{}: JSON, or TOML in a file named .toml, or YAML in one named .yaml",
                 context()
             )
-        })?,
-    };
-    Ok(value.to_string())
+        }),
+    }
 }
 
 async fn monitor(socket: &Path, json: bool, arguments: MonitorArguments) -> anyhow::Result<()> {

@@ -281,7 +281,7 @@ fn wanted(
             let mut earlier = last
                 .into_iter()
                 .flat_map(|record| [&record.previous].into_iter().chain(&record.history))
-                .filter(|revision| revision.serial != in_force.serial);
+                .filter(|revision| revision.serial != in_force.serial && revision.serial != 0);
             let found = match serial {
                 None => earlier.next(),
                 Some(serial) => earlier.find(|revision| revision.serial == serial),

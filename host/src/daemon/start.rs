@@ -330,6 +330,7 @@ impl Daemon {
                     self.namespaces.insert(key.name, namespace.labels);
                 }
                 Change::Put(key, value) if key.collection == Collection::Identities => {
+                    self.seen = self.seen.max(value.revision);
                     if let Ok(number) = key.name.parse() {
                         self.note_identity(Identity(number), records::decode(&key, &value.value)?);
                     }

@@ -116,12 +116,11 @@ impl Guest for Hostile {
             "no cidr" => network("a", "10.0.0.0/33", &[]),
             "foreign exception" => network("a", "10.0.0.0/8", &["11.0.0.0/16"]),
             "same network" => [network("a", "10.0.0.0/8", &[]), network("a", "11.0.0.0/8", &[])].concat(),
-            "many networks" => {
-                let one = |number: u32| {
-                    let address = std::net::Ipv4Addr::from(number * 2);
-                    network(&number.to_string(), &format!("{address}/32"), &[]).remove(0)
-                };
-                (1..17_000).map(one).collect()
+            "many blocks" => {
+                let mut many = network("a", "10.0.0.0/8", &[]);
+                let block = many[0].blocks[0].clone();
+                many[0].blocks.resize(17_000, block);
+                many
             }
             _ => Vec::new(),
         }

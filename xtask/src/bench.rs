@@ -1,0 +1,30 @@
+//! Benchmarks. Each compares with an alternative in the same run, and prints a table and JSON.
+
+use crate::{build, cargo};
+use clap::Subcommand;
+use std::path::{Path, PathBuf};
+
+#[derive(Subcommand)]
+pub enum Bench {
+    /// What a policy costs at 100, 1,000 and 10,000 identities: loads, changes, memory, and a packet. Needs root.
+    Policy {
+        /// Write what was measured to this file, as JSON.
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+    },
+}
+
+pub fn run(bench: &Bench) -> anyhow::Result<()> {
+    build::run()?;
+    let Bench::Policy { json } = bench;
+    run_one("policy", json.as_deref())
+}
+
+fn run_one(name: &str, json: Option<&Path>) -> anyhow::Result<()> {
+    let mut command = cargo();
+    command.args(["bench", "--package", "wasmgate-tests", "--bench", name, "--"]);
+    if let Some(path) = json {
+        command.arg("--json").arg(std::path::absolute(path)?);
+    }
+    crate::run(&mut command)
+}
