@@ -15,6 +15,7 @@ use sha2::{Digest, Sha256};
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fmt,
+    sync::Arc,
 };
 
 /// Labels that matter to a module.
@@ -176,8 +177,9 @@ pub fn probe(key: &str, count: u32) -> impl Iterator<Item = u32> {
 pub struct Registry {
     layout: Layout,
     tenants: BTreeMap<u32, String>,
-    by_number: BTreeMap<Identity, IdentityKey>,
-    by_key: HashMap<IdentityKey, Identity>,
+    /// Shared with whoever else needs them: there may be very many.
+    by_number: BTreeMap<Identity, Arc<IdentityKey>>,
+    by_key: HashMap<Arc<IdentityKey>, Identity>,
     /// About to be collected: nobody may use them as they are.
     retiring: BTreeSet<Identity>,
 }
@@ -234,7 +236,8 @@ impl Registry {
 
     /// Takes note of an identity in the store.
     pub fn insert(&mut self, identity: Identity, key: IdentityKey) {
-        self.by_key.insert(key.clone(), identity);
+        let key = Arc::new(key);
+        self.by_key.insert(Arc::clone(&key), identity);
         self.by_number.insert(identity, key);
     }
 
@@ -264,7 +267,13 @@ impl Registry {
     /// The key with this number.
     #[must_use]
     pub fn key(&self, identity: Identity) -> Option<&IdentityKey> {
-        self.by_number.get(&identity)
+        self.by_number.get(&identity).map(|key| &**key)
+    }
+
+    /// The same, to be kept.
+    #[must_use]
+    pub fn shared(&self, identity: Identity) -> Option<Arc<IdentityKey>> {
+        self.by_number.get(&identity).cloned()
     }
 
     /// The number of a key.
@@ -285,7 +294,7 @@ impl Registry {
 
     /// All identities.
     pub fn iter(&self) -> impl Iterator<Item = (Identity, &IdentityKey)> {
-        self.by_number.iter().map(|(identity, key)| (*identity, key))
+        self.by_number.iter().map(|(identity, key)| (*identity, &**key))
     }
 
     /// The layout.

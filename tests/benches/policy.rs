@@ -3,11 +3,14 @@
 //! In this process, with a real module, real maps and the code that hostd runs: a full load, one identity more, one
 //! less, one relabelled. In a real hostd, with so many pods in its store: its memory and a load. In the kernel: a packet
 //! that policy denies, at 100 and at 60,000 identities in turn.
-#![expect(clippy::unwrap_used, clippy::cast_precision_loss, reason = "a benchmark, which fails as a whole")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::cast_precision_loss,
+    reason = "a benchmark, which fails as a whole"
+)]
 
 use abi::{
-    AddressKey, Endpoint, Family, Identity, IpcacheEntry, NodeConfig,
-    map,
+    AddressKey, Endpoint, Family, Identity, IpcacheEntry, NodeConfig, map,
     node::{GATEWAY_V4, TUNNEL_PORT},
     policy::FIRST_POD_COLUMN,
 };
@@ -48,7 +51,10 @@ fn pod(number: usize, app: &str) -> (AddressKey, Pod) {
     let pod = Pod {
         namespace: "shop".to_owned(),
         name: format!("pod-{number}"),
-        labels: BTreeMap::from([("app".to_owned(), app.to_owned()), ("noise".to_owned(), number.to_string())]),
+        labels: BTreeMap::from([
+            ("app".to_owned(), app.to_owned()),
+            ("noise".to_owned(), number.to_string()),
+        ]),
         namespace_labels: BTreeMap::new(),
         service_account: String::new(),
         addresses: vec![address.into()],
@@ -108,7 +114,7 @@ impl Bench {
             stack.begin();
             let key = stack.identify(&[pod.1]).remove(0).unwrap();
             let identity = Self::number(registry, key.as_ref());
-            stack.learn(identity, key);
+            stack.learn(identity, registry.shared(identity));
             let change = generation.assign(pod.0, identity, local, stack).unwrap();
             self.datapath.write(0, &change).unwrap();
             let released = generation.release();
@@ -142,7 +148,7 @@ impl Bench {
             keys.map(|(index, (key, (address, _)))| {
                 let key = key.unwrap();
                 let identity = Self::number(&mut registry, key.as_ref());
-                stack.learn(identity, key);
+                stack.learn(identity, registry.shared(identity));
                 (*address, identity, index < LOCAL)
             })
             .collect()
@@ -177,7 +183,12 @@ impl Bench {
         step("one identity more, here", "… calls ", pod(next + 1, "new-2"), true);
         step("one pod relabelled, elsewhere", "… calls  ", pod(next, "new-3"), false);
         step("one pod relabelled, here", "… calls   ", pod(next + 1, "new-4"), true);
-        step("one more pod of an identity", "… calls    ", pod(next + 2, "app-1"), false);
+        step(
+            "one more pod of an identity",
+            "… calls    ",
+            pod(next + 2, "app-1"),
+            false,
+        );
         let (seconds, ()) = timed(|| {
             generation.remove(&pod(next + 1, "").0);
             let released = generation.release();
@@ -233,7 +244,10 @@ fn in_process(identities: usize) -> anyhow::Result<Value> {
         let rounds: Vec<Round> = (0..ROUNDS).map(|_| bench.round(identities)).collect();
         drop(guard);
         let lines = summary(&rounds);
-        println!("\n{identities} identities, {} of them here: {ROUNDS} rounds", LOCAL.min(identities));
+        println!(
+            "\n{identities} identities, {} of them here: {ROUNDS} rounds",
+            LOCAL.min(identities)
+        );
         for (what, middle, least, most, unit) in &lines {
             let name = what.trim_end();
             println!("  {name:<32} {middle:>12.3} {unit:<4} ({least:.3} to {most:.3})");
@@ -250,7 +264,10 @@ fn in_process(identities: usize) -> anyhow::Result<Value> {
 /// A value of `/proc/PID/status`, in KiB.
 fn memory(pid: u32, key: &str) -> anyhow::Result<f64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status.lines().find(|line| line.starts_with(key)).context("no such line")?;
+    let line = status
+        .lines()
+        .find(|line| line.starts_with(key))
+        .context("no such line")?;
     Ok(line.split_whitespace().nth(1).context("no value")?.parse()?)
 }
 
@@ -258,7 +275,9 @@ fn memory(pid: u32, key: &str) -> anyhow::Result<f64> {
 fn map_memory(pid: u32) -> anyhow::Result<u64> {
     let mut maps = BTreeMap::new();
     for entry in fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
-        let Ok(text) = fs::read_to_string(entry?.path()) else { continue };
+        let Ok(text) = fs::read_to_string(entry?.path()) else {
+            continue;
+        };
         let value = |key: &str| -> Option<u64> {
             let line = text.lines().find(|line| line.starts_with(key))?;
             line.split_whitespace().nth(1)?.parse().ok()
@@ -275,7 +294,10 @@ fn in_hostd(identities: usize, local: usize) -> anyhow::Result<Value> {
     let options = Options {
         nodes: 1,
         pod_cidr: "10.1.0.0/16".to_owned(),
-        tables: format!("[maps]\nidentities = {}\naddresses = 131072", (identities + 64).max(128)),
+        tables: format!(
+            "[maps]\nidentities = {}\naddresses = 131072",
+            (identities + 64).max(128)
+        ),
         ..Options::default()
     };
     let mut cluster = Cluster::with(&options)?;
@@ -308,7 +330,8 @@ fn in_hostd(identities: usize, local: usize) -> anyhow::Result<Value> {
     }
     let node = &cluster.nodes[0];
     let known = wait_until(Duration::from_secs(120), || {
-        node.json(&["status"]).is_ok_and(|status| status["maps"][1]["used"] == identities as u64 + 1)
+        node.json(&["status"])
+            .is_ok_and(|status| status["maps"][1]["used"] == identities as u64 + 1)
     });
     ensure!(known, "hostd does not know all pods: {}", node.log());
     let file = harness::policy("web-app")?.display().to_string();
@@ -390,7 +413,8 @@ impl Packets {
         };
         HashMap::<_, AddressKey, Endpoint>::try_from(ebpf.map_mut(map::ENDPOINTS).context("no map")?)?
             .insert(own, endpoint, 0)?;
-        let mut ipcache = HashMap::<_, AddressKey, IpcacheEntry>::try_from(ebpf.map_mut(map::IPCACHE).context("no map")?)?;
+        let mut ipcache =
+            HashMap::<_, AddressKey, IpcacheEntry>::try_from(ebpf.map_mut(map::IPCACHE).context("no map")?)?;
         let mut frames = Vec::new();
         for number in 0..u32::try_from(FRAMES)? {
             let column = FIRST_POD_COLUMN + number * (identities - 1) / u32::try_from(FRAMES)?;
@@ -433,7 +457,11 @@ impl Packets {
                     ..TestRunOptions::default()
                 })
             })??;
-            ensure!(result.return_value == 2, "the packet was not denied: {}", result.return_value);
+            ensure!(
+                result.return_value == 2,
+                "the packet was not denied: {}",
+                result.return_value
+            );
             total += result.duration;
         }
         Ok(total.as_nanos() as f64 / FRAMES as f64)
@@ -458,8 +486,14 @@ fn per_packet() -> anyhow::Result<Value> {
     let (few, many) = (median(&mut few_ns), median(&mut many_ns));
     let ratio = many.0 / few.0;
     println!("\na packet that policy denies, in turn to {FRAMES} identities: 20 rounds side by side");
-    println!("  at    100 identities             {:>12.1} ns   ({:.1} to {:.1})", few.0, few.1, few.2);
-    println!("  at 60,000 identities             {:>12.1} ns   ({:.1} to {:.1})", many.0, many.1, many.2);
+    println!(
+        "  at    100 identities             {:>12.1} ns   ({:.1} to {:.1})",
+        few.0, few.1, few.2
+    );
+    println!(
+        "  at 60,000 identities             {:>12.1} ns   ({:.1} to {:.1})",
+        many.0, many.1, many.2
+    );
     println!("  ratio                            {ratio:>12.3}");
     Ok(json!({"at_100_ns": few.0, "at_60000_ns": many.0, "ratio": ratio}))
 }
@@ -475,13 +509,20 @@ fn main() -> anyhow::Result<()> {
     }
     harness::use_release();
     let sizes = [100, 1000, 10_000];
-    let loads = sizes.iter().map(|size| in_process(*size)).collect::<anyhow::Result<Vec<_>>>()?;
+    let loads = sizes
+        .iter()
+        .map(|size| in_process(*size))
+        .collect::<anyhow::Result<Vec<_>>>()?;
     let hostd = [(100, 50), (1000, 100), (10_000, LOCAL)]
         .iter()
         .map(|(size, local)| in_hostd(*size, *local))
         .collect::<anyhow::Result<Vec<_>>>()?;
     let all = json!({"loads": loads, "hostd": hostd, "packet": per_packet()?});
-    if let Some(file) = arguments.iter().position(|one| one == "--json").and_then(|at| arguments.get(at + 1)) {
+    if let Some(file) = arguments
+        .iter()
+        .position(|one| one == "--json")
+        .and_then(|at| arguments.get(at + 1))
+    {
         fs::write(file, format!("{all:#}\n"))?;
     }
     Ok(())

@@ -65,7 +65,11 @@ fn names(cluster: &Cluster) -> Vec<String> {
 fn admin_before_tenant_before_baseline() {
     kernel_test!();
     let (cluster, _listeners) = two_tenants();
-    load(&cluster, &module("allow-all"), &["--name", "open", "--tier", "baseline"]);
+    load(
+        &cluster,
+        &module("allow-all"),
+        &["--name", "open", "--tier", "baseline"],
+    );
     assert!(reaches(&cluster, "red/a", "blue/b"));
     // A tenant tier that passes leaves the baseline its word, an admin tier that denies does not.
     load(&cluster, &module("tenant-isolation"), &["--name", "tenants"]);
@@ -84,10 +88,16 @@ spec:
 ";
     let rules = write(&cluster, "admin.yaml", rules);
     let cnp = module("cluster-network-policy");
-    load(&cluster, &cnp, &["--name", "cnp", "--tier", "admin", "--config", &rules]);
+    load(
+        &cluster,
+        &cnp,
+        &["--name", "cnp", "--tier", "admin", "--config", &rules],
+    );
     assert_eq!(names(&cluster), ["cnp", "tenants", "open"]);
     assert!(reaches(&cluster, "red/a", "blue/b"), "no namespace has the label yet");
-    cluster.nodes[0].json(&["namespace", "label", "red", "team=red"]).unwrap();
+    cluster.nodes[0]
+        .json(&["namespace", "label", "red", "team=red"])
+        .unwrap();
     cluster.agree().unwrap();
     for (from, to, expected) in [
         ("red/a", "blue/b", false),
@@ -99,11 +109,27 @@ spec:
     }
     // Explained with the admin's words, on the node that enforces it.
     let why = cluster.nodes[0]
-        .json(&["policy", "explain", "red/a", "blue/b", "--protocol", "tcp", "--port", "80"])
+        .json(&[
+            "policy",
+            "explain",
+            "red/a",
+            "blue/b",
+            "--protocol",
+            "tcp",
+            "--port",
+            "80",
+        ])
         .unwrap();
-    assert_eq!((&why["verdict"], &why["agrees"]), (&Value::Bool(false), &Value::Bool(true)));
+    assert_eq!(
+        (&why["verdict"], &why["agrees"]),
+        (&Value::Bool(false), &Value::Bool(true))
+    );
     let egress = &why["sides"][0];
-    let decides = egress["steps"].as_array().unwrap().iter().find(|step| step["decides"] == true);
+    let decides = egress["steps"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|step| step["decides"] == true);
     let decides = decides.unwrap();
     assert_eq!(decides["module"], "cnp");
     assert_eq!(decides["reason"], "ClusterNetworkPolicy apart, egress[1]");
@@ -131,17 +157,31 @@ fn a_tenants_module_decides_over_its_own_ends_alone() {
     load(&cluster, &module("tenant-isolation"), &[]);
     // It says allow to everything, and that all pods are red's.
     let conquer = deed(&cluster, "conquer");
-    load(&cluster, &hostile, &["--name", "red", "--tenant", "red", "--config", &conquer]);
+    load(
+        &cluster,
+        &hostile,
+        &["--name", "red", "--tenant", "red", "--config", &conquer],
+    );
     let identities = cluster.nodes[0].json(&["endpoint", "list"]).unwrap();
     for pod in identities.as_array().unwrap() {
-        let tenant = pod["identity_name"].as_str().unwrap().split('{').next().unwrap().to_owned();
+        let tenant = pod["identity_name"]
+            .as_str()
+            .unwrap()
+            .split('{')
+            .next()
+            .unwrap()
+            .to_owned();
         assert_eq!(pod["pod"]["namespace"], tenant.as_str());
     }
     assert!(!reaches(&cluster, "red/a", "blue/b"), "blue does not let it in");
     assert!(!reaches(&cluster, "blue/a", "red/b"), "blue does not let it out");
     assert!(reaches(&cluster, "blue/a", "blue/b") && reaches(&cluster, "red/a", "red/b"));
     // When blue's own module agrees, both ends do.
-    load(&cluster, &hostile, &["--name", "blue", "--tenant", "blue", "--config", &conquer]);
+    load(
+        &cluster,
+        &hostile,
+        &["--name", "blue", "--tenant", "blue", "--config", &conquer],
+    );
     assert!(reaches(&cluster, "red/a", "blue/b") && reaches(&cluster, "blue/a", "red/b"));
     cluster.nodes[0].json(&["policy", "unload", "red"]).unwrap();
     assert!(!reaches(&cluster, "red/a", "blue/b") && !reaches(&cluster, "blue/a", "red/b"));
@@ -159,7 +199,11 @@ fn a_tenants_module_that_fails_harms_nobody_else() {
     // Loaded while only red's pods are there, it behaves; then it meets another tenant's.
     for (what, name) in [("foreign trap", "trap"), ("refuse foreign", "refuse")] {
         let config = deed(&cluster, what);
-        load(&cluster, &hostile, &["--name", "red", "--tenant", "red", "--config", &config]);
+        load(
+            &cluster,
+            &hostile,
+            &["--name", "red", "--tenant", "red", "--config", &config],
+        );
         let (one, other) = (format!("{name}/a"), format!("{name}/b"));
         cluster.add_pod(0, &one, &[]).unwrap();
         cluster.add_pod(1, &other, &[]).unwrap();
@@ -187,21 +231,39 @@ fn what_is_asked_for_wrongly_is_refused() {
     let before = node.json(&["policy", "list"]).unwrap();
     let broken = write(&cluster, "broken", "red never reaches");
     for (arguments, expected) in [
-        (&["load-policy", &file, "--name", "taken", "--tier", "baseline"][..], "the name taken is taken"),
+        (
+            &["load-policy", &file, "--name", "taken", "--tier", "baseline"][..],
+            "the name taken is taken",
+        ),
         (&["load-policy", &file, "--name", "Taken"], "--name"),
-        (&["load-policy", &file, "--tenant", "green"], "no pod belongs to the tenant \"green\""),
-        (&["load-policy", &file, "--tier", "admin", "--tenant", "red"], "--tenant goes with the tier `tenant`"),
-        (&["load-policy", &file, "--limit", "cores=3"], "a limit is one of fuel_per_call"),
+        (
+            &["load-policy", &file, "--tenant", "green"],
+            "no pod belongs to the tenant \"green\"",
+        ),
+        (
+            &["load-policy", &file, "--tier", "admin", "--tenant", "red"],
+            "--tenant goes with the tier `tenant`",
+        ),
+        (
+            &["load-policy", &file, "--limit", "cores=3"],
+            "a limit is one of fuel_per_call",
+        ),
         (&["policy", "unload", "nobody"], "no module is named \"nobody\""),
         (&["policy", "inspect", "nobody"], "no module is named \"nobody\""),
         (&["policy", "rollback"], "no earlier policy"),
         (&["policy", "rollback", "--to", "99"], "no policy of change 99"),
         (&["policy", "explain", "red/a", "nobody"], "\"nobody\" is no pod"),
-        (&["policy", "explain", "red/a", "red/b", "--protocol", "tcp"], "tcp needs a port"),
+        (
+            &["policy", "explain", "red/a", "red/b", "--protocol", "tcp"],
+            "tcp needs a port",
+        ),
         (&["policy", "explain", "red/a", "4711"], "nobody has identity 4711"),
         (&["policy", "verify", &broken], "line 1"),
         (&["policy", "verify", "/nonexistent"], "/nonexistent"),
-        (&["namespace", "label", "red", "team-"], "namespace red has no label team"),
+        (
+            &["namespace", "label", "red", "team-"],
+            "namespace red has no label team",
+        ),
         (&["namespace", "label", "RED", "a=b"], "namespace \"RED\""),
     ] {
         let refusal = node.refusal(arguments).unwrap();
@@ -228,11 +290,16 @@ fn invariants_stop_a_policy_that_breaks_them() {
     cluster.load("tenant-isolation").unwrap();
     let refusal = cluster.load("allow-all").unwrap_err().to_string();
     assert!(
-        refusal.contains("`tenant red never reaches tenant blue`: red/a may reach blue/a on tcp, udp, sctp, icmp, icmpv6"),
+        refusal
+            .contains("`tenant red never reaches tenant blue`: red/a may reach blue/a on tcp, udp, sctp, icmp, icmpv6"),
         "{refusal}"
     );
     // The file is read at each change; what it says can be asked of what is in force, too.
-    let asked = write(&cluster, "asked", "tenant red never reaches tenant blue\nhost reaches everything\n");
+    let asked = write(
+        &cluster,
+        "asked",
+        "tenant red never reaches tenant blue\nhost reaches everything\n",
+    );
     let verified = cluster.nodes[0].json(&["policy", "verify", &asked]).unwrap();
     assert_eq!(verified["broken"], serde_json::json!([]));
     fs::write(&file, "").unwrap();
@@ -240,7 +307,10 @@ fn invariants_stop_a_policy_that_breaks_them() {
     let output = cluster.nodes[0].hostd(&["policy", "verify", &asked]).unwrap();
     assert!(!output.status.success());
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(text.contains("broken: `tenant red never reaches tenant blue`: red/a may reach blue/a"), "{text}");
+    assert!(
+        text.contains("broken: `tenant red never reaches tenant blue`: red/a may reach blue/a"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -258,11 +328,18 @@ fn an_audited_module_enforces_nothing_and_reports_what_it_would_deny() {
     assert!(reaches(&cluster, "red/a", "blue/b"), "it enforces nothing");
     assert!(reaches(&cluster, "blue/a", "blue/b"));
     let findings = || cluster.nodes[1].json(&["policy", "audit"]).unwrap();
-    assert!(wait_until(LONG, || findings() != serde_json::json!([])), "{}", findings());
+    assert!(
+        wait_until(LONG, || findings() != serde_json::json!([])),
+        "{}",
+        findings()
+    );
     let found = findings();
     assert_eq!(found.as_array().unwrap().len(), 1, "{found}");
     let found = &found[0];
-    assert_eq!((&found["module"], &found["protocol"], &found["port"]), (&"np".into(), &"tcp".into(), &80.into()));
+    assert_eq!(
+        (&found["module"], &found["protocol"], &found["port"]),
+        (&"np".into(), &"tcp".into(), &80.into())
+    );
     assert!(found["from"].as_str().unwrap().starts_with("red"), "{found}");
     // Enforced, it does.
     load(&cluster, &np, &["--name", "np", "--config", &deny]);
@@ -313,7 +390,9 @@ fn identities_that_nobody_uses_are_collected_and_others_are_not() {
     cluster.nodes[1]
         .json(&[&["endpoint", "label"][..], &pod, &["app=other"]].concat())
         .unwrap();
-    let collected = wait_until(LONG, || (0..2).all(|node| !listed(node).contains(&"red{app=goes}".to_owned())));
+    let collected = wait_until(LONG, || {
+        (0..2).all(|node| !listed(node).contains(&"red{app=goes}".to_owned()))
+    });
     assert!(collected, "{:?}", listed(0));
     assert_eq!(listed(1), listed(0));
     assert_eq!(listed(0).len(), 2, "those in use stay: {:?}", listed(0));
@@ -350,7 +429,10 @@ fn an_identity_stays_while_a_node_that_may_hold_it_is_silent() {
         .unwrap();
     std::thread::sleep(Duration::from_secs(5));
     let name = "red{app=goes}".to_owned();
-    assert!(cluster_identities(&cluster, 0).contains(&name), "node2's kernel may hold it");
+    assert!(
+        cluster_identities(&cluster, 0).contains(&name),
+        "node2's kernel may hold it"
+    );
     cluster.nodes[1].start().unwrap();
     let collected = wait_until(LONG, || !cluster_identities(&cluster, 0).contains(&name));
     assert!(collected, "once all nodes are there");
@@ -368,7 +450,9 @@ fn the_second_load_of_a_module_comes_from_the_cache() {
     let cache = cluster.folder().join("node1/state/compiled");
     let files = || -> Vec<std::path::PathBuf> {
         let entries = fs::read_dir(&cache).unwrap().map(|entry| entry.unwrap().path());
-        let mut files: Vec<_> = entries.filter(|path| path.extension().is_some_and(|end| end == "compiled")).collect();
+        let mut files: Vec<_> = entries
+            .filter(|path| path.extension().is_some_and(|end| end == "compiled"))
+            .collect();
         files.sort();
         files
     };
@@ -382,8 +466,16 @@ fn the_second_load_of_a_module_comes_from_the_cache() {
     fs::write(&compiled[0], &changed).unwrap();
     cluster.nodes[0].stop(false).unwrap();
     cluster.nodes[0].start().unwrap();
-    assert!(cluster.nodes[0].log().contains("torn, foreign or of another hostd"), "{}", cluster.nodes[0].log());
-    assert_eq!(fs::read(&compiled[0]).unwrap(), whole, "compiled anew, to the same bytes");
+    assert!(
+        cluster.nodes[0].log().contains("torn, foreign or of another hostd"),
+        "{}",
+        cluster.nodes[0].log()
+    );
+    assert_eq!(
+        fs::read(&compiled[0]).unwrap(),
+        whole,
+        "compiled anew, to the same bytes"
+    );
     // Left alone it is used: were it compiled again, it would be written again.
     let written = fs::metadata(&compiled[0]).unwrap().ino();
     cluster.nodes[0].stop(false).unwrap();
@@ -413,7 +505,11 @@ fn limits_of_one_module_are_its_own() {
         .refusal(&["load-policy", &file, "--limit", "fuel_per_call=1000"])
         .unwrap();
     assert!(refusal.contains("used up its fuel of 1000"), "{refusal}");
-    load(&cluster, &file, &["--limit", "memory_mib=8", "--limit", "evaluate_ms=500"]);
+    load(
+        &cluster,
+        &file,
+        &["--limit", "memory_mib=8", "--limit", "evaluate_ms=500"],
+    );
     let inspected = cluster.nodes[1].json(&["policy", "inspect", "default"]).unwrap();
     assert_eq!(inspected["limits"][1], 500);
     assert_eq!(inspected["limits"][2], 8 << 20);

@@ -93,7 +93,12 @@ pub async fn inspect(arguments: &AuthorArguments, json: bool) -> anyhow::Result<
     writeln!(out, "module      {} ({} bytes)", local.record.file, local.size)?;
     writeln!(out, "sha256      {}", local.record.sha256)?;
     writeln!(out, "interface   {}", wasm::INTERFACE)?;
-    writeln!(out, "compiled in {:.1} ms, started in {:.1} ms", local.compile * 1e3, local.start * 1e3)?;
+    writeln!(
+        out,
+        "compiled in {:.1} ms, started in {:.1} ms",
+        local.compile * 1e3,
+        local.start * 1e3
+    )?;
     for (name, blocks) in &view.networks {
         writeln!(out, "network     {name}: {}", blocks.join(", "))?;
     }
@@ -174,7 +179,7 @@ impl Numbered {
             }
             let key = IdentityKey::Networks(names);
             let identity = registry.assign(&key)?;
-            stack.learn(identity, Some(key));
+            stack.learn(identity, registry.shared(identity));
             networks.push(identity);
         }
         Ok(Self { registry, networks })
@@ -187,7 +192,7 @@ impl Numbered {
             .map(|key| {
                 let Some(key) = key? else { return Ok(Identity::INIT) };
                 let identity = self.registry.assign(&key)?;
-                stack.learn(identity, Some(key));
+                stack.learn(identity, self.registry.shared(identity));
                 Ok(identity)
             })
             .collect()
@@ -202,7 +207,10 @@ pub async fn test(arguments: &AuthorArguments, cases: &Path) -> anyhow::Result<(
     let mut numbered = Numbered::new(&mut stack)?;
     let mut facts = Vec::new();
     for pod in &document.pods {
-        facts.push(pod.facts(&document.namespaces).with_context(|| format!("{}: pod {}", context(), pod.name))?);
+        facts.push(
+            pod.facts(&document.namespaces)
+                .with_context(|| format!("{}: pod {}", context(), pod.name))?,
+        );
     }
     let identities = numbered.identify(&mut stack, &facts)?;
     let resolve = |name: &str| -> anyhow::Result<Identity> {
@@ -213,7 +221,10 @@ pub async fn test(arguments: &AuthorArguments, cases: &Path) -> anyhow::Result<(
             return Ok(*identity);
         }
         let address: IpAddr = name.parse().with_context(|| {
-            format!("{}: {name:?} is no pod of the file, no reserved name and no address", context())
+            format!(
+                "{}: {name:?} is no pod of the file, no reserved name and no address",
+                context()
+            )
         })?;
         Ok(numbered.networks[stack.networks().find(address.into())])
     };
@@ -235,7 +246,11 @@ pub async fn test(arguments: &AuthorArguments, cases: &Path) -> anyhow::Result<(
         let survey = block_in_place(|| Survey::between(&mut stack, &senders, &receivers))?;
         if survey.ruling(from, to).at(key) != one.allow {
             wrong += 1;
-            let (should, is) = if one.allow { ("allowed", "denied") } else { ("denied", "allowed") };
+            let (should, is) = if one.allow {
+                ("allowed", "denied")
+            } else {
+                ("denied", "allowed")
+            };
             println!("{} -> {} {}: should be {should}, is {is}", one.from, one.to, one.port);
             for (side, subject, peer) in [(Direction::Egress, from, to), (Direction::Ingress, to, from)] {
                 if crate::survey::is_end(&stack, subject) {
@@ -302,7 +317,11 @@ pub async fn bench(arguments: &AuthorArguments, identities: usize) -> anyhow::Re
     table.row(line(
         "decide",
         decide,
-        format!("{} by {} pairs of both ends, {calls} calls, {rate:.1} million a second", subjects.len(), members.len()),
+        format!(
+            "{} by {} pairs of both ends, {calls} calls, {rate:.1} million a second",
+            subjects.len(),
+            members.len()
+        ),
     ));
     Ok(table.print(&mut std::io::stdout().lock())?)
 }
@@ -408,7 +427,10 @@ pub fn new(name: &str, sdk: Option<&Path>) -> anyhow::Result<()> {
     let folder = PathBuf::from(name);
     ensure!(!folder.exists(), "{} exists already", folder.display());
     let (sdk, inside) = match sdk {
-        Some(path) => (fs::canonicalize(path).with_context(|| path.display().to_string())?, false),
+        Some(path) => (
+            fs::canonicalize(path).with_context(|| path.display().to_string())?,
+            false,
+        ),
         None => find_sdk()?,
     };
     ensure!(
@@ -449,5 +471,7 @@ fn find_sdk() -> anyhow::Result<(PathBuf, bool)> {
 
 /// For `hostd policy inspect`: whether what is meant is a file.
 pub fn is_file(module: &str) -> bool {
-    Path::new(module).extension().is_some_and(|extension| extension == "wasm")
+    Path::new(module)
+        .extension()
+        .is_some_and(|extension| extension == "wasm")
 }

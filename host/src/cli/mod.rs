@@ -15,8 +15,8 @@ use crate::{
 };
 use anyhow::Context;
 use args::{
-    Arguments, AuthorArguments, ChangeArguments, Command, EndpointCommand, LoadArguments, MonitorArguments, NamespaceCommand,
-    NodeCommand, PolicyCommand,
+    Arguments, AuthorArguments, ChangeArguments, Command, EndpointCommand, LoadArguments, MonitorArguments,
+    NamespaceCommand, NodeCommand, PolicyCommand,
 };
 use clap::Parser;
 use std::{fs, io::Write, path::Path, process::ExitCode};

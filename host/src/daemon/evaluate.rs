@@ -121,8 +121,8 @@ impl Daemon {
     pub(super) fn compile_matrix(
         &self,
         mut stack: Stack,
-        identified: Vec<(AddressKey, Identity, Option<IdentityKey>)>,
-        networks: Vec<(Identity, Option<IdentityKey>)>,
+        identified: Vec<(AddressKey, Identity, Option<Arc<IdentityKey>>)>,
+        networks: Vec<(Identity, Option<Arc<IdentityKey>>)>,
     ) -> Result<Compilation, DaemonError> {
         block_in_place(|| {
             // Numbering the identities has taken time that is not the modules'.
@@ -180,11 +180,9 @@ impl Daemon {
         // Numbers that only this evaluation knows: nothing is entered in the store.
         let mut registry = self.registry.clone();
         let mut number = |key: Option<IdentityKey>, other: Identity| -> Result<_, DaemonError> {
-            let identity = match &key {
-                Some(key) => registry.assign(key)?,
-                None => other,
-            };
-            Ok((identity, key))
+            let Some(key) = key else { return Ok((other, None)) };
+            let identity = registry.assign(&key)?;
+            Ok((identity, registry.shared(identity)))
         };
         let mut identified = Vec::with_capacity(keys.len());
         for (address, key) in keys {

@@ -17,6 +17,7 @@ use abi::{
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
+    sync::Arc,
 };
 use tokio::task::block_in_place;
 
@@ -221,7 +222,7 @@ impl Daemon {
             // A number that only this answer knows, where nobody has it.
             Some(key) => self.registry.clone().assign(key)?,
         };
-        self.active.stack.learn(identity, key);
+        self.active.stack.learn(identity, key.map(Arc::new));
         Ok(self.asked(text.to_owned(), identity, None))
     }
 

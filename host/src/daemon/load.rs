@@ -26,6 +26,7 @@ use crate::{
 use abi::{AddressKey, Identity};
 use std::{
     collections::BTreeMap,
+    sync::Arc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -149,7 +150,8 @@ impl Daemon {
         let keys = self.identify_all(&mut stack)?;
         let mut identified = Vec::with_capacity(keys.len());
         for (address, key) in keys {
-            identified.push((address, self.number(key.as_ref()).await?, key));
+            let identity = self.number(key.as_ref()).await?;
+            identified.push((address, identity, self.registry.shared(identity)));
         }
         self.finish_build(revision, stack, identified).await
     }
@@ -159,7 +161,7 @@ impl Daemon {
         &mut self,
         revision: &Revision,
         stack: Stack,
-        identified: Vec<(AddressKey, Identity, Option<IdentityKey>)>,
+        identified: Vec<(AddressKey, Identity, Option<Arc<IdentityKey>>)>,
     ) -> Result<(Side, crate::plan::Change), DaemonError> {
         let mut networks = Vec::new();
         for key in Self::network_keys(&stack) {
@@ -167,7 +169,7 @@ impl Daemon {
                 Some(_) => self.number(key.as_ref()).await?,
                 None => Identity::WORLD,
             };
-            networks.push((identity, key));
+            networks.push((identity, self.registry.shared(identity)));
         }
         let compilation = self.compile_matrix(stack, identified, networks)?;
         let side = Side {
@@ -249,7 +251,10 @@ impl Daemon {
         let mut identified = Vec::new();
         for ((address, record), key) in addresses.into_iter().zip(keys) {
             match key {
-                Ok(key) => identified.push((address, self.number(key.as_ref()).await?, key)),
+                Ok(key) => {
+                    let identity = self.number(key.as_ref()).await?;
+                    identified.push((address, identity, self.registry.shared(identity)));
+                }
                 // One pod must not keep the node down: nothing reaches it.
                 Err(error) => tracing::error!("{}: {error}", record.full_name()),
             }

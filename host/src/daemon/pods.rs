@@ -4,7 +4,7 @@
 
 use super::{Daemon, DaemonError, Pod};
 use crate::{
-    identity::{IdentityKey, Labels},
+    identity::Labels,
     plan::{self, Facts, PlanError, Stance},
     store::records::PodRecord,
 };
@@ -53,7 +53,7 @@ impl Daemon {
         let identity = self.number(key.as_ref()).await?;
         let before = self.active.generation.place(&address).map(|place| place.identity);
         let aside_before = self.aside_identity(&address);
-        self.assign(Half::Active, address, identity, key, local)?;
+        self.assign(Half::Active, address, identity, local)?;
         self.assign_aside(&record, address, local).await;
 
         // What the address means has changed, and with it what its flows were judged by.
@@ -81,14 +81,8 @@ impl Daemon {
 
     /// Gives an address its identity in one half, and writes what that adds. Where port sets do not fit, those that no
     /// cell names any more are given back first.
-    fn assign(
-        &mut self,
-        half: Half,
-        address: AddressKey,
-        identity: Identity,
-        key: Option<IdentityKey>,
-        local: bool,
-    ) -> Result<(), DaemonError> {
+    fn assign(&mut self, half: Half, address: AddressKey, identity: Identity, local: bool) -> Result<(), DaemonError> {
+        let key = self.registry.shared(identity);
         let parity = match half {
             Half::Active => self.datapath.parity(),
             Half::Aside => 1 - self.datapath.parity(),
@@ -117,7 +111,7 @@ impl Daemon {
         let Some(aside) = &mut self.aside else { return };
         let assigned = match aside.identify(facts) {
             Ok(key) => match self.number(key.as_ref()).await {
-                Ok(identity) => self.assign(Half::Aside, address, identity, key, local),
+                Ok(identity) => self.assign(Half::Aside, address, identity, local),
                 Err(error) => Err(error),
             },
             Err(error) => Err(error.into()),

@@ -12,6 +12,7 @@ use crate::{
     wasm,
 };
 use abi::{AddressKey, Identity};
+use std::sync::Arc;
 use tokio::task::block_in_place;
 
 /// One policy, with what it has made of the cluster's pods and networks.
@@ -48,7 +49,7 @@ impl Side {
         &mut self,
         address: AddressKey,
         identity: Identity,
-        key: Option<IdentityKey>,
+        key: Option<Arc<IdentityKey>>,
         local: bool,
     ) -> Result<Change, PlanError<StackError>> {
         self.stack.learn(identity, key);

@@ -3,14 +3,17 @@
 //! A cell's way through the modules is a line of what they have said so far; equal lines share a number. Each module
 //! moves every cell that is not final on by one step, and a step is worked out once for each pair of numbers.
 
-use super::{Include, Interner, Matrix, Module, Stack, StackError, who};
+use super::{Include, Interner, Keys, Matrix, Module, Stack, StackError, who};
 use crate::{
     identity::IdentityKey,
     plan::{Action, Decision, Line, Ruling},
     wasm::{Tier, WasmError, Who},
 };
 use abi::{Direction, Identity};
-use std::collections::{BTreeSet, HashMap};
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+};
 
 /// What one module says of a pair, for one position on the line of ports.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -149,7 +152,13 @@ impl Stack {
                 .map_err(|error| module.error(error))?;
             let decision = answer.decision(0);
             let (action, reason) = decision.at(key);
-            let class = |identity| describe(&who(module.record.name(), identity, self.keys.get(&identity)));
+            let class = |identity| {
+                describe(&who(
+                    module.record.name(),
+                    identity,
+                    self.keys.get(&identity).map(|key| &**key),
+                ))
+            };
             steps.push(Step {
                 module: module.record.name().to_owned(),
                 tier: module.record.placement.tier,
@@ -218,18 +227,18 @@ fn distinct(numbers: &[u32]) -> (Vec<u32>, Vec<usize>) {
 
 impl Module {
     /// Which of the subjects it decides about.
-    fn own(&self, subjects: &[Identity], keys: &HashMap<Identity, IdentityKey>) -> Vec<usize> {
+    fn own(&self, subjects: &[Identity], keys: &Keys) -> Vec<usize> {
         let is_own = |identity: &Identity| match self.tenant() {
             None => true,
-            Some(tenant) => keys.get(identity).and_then(IdentityKey::tenant) == Some(tenant),
+            Some(tenant) => keys.get(identity).and_then(|key| key.tenant()) == Some(tenant),
         };
         (0..subjects.len()).filter(|index| is_own(&subjects[*index])).collect()
     }
 
     /// Whether it could not identify those with this identity.
-    fn is_unknown(&self, identity: Identity, keys: &HashMap<Identity, IdentityKey>) -> bool {
+    fn is_unknown(&self, identity: Identity, keys: &Keys) -> bool {
         matches!(
-            keys.get(&identity),
+            keys.get(&identity).map(|key| &**key),
             Some(IdentityKey::Pod(pod)) if pod.classes.get(self.record.name()) == Some(&None)
         )
     }
@@ -240,7 +249,7 @@ impl Module {
         side: Direction,
         subjects: &[Identity],
         peers: &[Identity],
-        keys: &HashMap<Identity, IdentityKey>,
+        keys: &Keys,
     ) -> Result<Answer, WasmError> {
         let new: BTreeSet<Identity> = subjects
             .iter()
@@ -250,11 +259,14 @@ impl Module {
             .collect();
         if !new.is_empty() {
             let name = self.record.name();
-            let seen: Vec<(Identity, Who)> = new
+            let seen: Vec<(Identity, Arc<Who>)> = new
                 .into_iter()
-                .map(|identity| (identity, who(name, identity, keys.get(&identity))))
+                .map(|identity| {
+                    let key = keys.get(&identity).map(|key| &**key);
+                    (identity, Arc::new(who(name, identity, key)))
+                })
                 .collect();
-            self.runtime.learn(seen.iter().map(|(_, who)| who.clone()))?;
+            self.runtime.learn(seen.iter().map(|(_, who)| Arc::clone(who)))?;
             for (identity, who) in seen {
                 if let Some(number) = self.runtime.number(&who) {
                     self.numbers.insert(identity, number);

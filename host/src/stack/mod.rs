@@ -24,6 +24,7 @@ use crate::{
 use abi::{Direction, Identity};
 use std::{
     collections::{BTreeMap, HashMap},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -125,12 +126,15 @@ impl<T: Clone + Eq + std::hash::Hash> Interner<T> {
     }
 }
 
+/// What identities stand for.
+type Keys = HashMap<Identity, Arc<IdentityKey>>;
+
 /// The modules that are loaded.
 pub struct Stack {
     modules: Vec<Module>,
     networks: Partition,
     /// What each identity stands for, as far as a decision can be about it.
-    keys: HashMap<Identity, IdentityKey>,
+    keys: Keys,
     lines: Interner<Line<Action>>,
     rulings: Interner<Ruling>,
 }
@@ -218,7 +222,7 @@ impl Stack {
     }
 
     /// Takes note of what an identity stands for; nothing for the reserved ones.
-    pub fn learn(&mut self, identity: Identity, key: Option<IdentityKey>) {
+    pub fn learn(&mut self, identity: Identity, key: Option<Arc<IdentityKey>>) {
         if let Some(key) = key {
             self.keys.entry(identity).or_insert(key);
         }
@@ -233,7 +237,7 @@ impl Stack {
     /// What an identity stands for, where it is known and no reserved one.
     #[must_use]
     pub fn key(&self, identity: Identity) -> Option<&IdentityKey> {
-        self.keys.get(&identity)
+        self.keys.get(&identity).map(|key| &**key)
     }
 
     /// Forgets identities that are gone, once there are many of them.

@@ -15,6 +15,7 @@ use ipnet::IpNet;
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     net::IpAddr,
+    sync::Arc,
     time::Instant,
 };
 use wasmtime::{
@@ -95,8 +96,8 @@ pub struct Runtime {
     config: String,
     placement: Placement,
     /// Peers that the module has learned, by their number there.
-    learned: HashMap<Who, u32>,
-    order: Vec<Who>,
+    learned: HashMap<Arc<Who>, u32>,
+    order: Vec<Arc<Who>>,
     deadline: Instant,
     calls: u64,
     /// `None` after a trap: a component instance can't be entered again, so the next call starts another.
@@ -341,20 +342,20 @@ impl Runtime {
     /// # Errors
     ///
     /// Where the module fails.
-    pub fn learn(&mut self, peers: impl IntoIterator<Item = Who>) -> Result<(), WasmError> {
+    pub fn learn(&mut self, peers: impl IntoIterator<Item = Arc<Who>>) -> Result<(), WasmError> {
         let mut told = HashSet::new();
-        let new: Vec<Who> = peers
+        let new: Vec<Arc<Who>> = peers
             .into_iter()
-            .filter(|who| !self.learned.contains_key(who) && told.insert(who.clone()))
+            .filter(|who| !self.learned.contains_key(who) && told.insert(Arc::clone(who)))
             .collect();
         if new.is_empty() {
             return Ok(());
         }
-        let arguments: Vec<wit::Peer> = new.iter().map(to_peer).collect();
+        let arguments: Vec<wit::Peer> = new.iter().map(|who| to_peer(who)).collect();
         self.call("learn", |policy, store| policy.call_learn(store, &arguments))?;
         for who in new {
             let number = u32::try_from(self.order.len()).unwrap_or(u32::MAX);
-            self.learned.insert(who.clone(), number);
+            self.learned.insert(Arc::clone(&who), number);
             self.order.push(who);
         }
         Ok(())

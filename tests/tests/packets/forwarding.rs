@@ -2,13 +2,11 @@
 
 use super::{
     bench::{BLUE_PLACE, Bench, GREEN, Outcome, RED, RED_PLACE},
-    frame::{ACK, Frame, GATEWAY_A, GATEWAY_B, NOBODY, NODE, OTHER_NODE, POD_A, POD_A_MAC, POD_B, POD_B_MAC, REMOTE, SYN},
+    frame::{
+        ACK, Frame, GATEWAY_A, GATEWAY_B, NOBODY, NODE, OTHER_NODE, POD_A, POD_A_MAC, POD_B, POD_B_MAC, REMOTE, SYN,
+    },
 };
-use abi::{
-    Direction, DropReason, Identity, Path,
-    node::GATEWAY_V4,
-    policy::CELL_PORT_SET,
-};
+use abi::{Direction, DropReason, Identity, Path, node::GATEWAY_V4, policy::CELL_PORT_SET};
 use harness::kernel_test;
 
 #[test]

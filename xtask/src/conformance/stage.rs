@@ -169,7 +169,13 @@ impl Stage {
         let external = self.cluster.external.as_ref();
         let external = external.map(|netns| ("external", netns, self.externals.clone()));
         let pods = self.cluster.pods.iter();
-        let ends = pods.map(|pod| (pod.name.as_str(), &pod.netns, vec![pod.address, Ipv4Addr::LOCALHOST.into()]));
+        let ends = pods.map(|pod| {
+            (
+                pod.name.as_str(),
+                &pod.netns,
+                vec![pod.address, Ipv4Addr::LOCALHOST.into()],
+            )
+        });
         for (name, netns, addresses) in ends.chain(external) {
             if self.servers.get(name).is_some_and(|(known, _)| *known == ports) {
                 continue;
