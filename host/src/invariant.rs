@@ -406,6 +406,7 @@ mod tests {
     }
 
     /// Everything of one tenant passes; across tenants only TCP port 80.
+    #[expect(clippy::unnecessary_wraps, reason = "what a check asks may fail")]
     fn rulings(from: &[Identity], to: &[Identity]) -> Result<Vec<Ruling>, Infallible> {
         let web = Decision {
             rules: vec![Rule {

@@ -1,6 +1,7 @@
 //! Sets of numbers that travel in an identity's labels.
 
 use crate::Identity;
+use std::fmt::Write as _;
 
 /// A set of numbers, such as those of the rules that a pod is selected by. Written into an identity's labels, it lets
 /// pods that differ in nothing else share the identity, whatever labels they have themselves.
@@ -56,7 +57,10 @@ impl Bits {
     /// As labels `NAME`, `NAME1` and so on; the empty set has none.
     #[must_use]
     pub fn write(&self, identity: Identity, name: &str) -> Identity {
-        let text: String = self.0.iter().map(|word| format!("{word:016x}")).collect();
+        let text = self.0.iter().fold(String::new(), |mut text, word| {
+            let _ = write!(text, "{word:016x}");
+            text
+        });
         let mut identity = identity;
         for (index, start) in (0..text.len()).step_by(DIGITS).enumerate() {
             let part = &text[start..text.len().min(start + DIGITS)];
@@ -128,7 +132,9 @@ mod tests {
     fn bits_survive_the_way_through_labels() {
         for numbers in [&[][..], &[0], &[63], &[64], &[3, 64, 191], &[192], &[1, 500, 1000]] {
             let mut bits = Bits::default();
-            numbers.iter().for_each(|number| bits.insert(*number));
+            for number in numbers {
+                bits.insert(*number);
+            }
             let identity = bits.write(Identity::unclaimed(), "p");
             let read = Bits::read(&identity, "p");
             assert_eq!(read.iter().collect::<Vec<_>>(), numbers);

@@ -147,7 +147,7 @@ impl Decision {
         self.reason = reason.into();
         for rule in &mut self.rules {
             if rule.reason.is_empty() {
-                rule.reason = self.reason.clone();
+                rule.reason.clone_from(&self.reason);
             }
         }
         self

@@ -105,7 +105,7 @@ impl<P: Policy> Cluster<P> {
     pub fn pod(self, name: &str, labels: &[(&str, &str)]) -> Self {
         let mut pod = named(name);
         pod.labels = to_labels(labels);
-        self.add(pod)
+        self.with_pod(pod)
     }
 
     /// Adds a pod with all that it has. Labels of its namespace that were given before are added to its own.
@@ -114,7 +114,7 @@ impl<P: Policy> Cluster<P> {
     ///
     /// Where the policy can't identify the pod.
     #[must_use]
-    pub fn add(mut self, pod: Pod) -> Self {
+    pub fn with_pod(mut self, pod: Pod) -> Self {
         let name = format!("{}/{}", pod.namespace, pod.name);
         let identity = self.identify(pod).unwrap_or_else(|error| panic!("{name}: {error}"));
         self.peers.insert(name.clone(), Who::Pod(identity).into());

@@ -46,7 +46,7 @@ enum Task {
     /// Measure.
     #[command(subcommand)]
     Bench(bench::Bench),
-    /// Run NetworkPolicy cases with real probes between real pods; compare, and ask `explain` too. Needs root.
+    /// Run `NetworkPolicy` cases with real probes between real pods; compare, and ask `explain` too. Needs root.
     ///
     /// The last line is `N verdicts, M mismatches`; the status is 0 only where M is 0.
     Conformance(conformance::Arguments),

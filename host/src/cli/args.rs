@@ -294,7 +294,7 @@ pub enum PolicyCommand {
     },
     /// Run a module without a daemon, and compare who reaches whom with a file of expectations.
     ///
-    /// The file has `pods` (name, labels, address, service_account, ports), `namespaces` with their labels, and `expect`
+    /// The file has `pods` (name, labels, address, `service_account`, ports), `namespaces` with their labels, and `expect`
     /// (from, to, port as tcp/80, allow). Status 1: an expectation is not met.
     Test {
         #[command(flatten)]
@@ -328,8 +328,8 @@ pub enum PolicyCommand {
     },
     /// Say who may reach whom, and why: what each module says, and what the kernel has.
     ///
-    /// FROM and TO are pods (NAMESPACE/NAME), addresses, identities by number, `host`, `world`, `remote-node`, `health`,
-    /// or the labels of a pod that need not exist (NAMESPACE{KEY=VALUE,…}).
+    /// FROM and TO are pods (`NAMESPACE/NAME`), addresses, identities by number, `host`, `world`, `remote-node`, `health`,
+    /// or the labels of a pod that need not exist (`NAMESPACE{KEY=VALUE,…}`).
     Explain {
         /// Who opens the connection.
         from: String,

@@ -289,7 +289,7 @@ pub async fn bench(arguments: &AuthorArguments, identities: usize) -> anyhow::Re
     members.sort_unstable();
     members.dedup();
     let subjects: Vec<Identity> = members.iter().copied().take(250).collect();
-    let calls = stack.calls();
+    let before = stack.calls();
     stack.begin();
     let began = Instant::now();
     block_in_place(|| -> anyhow::Result<()> {
@@ -301,8 +301,8 @@ pub async fn bench(arguments: &AuthorArguments, identities: usize) -> anyhow::Re
         Ok(())
     })?;
     let decide = began.elapsed().as_secs_f64();
-    let calls = stack.calls() - calls;
-    let cells = 2 * subjects.len() * members.len();
+    let calls = stack.calls() - before;
+    let pairs = 2 * subjects.len() * members.len();
     let mut table = Table::new(["WHAT", "TIME", ""]);
     let line = |what: &str, seconds: f64, note: String| [what.to_owned(), format!("{:.3} ms", seconds * 1e3), note];
     table.row(line("compile", local.compile, format!("{} bytes", local.size)));
@@ -313,7 +313,7 @@ pub async fn bench(arguments: &AuthorArguments, identities: usize) -> anyhow::Re
         format!("{identities} pods, {} identities", members.len()),
     ));
     #[expect(clippy::cast_precision_loss, reason = "for people")]
-    let rate = cells as f64 / decide / 1e6;
+    let rate = pairs as f64 / decide / 1e6;
     table.row(line(
         "decide",
         decide,

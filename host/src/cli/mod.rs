@@ -53,7 +53,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         match arguments.command {
             Command::Run { config } => {
                 start_log();
-                daemon::run(Config::read(&config)?).await
+                Box::pin(daemon::run(Config::read(&config)?)).await
             }
             Command::Cleanup { config } => daemon::cleanup(&Config::read(&config)?).await,
             command => ask(&arguments.socket, arguments.json, command).await,

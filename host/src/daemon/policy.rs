@@ -71,6 +71,9 @@ impl Side {
         let generation = &self.generation;
         let (live, _) = generation.counts();
         self.stack.forget_except(live, |identity| generation.holds(identity));
+        if self.stack.forget_rulings() {
+            self.generation.forget_rulings();
+        }
         change
     }
 }

@@ -368,6 +368,7 @@ impl Datapath {
     }
 
     /// Prefixes that the trie holds.
+    #[must_use]
     pub fn placed_networks(&self) -> impl ExactSizeIterator<Item = (&IpNet, &NetworkEntry)> {
         self.placed_networks.iter()
     }
@@ -509,7 +510,7 @@ impl Datapath {
         let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
         let now = u64::try_from(now.tv_sec).unwrap_or(0) * abi::conntrack::SECOND;
         let mut flows = Vec::new();
-        for entry in conntrack.iter() {
+        for entry in &conntrack {
             // One that is replaced while it is read is left out.
             let Ok((key, entry)) = entry else { continue };
             if entry.expires <= now {

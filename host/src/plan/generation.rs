@@ -431,28 +431,21 @@ impl Generation {
             if users.local == 0
                 && let Some(row) = self.rows.release(identity)
             {
-                self.clear(vec![row], (0..self.shape.columns).collect(), &mut change);
+                clear(&[row], &(0..self.shape.columns).collect::<Vec<_>>(), &mut change);
             }
             if users.is_unused() {
                 self.users.remove(&identity);
                 if let Some(column) = self.columns.release(identity) {
-                    self.clear((0..self.shape.rows).collect(), vec![column], &mut change);
+                    clear(&(0..self.shape.rows).collect::<Vec<_>>(), &[column], &mut change);
                 }
             }
         }
         change
     }
 
-    fn clear(&self, rows: Vec<u32>, columns: Vec<u32>, change: &mut Change) {
-        let cells = vec![CELL_DENY; rows.len() * columns.len()];
-        for direction in [Direction::Egress, Direction::Ingress] {
-            change.blocks.push(Block {
-                direction,
-                rows: rows.clone(),
-                columns: columns.clone(),
-                cells: cells.clone(),
-            });
-        }
+    /// The oracle has forgotten the numbers of its rulings.
+    pub fn forget_rulings(&mut self) {
+        self.cells.clear();
     }
 
     /// Gives back port sets that no cell names any more, given what the kernel's cells hold by their offset. To be
@@ -478,6 +471,18 @@ impl Generation {
             self.cells.clear();
         }
         freed
+    }
+}
+
+/// Nothing passes in these cells, at either end.
+fn clear(rows: &[u32], columns: &[u32], change: &mut Change) {
+    for direction in [Direction::Egress, Direction::Ingress] {
+        change.blocks.push(Block {
+            direction,
+            rows: rows.to_vec(),
+            columns: columns.to_vec(),
+            cells: vec![CELL_DENY; rows.len() * columns.len()],
+        });
     }
 }
 

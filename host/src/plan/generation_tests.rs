@@ -183,10 +183,7 @@ fn what_does_not_fit_is_refused_with_its_setting_and_changes_nothing() {
         needed,
         capacity,
         ..
-    }) = error
-    else {
-        panic!("{error:?}")
-    };
+    }) = error;
     assert_eq!((setting, needed, capacity), ("maps.identities", 20, 16));
 }
 

@@ -203,22 +203,23 @@ impl<T: Copy + PartialEq> Line<T> {
         join: impl Fn(T, U) -> V,
     ) -> Line<V> {
         let mut merged = Line(Vec::with_capacity(self.0.len().max(other.0.len())));
-        let (mut here, mut there) = (0, 0);
+        let (mut left, mut right) = (0, 0);
         let mut position = 0;
         loop {
-            merged.push(position, join(self.0[here].1, other.0[there].1));
-            let next_here = self.0.get(here + 1).map_or(PORT_KEYS, |(start, _)| *start);
-            let next_there = other.0.get(there + 1).map_or(PORT_KEYS, |(start, _)| *start);
-            position = next_here.min(next_there);
+            merged.push(position, join(self.0[left].1, other.0[right].1));
+            let next_left = self.0.get(left + 1).map_or(PORT_KEYS, |(start, _)| *start);
+            let next_right = other.0.get(right + 1).map_or(PORT_KEYS, |(start, _)| *start);
+            position = next_left.min(next_right);
             if position == PORT_KEYS {
                 return merged;
             }
-            here += usize::from(next_here == position);
-            there += usize::from(next_there == position);
+            left += usize::from(next_left == position);
+            right += usize::from(next_right == position);
         }
     }
 
     /// Breakpoints: where a piece begins, and its value.
+    #[must_use]
     pub fn iter(&self) -> impl ExactSizeIterator<Item = (u32, T)> {
         self.0.iter().copied()
     }

@@ -34,6 +34,9 @@ pub struct Step {
     pub reason: String,
 }
 
+/// Lines that are kept at the most.
+const MAX_LINES: usize = 65_536;
+
 /// No number yet.
 const UNKNOWN: u32 = u32::MAX;
 
@@ -44,7 +47,11 @@ fn last_word(side: Direction, peer: Identity) -> bool {
 }
 
 impl Stack {
-    /// Numbers of rulings, subject by subject. An identity that was not learned is unknown to all modules, and denied.
+    /// Numbers of rulings, subject by subject.
+    ///
+    /// # Errors
+    ///
+    /// Where a module fails that speaks for all, or must not fail.
     pub fn judge(
         &mut self,
         include: Include<'_>,
@@ -52,6 +59,13 @@ impl Stack {
         subjects: &[Identity],
         peers: &[Identity],
     ) -> Result<Vec<u32>, StackError> {
+        if self.lines.len() > MAX_LINES {
+            // Their numbers are only known here, and a module could make up new ones for ever.
+            self.lines.clear();
+            for module in &mut self.modules {
+                module.lines.clear();
+            }
+        }
         let undecided = self.lines.number(Line::all(Action::Pass));
         let mut cells = vec![undecided; subjects.len() * peers.len()];
         for module in &mut self.modules {
@@ -120,6 +134,10 @@ impl Stack {
     }
 
     /// What may pass between two identities, at one end.
+    ///
+    /// # Errors
+    ///
+    /// As [`Stack::judge`].
     pub fn ruling_of(
         &mut self,
         include: Include<'_>,
@@ -135,6 +153,10 @@ impl Stack {
 
     /// What each module says of a pair at one end, for one position on the line of ports, in the order in which they are
     /// asked, also those whose word does not count any more.
+    ///
+    /// # Errors
+    ///
+    /// Which module fails.
     pub fn steps(
         &mut self,
         side: Direction,
@@ -297,13 +319,13 @@ impl Module {
             .matrix
             .decisions
             .iter()
-            .map(|decision| match self.lines.get(decision) {
-                Some(number) => *number,
-                None => {
-                    let number = lines.number(decision.line());
-                    self.lines.insert(decision.clone(), number);
-                    number
+            .map(|decision| {
+                if let Some(number) = self.lines.get(decision) {
+                    return *number;
                 }
+                let number = lines.number(decision.line());
+                self.lines.insert(decision.clone(), number);
+                number
             })
             .collect();
         // By the cell's line so far, then by what was said.

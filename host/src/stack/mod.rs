@@ -124,6 +124,15 @@ impl<T: Clone + Eq + std::hash::Hash> Interner<T> {
     fn get(&self, number: u32) -> &T {
         &self.values[number as usize]
     }
+
+    fn len(&self) -> usize {
+        self.values.len()
+    }
+
+    fn clear(&mut self) {
+        self.numbers.clear();
+        self.values.clear();
+    }
 }
 
 /// What identities stand for.
@@ -138,6 +147,9 @@ pub struct Stack {
     lines: Interner<Line<Action>>,
     rulings: Interner<Ruling>,
 }
+
+/// Rulings that are kept at the most.
+const MAX_RULINGS: usize = 65_536;
 
 /// A module that is to be started.
 pub struct Start<'a> {
@@ -252,6 +264,16 @@ impl Stack {
                 module.numbers.clear();
             }
         }
+    }
+
+    /// Forgets rulings once there are many, most of which nobody can need any more; true where it did. Whoever keeps
+    /// their numbers has to forget them, too.
+    pub fn forget_rulings(&mut self) -> bool {
+        let many = self.rulings.len() > MAX_RULINGS;
+        if many {
+            self.rulings.clear();
+        }
+        many
     }
 
     /// Calls of modules so far.

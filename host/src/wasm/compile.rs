@@ -91,19 +91,18 @@ impl Compiler {
         }
         let sha256 = sha256(module);
         let cached = self.cache.as_ref().and_then(|cache| cache.get(&sha256));
-        let component = match cached.and_then(|artifact| self.load(&artifact).ok()) {
-            Some(component) => component,
-            None => {
-                let artifact = timeout(self.limits.compile * PATIENCE, self.in_child(module))
-                    .await
-                    .map_err(|_| WasmError::CompileTime(self.limits.compile))??;
-                if let Some(cache) = &self.cache
-                    && let Err(error) = cache.put(&sha256, &artifact)
-                {
-                    tracing::warn!("keeping a compiled module: {error}");
-                }
-                self.load(&artifact)?
+        let component = if let Some(component) = cached.and_then(|artifact| self.load(&artifact).ok()) {
+            component
+        } else {
+            let artifact = timeout(self.limits.compile * PATIENCE, self.in_child(module))
+                .await
+                .map_err(|_| WasmError::CompileTime(self.limits.compile))??;
+            if let Some(cache) = &self.cache
+                && let Err(error) = cache.put(&sha256, &artifact)
+            {
+                tracing::warn!("keeping a compiled module: {error}");
             }
+            self.load(&artifact)?
         };
         check_interface(&self.engine, &component)?;
         Ok(Compiled {

@@ -53,13 +53,13 @@ fn cluster(tier: Tier) -> Cluster<ClusterNetworkPolicy> {
         .unwrap()
         .namespace("web", &[("team", "web")])
         .namespace("infra", &[])
-        .add(
+        .with_pod(
             Pod::new("infra", "dns")
                 .with_label("app", "dns")
                 .with_port("metrics", tcp(9153)),
         )
         .pod("web/a", &[])
-        .add(Pod::new("infra", "old").with_address("10.1.2.3".parse().unwrap()))
+        .with_pod(Pod::new("infra", "old").with_address("10.1.2.3".parse().unwrap()))
 }
 
 #[test]

@@ -34,7 +34,7 @@ fn shop(config: &str) -> Cluster<NetworkPolicy> {
         .unwrap()
         .namespace("shop", &[])
         .namespace("web", &[("team", "web")])
-        .add(
+        .with_pod(
             Pod::new("shop", "db")
                 .with_label("app", "db")
                 .with_port("sql", tcp(5432)),

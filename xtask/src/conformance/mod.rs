@@ -1,4 +1,4 @@
-//! `cargo xtask conformance`: who reaches whom under Kubernetes NetworkPolicy, by real probes from real pods.
+//! `cargo xtask conformance`: who reaches whom under Kubernetes `NetworkPolicy`, by real probes from real pods.
 
 mod probe;
 mod stage;

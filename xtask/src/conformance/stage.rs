@@ -155,7 +155,7 @@ impl Stage {
         }
         for port in pod.ports.iter().filter(|port| !port.name.is_empty()) {
             let protocol = port.protocol.to_lowercase();
-            arguments.extend(["--port".to_owned(), format!("{}={protocol}/{}", port.name, port.port)]);
+            arguments.extend(["--port".to_owned(), format!("{}={protocol}/{}", port.name, port.number)]);
         }
         let node = self.node_of(pod);
         self.cluster.add_pod_with(node, name, &arguments)?;
@@ -258,12 +258,12 @@ impl Stage {
                 let Some(sides) = pairs.get(&(from.clone(), to.clone())) else {
                     return Ok(None);
                 };
-                let ends = usize::from(self.pods.contains_key(from)) + usize::from(self.pods.contains_key(to));
+                let pods = usize::from(self.pods.contains_key(from)) + usize::from(self.pods.contains_key(to));
                 let mut named: Vec<&str> = sides.iter().filter_map(|side| side["side"].as_str()).collect();
                 named.sort_unstable();
                 named.dedup();
-                if named.len() != ends {
-                    return Ok(Some(Err(format!("explain shows {} of {ends} ends", named.len()))));
+                if named.len() != pods {
+                    return Ok(Some(Err(format!("explain shows {} of {pods} ends", named.len()))));
                 }
                 let mut allowed = true;
                 for side in sides {
@@ -290,14 +290,14 @@ fn send_all(probes: &[&Probe], wait: Duration) -> anyhow::Result<Vec<Outcome>> {
 
 /// Whether a ruling as hostd prints it, such as `allow tcp/80, udp/5000-5010`, holds a port.
 fn lets_pass(ruling: &str, protocol: &str, port: u16) -> anyhow::Result<bool> {
-    let Some(list) = ruling.strip_prefix("allow ") else {
+    let Some(ranges) = ruling.strip_prefix("allow ") else {
         return match ruling {
             "allow" => Ok(true),
             "deny" => Ok(false),
             other => bail!("hostd prints the ruling {other:?}"),
         };
     };
-    for one in list.split(", ") {
+    for one in ranges.split(", ") {
         let (name, range) = one.split_once('/').unwrap_or((one, "0-65535"));
         let (first, last) = range.split_once('-').unwrap_or((range, range));
         if name == protocol && (first.parse()?..=last.parse()?).contains(&port) {

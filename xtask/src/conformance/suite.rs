@@ -48,7 +48,8 @@ pub struct Pod {
 pub struct Port {
     #[serde(default)]
     pub name: String,
-    pub port: u16,
+    #[serde(rename = "port")]
+    pub number: u16,
     #[serde(default = "tcp")]
     pub protocol: String,
 }
