@@ -1,6 +1,6 @@
 //! Testing.
 
-use crate::{build, cargo};
+use crate::{build, cargo, conformance};
 use std::process::Command;
 
 /// Runs all tests. Those that need root must not be skipped here.
@@ -19,5 +19,12 @@ pub fn run(filter: Option<&str>) -> anyhow::Result<()> {
     println!("unit tests");
     crate::run(&mut test(&["--workspace", "--exclude", "wasmgate-tests"]))?;
     println!("kernel tests");
-    crate::run(&mut test(&["--package", "wasmgate-tests"]))
+    crate::run(&mut test(&["--package", "wasmgate-tests"]))?;
+    if filter.is_none() {
+        println!("conformance on one node, then across two");
+        for two_nodes in [false, true] {
+            conformance::run(&conformance::Arguments::all(two_nodes))?;
+        }
+    }
+    Ok(())
 }

@@ -21,9 +21,12 @@ impl Policy for TenantIsolation {
     }
 
     fn decide(&self, from: &Peer, to: &Peer) -> Decision {
-        match (from.pod(), to.pod()) {
-            (Some(from), Some(to)) if from.tenant == to.tenant || to.tenant == SHARED => Decision::allow(),
-            _ => Decision::pass(),
+        if from.same_tenant(to) {
+            Decision::allow().because("same tenant")
+        } else if from.pod().is_some() && to.tenant() == Some(SHARED) {
+            Decision::allow().because("the shared services are for all")
+        } else {
+            Decision::pass()
         }
     }
 }

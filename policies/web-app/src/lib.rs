@@ -23,9 +23,13 @@ impl Policy for WebApp {
         };
         let same_app = from.tenant == to.tenant;
         match (from.label("app"), to.label("app")) {
-            (_, Some("dns")) => Decision::ports([udp(53), tcp(53)]),
-            (Some("frontend"), Some("backend")) if same_app => Decision::ports([tcp(8080)]),
-            (Some("backend"), Some("db")) if same_app => Decision::ports([tcp(5432)]),
+            (_, Some("dns")) => Decision::ports([udp(53), tcp(53)]).because("everybody uses DNS"),
+            (Some("frontend"), Some("backend")) if same_app => {
+                Decision::ports([tcp(8080)]).because("the frontend uses the backend")
+            }
+            (Some("backend"), Some("db")) if same_app => {
+                Decision::ports([tcp(5432)]).because("the backend uses the database")
+            }
             _ => Decision::pass(),
         }
     }

@@ -34,6 +34,19 @@ pub struct Arguments {
     json: Option<PathBuf>,
 }
 
+impl Arguments {
+    /// All cases, on one node or two.
+    pub const fn all(two_nodes: bool) -> Self {
+        Self {
+            suite: None,
+            two_nodes,
+            filter: None,
+            no_explain: false,
+            json: None,
+        }
+    }
+}
+
 /// A verdict that was not as it should be.
 struct Mismatch {
     case: String,
