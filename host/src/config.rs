@@ -134,7 +134,7 @@ impl Default for Wasm {
             compile_memory_mib: 1024,
             evaluate_ms: 700,
             memory_mib: 64,
-            fuel_per_call: 500_000_000,
+            fuel_per_call: 200_000_000,
         }
     }
 }

@@ -514,3 +514,45 @@ fn limits_of_one_module_are_its_own() {
     assert_eq!(inspected["limits"][1], 500);
     assert_eq!(inspected["limits"][2], 8 << 20);
 }
+
+#[test]
+fn a_tenants_module_can_not_use_up_the_identities_of_others() {
+    kernel_test!();
+    let mut cluster = Cluster::with(&Options {
+        nodes: 1,
+        ..Options::default()
+    })
+    .unwrap();
+    cluster.add_pod(0, "red/a", &[]).unwrap();
+    load(&cluster, &module("tenant-isolation"), &[]);
+    let hostile = test_policy("hostile").unwrap().display().to_string();
+    let explode = deed(&cluster, "explode");
+    load(
+        &cluster,
+        &hostile,
+        &["--name", "red", "--tenant", "red", "--config", &explode],
+    );
+    for number in 0..80 {
+        cluster.add_pod(0, &format!("blue/pod-{number}"), &[]).unwrap();
+    }
+    let blue = cluster_identities(&cluster, 0)
+        .into_iter()
+        .filter(|name| name.starts_with("blue"));
+    assert_eq!(blue.count(), 65, "64 classes, and one for all the others");
+    let refusal = cluster.nodes[0]
+        .refusal(&[
+            "load-policy",
+            &hostile,
+            "--name",
+            "red",
+            "--priority",
+            "7",
+            "--config",
+            &explode,
+        ])
+        .unwrap();
+    assert!(
+        refusal.contains("more than 64 different classes of other tenants' pods"),
+        "{refusal}"
+    );
+}

@@ -136,13 +136,18 @@ impl Daemon {
             .filter(|pod| pod.record.namespace == name)
             .map(|pod| pod.record.clone())
             .collect();
-        for record in its {
+        for (done, record) in its.iter().enumerate() {
             if let Err(error) = self.upsert_pod(record.clone()).await {
-                // To be tried again: then it must not seem to be done.
+                // As it was, the pods that have changed already included: it is to be tried again, or refused.
                 match before {
                     Some(before) => self.namespaces.insert(name.to_owned(), before),
                     None => self.namespaces.remove(name),
                 };
+                for record in &its[..done] {
+                    if let Err(error) = self.upsert_pod(record.clone()).await {
+                        tracing::error!("{}: undoing a change of its namespace: {error}", record.full_name());
+                    }
+                }
                 return Err(error);
             }
         }

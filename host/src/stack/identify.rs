@@ -11,6 +11,9 @@ use std::collections::BTreeMap;
 /// Pods that a module may fail at, one by one, before it is taken to fail at the rest too.
 const PATIENCE: usize = 16;
 
+/// Classes that a tenant's module may make of other tenants' pods at the most.
+const MAX_FOREIGN: usize = 64;
+
 /// A pod's key so far.
 enum Sofar {
     Key {
@@ -49,6 +52,7 @@ impl Stack {
         for module in self.modules.iter_mut().filter(|module| module.tenant().is_some()) {
             let classes = module.identify(pods);
             for (key, class) in keys.iter_mut().zip(classes) {
+                let class = class.and_then(|class| module.bound(key.tenant(), class));
                 key.add_tenants(module, class);
             }
         }
@@ -70,14 +74,25 @@ impl Sofar {
         let Self::Key { tenant, classes } = self else { return };
         match class {
             Ok(class) => {
-                if tenant.is_none() {
+                if tenant.is_none() && !module.record.audit {
                     *tenant = class.tenant;
                 }
                 if !class.labels.is_empty() {
                     classes.insert(module.record.name().to_owned(), Some(class.labels));
                 }
             }
+            Err(_) if module.record.audit && !module.strict => {
+                classes.insert(module.record.name().to_owned(), None);
+            }
             Err(error) => *self = Self::Failed(module.error(error)),
+        }
+    }
+
+    /// The tenant, once it is known.
+    fn tenant(&self) -> Option<&str> {
+        match self {
+            Self::Key { tenant, .. } => tenant.as_deref(),
+            Self::Failed(_) => None,
         }
     }
 
@@ -136,6 +151,23 @@ impl Module {
             }
         }
         answers
+    }
+
+    /// A tenant's module tells only so many classes of other tenants' pods apart.
+    fn bound(&mut self, tenant: Option<&str>, class: Class) -> Result<Class, WasmError> {
+        if tenant == self.tenant() || class.labels.is_empty() || self.foreign.contains(&class.labels) {
+            return Ok(class);
+        }
+        if self.foreign.len() >= MAX_FOREIGN {
+            return Err(WasmError::Answer {
+                call: "identify".to_owned(),
+                problem: format!(
+                    "more than {MAX_FOREIGN} different classes of other tenants' pods; a tenant's module may have no more"
+                ),
+            });
+        }
+        self.foreign.insert(class.labels.clone());
+        Ok(class)
     }
 
     fn identify_one(&mut self, pod: &(&Pod, Vec<String>)) -> Result<Class, WasmError> {

@@ -6,8 +6,10 @@
 //! - Admin before tenant before baseline, in a tier by priority, then by name. What one passes on the next one decides.
 //!   Last of all a node may reach its own pods; everything else is denied.
 //! - A tenant's module is asked only about that tenant's pods as subjects, so it decides only over their own ends of
-//!   connections. Which tenant a pod has is never a tenant's module to say. Where such a module fails, its tenant's
-//!   pods lose what it would have decided; nobody else notices.
+//!   connections. Which tenant a pod has is never a tenant's module to say, and it can tell only so many classes of other
+//!   tenants' pods apart: each of them would be an identity. Where such a module fails, its tenant's pods lose what it
+//!   would have decided; nobody else notices.
+//! - A module that is only audited changes nothing: neither a pod's tenant, nor whether it can be identified.
 
 mod identify;
 mod judge;
@@ -16,14 +18,14 @@ pub use judge::Step;
 
 use crate::{
     api::ModuleView,
-    identity::IdentityKey,
+    identity::{IdentityKey, Labels},
     plan::{Action, Decision, Line, Network, Oracle, Partition, Ruling},
     store::records::ModuleRecord,
     wasm::{Compiled, Limits, Matrix, Runtime, WasmError, Who},
 };
 use abi::{Direction, Identity};
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -62,6 +64,8 @@ struct Module {
     strict: bool,
     /// Why its tenant's pods do without it, where they do.
     failure: Option<WasmError>,
+    /// Classes that a tenant's module has made of other tenants' pods.
+    foreign: HashSet<Labels>,
     /// Until when it is not asked again, since it has used up what it may.
     rest: Option<Instant>,
 }
@@ -202,6 +206,7 @@ impl Stack {
                 lines: HashMap::new(),
                 strict: start.strict,
                 failure: None,
+                foreign: HashSet::new(),
                 rest: None,
             });
             all.extend(networks);
@@ -235,8 +240,15 @@ impl Stack {
 
     /// Takes note of what an identity stands for; nothing for the reserved ones.
     pub fn learn(&mut self, identity: Identity, key: Option<Arc<IdentityKey>>) {
-        if let Some(key) = key {
-            self.keys.entry(identity).or_insert(key);
+        let Some(key) = key else { return };
+        let known = self.keys.get(&identity);
+        if known.is_some_and(|known| Arc::ptr_eq(known, &key) || *known == key) {
+            return;
+        }
+        // A number that was collected may mean something else by now.
+        self.keys.insert(identity, key);
+        for module in &mut self.modules {
+            module.numbers.remove(&identity);
         }
     }
 

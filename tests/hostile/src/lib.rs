@@ -75,6 +75,15 @@ fn identify(pod: Pod) -> Result<Class, String> {
         "many labels" => (pod.namespace, (0..65).map(label).collect()),
         "same label" => (pod.namespace, vec![label(1), label(1)]),
         "control" => ("a\nb".to_owned(), Vec::new()),
+        // Makes an identity of every pod.
+        "explode" => {
+            let key = pod.name.clone();
+            let value = String::new();
+            return Ok(Class {
+                tenant: None,
+                labels: vec![Label { key, value }],
+            });
+        }
         // Claims everybody's pods.
         "conquer" => ("red".to_owned(), Vec::new()),
         _ => (pod.namespace, Vec::new()),
