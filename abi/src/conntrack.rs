@@ -35,9 +35,9 @@ pub const RESET: u32 = 1 << 3;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Peer {
-    /// Who had the address.
+    /// Who had the address; 0 where it was no pod's.
     pub owner: u32,
-    /// Epoch of the address.
+    /// Epoch of the address; where it was no pod's, its identity.
     pub epoch: u32,
 }
 

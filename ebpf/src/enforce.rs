@@ -122,6 +122,9 @@ fn port_set_permits(flow: &Flow, index: u32, port: u16) -> bool {
         maps::PORT_SETS_ODD.get(index)
     };
     let Some(set) = set else { return false };
+    if set.len == 0 {
+        return false;
+    }
     // A flow of ICMP is an echo; its identifier is no port.
     let port = if flow.protocol == ICMP {
         u16::from(ICMP_ECHO)

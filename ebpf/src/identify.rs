@@ -217,8 +217,8 @@ pub fn sending_pod(ctx: &TcContext, frame: &Frame, flow: &mut Flow) -> Result<Pa
     Ok(pod.party)
 }
 
-/// Whom a pod's packet is for. A node's tunnel port is no destination: behind masquerade such a packet would arrive
-/// as the node's own.
+/// Whom a pod's packet is for. The tunnel port is none but at pods: behind masquerade such a packet would arrive as this
+/// node's own, and any address may be one of a node's.
 #[inline(always)]
 pub fn receiver(ctx: &TcContext, flow: &mut Flow) -> Result<Receiver, DropReason> {
     let key = key(flow, flow.destination);
@@ -237,10 +237,10 @@ pub fn receiver(ctx: &TcContext, flow: &mut Flow) -> Result<Receiver, DropReason
     }
     let config = maps::config().ok_or(DropReason::Internal)?;
     let to_tunnel = flow.protocol == UDP && !flow.related && flow.destination_port == config.tunnel_port.to_be();
-    if to_tunnel && is_node(&key) {
-        return Err(DropReason::TunnelPort);
-    }
     let Some(known) = ipcache(&key, flow.parity()) else {
+        if to_tunnel {
+            return Err(DropReason::TunnelPort);
+        }
         let party = outside(flow, &key).ok_or(DropReason::UnknownDestination)?;
         flow.to = party.identity;
         if party.identity != Identity::REMOTE_NODE && is_for_this_node(ctx, flow)? {
@@ -255,6 +255,9 @@ pub fn receiver(ctx: &TcContext, flow: &mut Flow) -> Result<Receiver, DropReason
             place: Place::new(Way::Outside),
         });
     };
+    if to_tunnel && known.is_host {
+        return Err(DropReason::TunnelPort);
+    }
     flow.to = known.party.identity;
     let place = if known.is_host {
         Place::new(Way::Host)
@@ -341,13 +344,23 @@ pub fn node_or_outside(ctx: &TcContext, flow: &mut Flow) -> Result<Party, DropRe
     Ok(party)
 }
 
+/// An address that is no pod's has no owner. What it is takes the place of the epoch, so that its flows are judged again
+/// when that changes, also without a change of policy: a node that joins, an address that moves.
+#[inline(always)]
+const fn nobodys(identity: Identity) -> Peer {
+    Peer {
+        owner: 0,
+        epoch: identity.0,
+    }
+}
+
 #[inline(always)]
 fn reserved(identity: Identity) -> Party {
     Party {
         identity,
         row: NOT_ENFORCED,
         column: identity.0,
-        peer: Peer { owner: 0, epoch: 0 },
+        peer: nobodys(identity),
     }
 }
 
@@ -376,7 +389,7 @@ fn outside(flow: &Flow, address: &AddressKey) -> Option<Party> {
         identity,
         row: NOT_ENFORCED,
         column,
-        peer: Peer { owner: 0, epoch: 0 },
+        peer: nobodys(identity),
     })
 }
 

@@ -32,6 +32,9 @@ pub struct Config {
     /// How the programs are attached.
     #[serde(default)]
     pub attach: Attach,
+    /// Turn on IPv4 forwarding, which traffic between pods and hosts that are no pods needs.
+    #[serde(default = "defaults::forwarding")]
+    pub forwarding: bool,
     /// A file of invariants, as for `hostd policy verify`: a policy that breaks one is refused by this node.
     #[serde(default)]
     pub invariants: Option<PathBuf>,
@@ -178,6 +181,10 @@ impl Default for Maps {
 
 mod defaults {
     use std::path::PathBuf;
+
+    pub const fn forwarding() -> bool {
+        true
+    }
 
     pub fn state_dir() -> PathBuf {
         "/var/lib/wasmgate".into()
@@ -350,6 +357,7 @@ mod tests {
             "socket",
             "bpffs",
             "attach",
+            "forwarding",
             "tenant_bits",
             "ttl_seconds",
             "grace_seconds",

@@ -12,6 +12,7 @@ use crate::{
 };
 use abi::{
     AddressKey, Direction, Identity,
+    network::UNROUTED,
     policy::{CELL_ALLOW, CELL_DENY, CELL_PORT_SET, ICMP, ICMPV6, port_key},
 };
 use std::{
@@ -157,7 +158,7 @@ impl Daemon {
             (None, Err(_)) => None,
         };
         if let Some(address) = address {
-            return Ok(self.resolve_address(address));
+            return self.resolve_address(address);
         }
         let reserved = Identity::RESERVED.iter().find(|(_, name)| *name == text);
         let number = text.parse::<u32>().ok().map(Identity);
@@ -174,11 +175,11 @@ impl Daemon {
         }
     }
 
-    fn resolve_address(&self, address: IpAddr) -> Asked {
+    fn resolve_address(&self, address: IpAddr) -> Result<Asked, DaemonError> {
         let key = AddressKey::from(address);
         if let Some(pod) = self.pods.get(&key) {
             let name = format!("{} ({address})", pod.record.full_name());
-            return self.asked(name, self.active_identity(&key), Some(pod.record.node.clone()));
+            return Ok(self.asked(name, self.active_identity(&key), Some(pod.record.node.clone())));
         }
         // From what the kernel was given, as the programs would find it.
         let placed = self.datapath.placed().find(|(placed, _)| **placed == key);
@@ -188,11 +189,17 @@ impl Daemon {
         } else if self.nodes.values().any(is_node) {
             Identity::REMOTE_NODE
         } else {
-            let side = &self.active;
-            let index = side.stack.networks().find(address.into());
-            side.networks.get(index).copied().unwrap_or(Identity::WORLD)
+            match self.datapath.network_of(address) {
+                None => Identity::WORLD,
+                Some((prefix, entry)) if entry.flags & UNROUTED != 0 => {
+                    return wrong(format!(
+                        "{address}: nothing is routed to or from addresses of {prefix} that are no pods'"
+                    ));
+                }
+                Some((_, entry)) => entry.identity[self.datapath.parity()],
+            }
         };
-        self.asked(address.to_string(), identity, None)
+        Ok(self.asked(address.to_string(), identity, None))
     }
 
     fn resolve_labels(&mut self, text: &str, labels: &str) -> Result<Asked, DaemonError> {

@@ -89,10 +89,12 @@ impl Daemon {
     pub(super) fn node_seen(&mut self, record: NodeRecord) -> Result<(), DaemonError> {
         let local = record.name == self.config.node;
         let before = self.nodes.get(&record.name).map(|node| node.record.underlay);
-        if before.is_some_and(|before| before != record.underlay) {
-            self.node_gone(&record.name)?;
-        }
         self.datapath.add_node(record.underlay, local)?;
+        if let Some(before) = before
+            && before != record.underlay
+        {
+            self.datapath.remove_node(before)?;
+        }
         let name = record.name.clone();
         // Alive until its lease is seen to be missing: the watch reports leases after nodes.
         let stale_since = self.nodes.get(&name).and_then(|node| node.stale_since);
@@ -110,11 +112,12 @@ impl Daemon {
     }
 
     fn node_gone(&mut self, name: &str) -> Result<(), DaemonError> {
-        for address in self.pods_of(name) {
-            self.datapath.remove(&address)?;
-        }
         if let Some(node) = self.nodes.remove(name) {
             self.datapath.remove_node(node.record.underlay)?;
+        }
+        // Pods that the store still knows: they are nowhere now.
+        for address in self.pods_of(name) {
+            self.place(&address)?;
         }
         self.place_networks()
     }

@@ -27,21 +27,24 @@ impl Daemon {
         self.names.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Where an address is, as far as this node knows; `None` while its node is unknown.
-    fn stance(&self, record: &PodRecord) -> Option<Stance> {
+    /// Where an address is, as far as this node knows.
+    fn stance(&self, record: &PodRecord) -> Stance {
         if record.node == self.config.node {
-            let local = self
+            let its = |local: &&super::Local| local.endpoint.pod.address == record.address;
+            return self
                 .locals
                 .values()
-                .find(|local| local.endpoint.pod.address == record.address)?;
-            return Some(Stance::Local {
-                ifindex: local.veth.ifindex,
-                mac: local.veth.pod_mac,
-                gateway_mac: local.veth.host_mac,
-            });
+                .find(its)
+                .map_or(Stance::Nowhere, |local| Stance::Local {
+                    ifindex: local.veth.ifindex,
+                    mac: local.veth.pod_mac,
+                    gateway_mac: local.veth.host_mac,
+                });
         }
-        let node = self.nodes.get(&record.node)?;
-        Some(Stance::Remote(AddressKey::v4(node.record.underlay.octets())))
+        let node = self.nodes.get(&record.node);
+        node.map_or(Stance::Nowhere, |node| {
+            Stance::Remote(AddressKey::v4(node.record.underlay.octets()))
+        })
     }
 
     /// Takes in a pod that is new, or of which something has changed. On an error the address is as it was.
@@ -172,10 +175,7 @@ impl Daemon {
         let Some(pod) = self.pods.get(address) else {
             return Ok(());
         };
-        let Some(stance) = self.stance(&pod.record) else {
-            // It has moved to a node that is not known yet.
-            return Ok(self.datapath.remove(address)?);
-        };
+        let stance = self.stance(&pod.record);
         let facts = Facts {
             owner: pod.record.incarnation,
             epoch: pod.epoch,

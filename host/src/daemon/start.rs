@@ -25,6 +25,7 @@ use crate::{
 };
 use abi::{AddressKey, Hook, Identity};
 use anyhow::Context;
+use ipnet::IpNet;
 use std::{
     collections::{BTreeMap, HashMap},
     fs::{self, File},
@@ -119,6 +120,11 @@ pub async fn cleanup(config: &Config) -> anyhow::Result<()> {
         note(store.delete(&key, Expect::Any).await.map_err(|error| error.to_string()));
     }
     note(net::delete_link(VXLAN_DEVICE).map_err(|error| error.to_string()));
+    for cidr in &config.pod_cidrs {
+        if let IpNet::V4(cidr) = cidr {
+            note(net::make_reachable(*cidr).map_err(|error| error.to_string()));
+        }
+    }
     note(datapath::cleanup(&config.bpffs).map_err(|error| error.to_string()));
     for key in [
         Key::new(Collection::Alive, &config.node),
@@ -201,7 +207,6 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
     };
     let vxlan = block_in_place(|| net::ensure_vxlan(abi::node::TUNNEL_PORT, underlay_mtu))?;
     daemon.datapath.set_vxlan(vxlan)?;
-    block_in_place(net::enable_forwarding)?;
     daemon.restore()?;
     let key = Key::new(Collection::Nodes, &record.name);
     records::put(&*daemon.store, &key, &record, Expect::Any).await?;
@@ -211,6 +216,7 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
     daemon.place_host()?;
     daemon.enforce_from_start().await.context("the policy in force")?;
     daemon.attach_all()?;
+    daemon.route()?;
     daemon.announce().await?;
     if let Some((record, revision)) = daemon.policy.clone()
         && record.phase == Phase::Prepare
@@ -379,7 +385,7 @@ impl Daemon {
         let address = AddressKey::v4(self.config.underlay.octets());
         let facts = Facts {
             owner: 0,
-            epoch: 0,
+            epoch: Identity::HOST.0,
             stance: Stance::Host,
         };
         self.names_mut().set_address(address, "host".to_owned());
@@ -415,6 +421,20 @@ impl Daemon {
         let mut known: Vec<&str> = names.iter().map(String::as_str).collect();
         known.push(VXLAN_DEVICE);
         Ok(self.datapath.forget_links_except(&known)?)
+    }
+
+    /// What is for an address of this node's pod CIDRs that no pod has ends here, and does not go back to where it came
+    /// from; what pods send to the outside, and what is answered, is let through.
+    fn route(&self) -> Result<(), DaemonError> {
+        for cidr in &self.config.pod_cidrs {
+            if let IpNet::V4(cidr) = cidr {
+                block_in_place(|| net::make_unreachable(*cidr))?;
+            }
+        }
+        if self.config.forwarding {
+            block_in_place(net::enable_forwarding)?;
+        }
+        Ok(())
     }
 
     /// Tells the cluster of this node's pods, where it has forgotten them.

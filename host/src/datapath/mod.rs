@@ -321,7 +321,8 @@ impl Datapath {
         Ok(Ruling::from_breakpoints(&breakpoints))
     }
 
-    /// Makes the trie hold these prefixes and no others: what is new or changed first.
+    /// Makes the trie hold these prefixes and no others: what is new or changed first. The trie has room for twice as many
+    /// as are allowed, so that both fit meanwhile, and one more: a full one takes no changes before Linux 6.13.
     ///
     /// # Errors
     ///
@@ -365,6 +366,19 @@ impl Datapath {
             needed,
             capacity,
         }))
+    }
+
+    /// What the trie says of an address: its longest prefix, with its entry.
+    #[must_use]
+    pub fn network_of(&self, address: std::net::IpAddr) -> Option<(IpNet, NetworkEntry)> {
+        let mut prefix = Some(IpNet::from(address));
+        while let Some(candidate) = prefix {
+            if let Some(entry) = self.placed_networks.get(&candidate) {
+                return Some((candidate, *entry));
+            }
+            prefix = candidate.supernet();
+        }
+        None
     }
 
     /// Prefixes that the trie holds.

@@ -51,7 +51,7 @@ pub fn load_programs(maps: &Maps, constants: &Constants, conntrack: Option<&Path
         .map_max_entries(map::PORT_SETS[1], shape.port_sets)
         .map_max_entries(map::PORT_POOL[0], shape.breakpoints)
         .map_max_entries(map::PORT_POOL[1], shape.breakpoints)
-        .map_max_entries(map::NETWORKS, maps.networks)
+        .map_max_entries(map::NETWORKS, 2 * maps.networks + 1)
         .map_max_entries(map::ENDPOINTS, maps.endpoints)
         .map_max_entries(map::IPCACHE, maps.addresses)
         .map_max_entries(map::CONNTRACK, maps.conntrack);

@@ -4,7 +4,8 @@ mod link;
 mod netns;
 
 pub use link::{
-    Veth, bring_up, delete_link, ensure_vxlan, find_pod_link, make_pod_link, pod_links, prepare_node, underlay_mtu,
+    Veth, bring_up, delete_link, ensure_vxlan, find_pod_link, make_pod_link, make_reachable, make_unreachable,
+    pod_links, prepare_node, underlay_mtu,
 };
 pub use netns::{Netns, in_netns};
 

@@ -35,6 +35,8 @@ pub enum Stance {
     Remote(AddressKey),
     /// An address of this node.
     Host,
+    /// A pod of a node that is not known: nothing reaches it, and it is not taken for an address outside.
+    Nowhere,
 }
 
 /// What the maps should hold of an address.
@@ -74,7 +76,7 @@ pub fn entry(
     let Facts { owner, epoch, stance } = *facts;
     let (tunnel_endpoint, tunnel_family): (Address, u8) = match stance {
         Stance::Remote(node) => (node.address, node.family),
-        Stance::Local { .. } | Stance::Host => ([0; 16], 0),
+        Stance::Local { .. } | Stance::Host | Stance::Nowhere => ([0; 16], 0),
     };
     let ipcache = IpcacheEntry {
         first_stamp: 0,
@@ -107,7 +109,7 @@ pub fn entry(
             gateway_mac,
             last_stamp: 0,
         }),
-        Stance::Remote(_) | Stance::Host => None,
+        Stance::Remote(_) | Stance::Host | Stance::Nowhere => None,
     };
     Some(Desired { ipcache, endpoint })
 }

@@ -4,11 +4,12 @@ use crate::in_netns;
 use anyhow::Context;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::{
+    collections::HashSet,
     io::{self, Read, Write},
-    net::{IpAddr, TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::AsFd,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     thread::{self, JoinHandle},
@@ -19,7 +20,11 @@ use std::{
 pub struct Server {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
+    arrivals: Arrivals,
 }
+
+/// What has arrived: from whom, at which port, and whether by TCP.
+type Arrivals = Arc<Mutex<HashSet<(IpAddr, u16, bool)>>>;
 
 /// How long a connection may be silent.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -48,15 +53,38 @@ impl Server {
         .with_context(|| format!("listening on {ports:?} in {namespace}"))?;
         let stop = Arc::new(AtomicBool::new(false));
         let told = Arc::clone(&stop);
-        let thread = thread::spawn(move || serve(&sockets, &told));
+        let arrivals = Arrivals::default();
+        let noted = Arc::clone(&arrivals);
+        let thread = thread::spawn(move || serve(&sockets, &told, &noted));
         Ok(Self {
             stop,
             thread: Some(thread),
+            arrivals,
         })
+    }
+
+    /// Whether a connection or a datagram has arrived from this address since the last [`Server::forget`].
+    #[must_use]
+    pub fn was_reached(&self, from: IpAddr, port: u16, tcp: bool) -> bool {
+        lock(&self.arrivals).contains(&(from, port, tcp))
+    }
+
+    /// Forgets what has arrived.
+    pub fn forget(&self) {
+        lock(&self.arrivals).clear();
     }
 }
 
-fn serve(sockets: &[(TcpListener, UdpSocket)], stop: &AtomicBool) {
+fn lock(arrivals: &Arrivals) -> MutexGuard<'_, HashSet<(IpAddr, u16, bool)>> {
+    arrivals.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn serve(sockets: &[(TcpListener, UdpSocket)], stop: &AtomicBool, arrivals: &Arrivals) {
+    let note = |from: SocketAddr, at: io::Result<SocketAddr>, tcp: bool| {
+        if let Ok(at) = at {
+            lock(arrivals).insert((from.ip(), at.port(), tcp));
+        }
+    };
     let pause = Timespec {
         tv_sec: 0,
         tv_nsec: 50_000_000,
@@ -70,11 +98,13 @@ fn serve(sockets: &[(TcpListener, UdpSocket)], stop: &AtomicBool) {
         // Interrupted or not: the sockets are looked at again.
         let _ = poll(&mut wanted, Some(&pause));
         for (tcp, udp) in sockets {
-            while let Ok((stream, _)) = tcp.accept() {
+            while let Ok((stream, from)) = tcp.accept() {
+                note(from, tcp.local_addr(), true);
                 thread::spawn(move || answer(stream));
             }
             let mut datagram = [0; 2048];
             while let Ok((length, from)) = udp.recv_from(&mut datagram) {
+                note(from, udp.local_addr(), false);
                 // One that can't be sent is one that does not arrive.
                 let _ = udp.send_to(&datagram[..length], from);
             }

@@ -209,7 +209,7 @@ impl Bench {
             column: [column; 2],
             // The node itself is nobody's pod.
             owner: if flags & IPCACHE_HOST == 0 { 100 } else { 0 },
-            epoch: u32::from(flags & IPCACHE_HOST == 0),
+            epoch: 1,
             tunnel_endpoint: tunnel.map_or([0; 16], |key| key.address),
             tunnel_family: tunnel.map_or(0, |key| key.family),
             flags,

@@ -142,6 +142,11 @@ const TABLE: &[(DropReason, &str, Run)] = &[
     (DropReason::TunnelPort, "the other node's tunnel port", |b| {
         b.from_pod_a(&Frame::udp(POD_A, 1, OTHER_NODE, 8472))
     }),
+    (
+        DropReason::TunnelPort,
+        "the tunnel port of any address: it may be a node's",
+        |b| b.from_pod_a(&Frame::udp(POD_A, 1, NOBODY, 8472)),
+    ),
     (DropReason::TunnelPort, "this node's tunnel port", |b| {
         b.from_pod_a(&Frame::udp(POD_A, 1, NODE, 8472))
     }),

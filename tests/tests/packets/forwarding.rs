@@ -216,12 +216,13 @@ fn addresses_that_are_no_pods_are_routed_by_the_node_under_policy() {
     bench.put_network(NOBODY, 24, [network, world.0], [19, world.1], 0);
     assert_eq!(bench.from_pod_a(&out(3)).path(), Path::ToOutside);
     assert_eq!(bench.to_pod(&into(3), vb).path(), Path::FromOutside);
-    // The longest prefix decides.
-    bench.put_network(NOBODY, 32, [world.0; 2], [world.1; 2], 0);
-    assert_eq!(bench.from_pod_a(&out(4)).reason(), DropReason::EgressDenied);
     // Replies of what was let out come back.
     let reply = Frame::tcp(NOBODY, 3, POD_A, 40000, SYN | ACK);
     assert_eq!(bench.to_pod(&reply, vb).path(), Path::FromOutside);
+    // The longest prefix decides, over what is open, too.
+    bench.put_network(NOBODY, 32, [world.0; 2], [world.1; 2], 0);
+    assert_eq!(bench.from_pod_a(&out(4)).reason(), DropReason::EgressDenied);
+    assert_eq!(bench.to_pod(&reply, vb).reason(), DropReason::EgressDenied);
 }
 
 #[test]
@@ -250,5 +251,34 @@ fn an_address_of_the_nodes_own_is_the_node_however_it_is_called() {
     assert_eq!(bench.from_pod_a(&out).path(), Path::ToHost);
     bench.flip();
     bench.deny_egress(RED_PLACE.0, Identity::HOST.0);
+    assert_eq!(bench.from_pod_a(&out).reason(), DropReason::EgressDenied);
+}
+
+#[test]
+fn a_flow_is_judged_again_when_an_address_becomes_something_else() {
+    kernel_test!();
+    let mut bench = Bench::new();
+    bench.forward();
+    bench.deny_egress(RED_PLACE.0, Identity::HOST.0);
+    let out = Frame::tcp(POD_A, 40000, NOBODY, 22, SYN);
+    assert_eq!(bench.from_pod_a(&out).path(), Path::ToOutside, "the world");
+    // The node takes the address over: no policy has changed, and no generation.
+    bench.address(NOBODY);
+    assert_eq!(bench.from_pod_a(&out).reason(), DropReason::EgressDenied);
+    let ack = Frame::tcp(POD_A, 40000, NOBODY, 22, ACK);
+    assert_ne!(bench.from_pod_a(&ack), Outcome::Dropped(DropReason::Internal));
+    assert!(
+        matches!(bench.from_pod_a(&ack), Outcome::Dropped(_)),
+        "nor what was open"
+    );
+}
+
+#[test]
+fn an_empty_port_set_denies_whatever_the_pool_begins_with() {
+    kernel_test!();
+    let mut bench = Bench::new();
+    bench.set_port_set(0, &[(None, 0, 65535)]);
+    bench.set_cell(Direction::Egress, RED_PLACE.0, BLUE_PLACE.1, CELL_PORT_SET + 3);
+    let out = Frame::tcp(POD_A, 40000, POD_B, 80, SYN);
     assert_eq!(bench.from_pod_a(&out).reason(), DropReason::EgressDenied);
 }

@@ -212,6 +212,9 @@ impl Stage {
                 })
             })
             .collect::<anyhow::Result<Vec<_>>>()?;
+        for (_, server) in self.servers.values() {
+            server.forget();
+        }
         let mut all = send_all(&probes.iter().collect::<Vec<_>>(), WAIT)?;
         let slow: Vec<usize> = (0..all.len())
             .filter(|index| step.expect[*index].4 && all[*index] == Outcome::Silence)
@@ -219,6 +222,19 @@ impl Stage {
         let again = send_all(&slow.iter().map(|index| &probes[*index]).collect::<Vec<_>>(), LONG_WAIT)?;
         for (index, outcome) in slow.iter().zip(again) {
             all[*index] = outcome;
+        }
+        // Denied is what does not arrive, not only what is not answered.
+        for ((outcome, verdict), probe) in all.iter_mut().zip(&step.expect).zip(&probes) {
+            let end = if self.pods.contains_key(&verdict.1) {
+                verdict.1.as_str()
+            } else {
+                "external"
+            };
+            let server = self.servers.get(end).map(|(_, server)| server);
+            let reached = server.is_some_and(|server| server.was_reached(probe.from, probe.port, probe.tcp));
+            if *outcome == Outcome::Silence && reached && !verdict.4 {
+                *outcome = Outcome::Error("nothing came back, but it has arrived".to_owned());
+            }
         }
         Ok(Outcomes {
             all,
