@@ -237,6 +237,10 @@ impl Registry {
     /// Takes note of an identity in the store.
     pub fn insert(&mut self, identity: Identity, key: IdentityKey) {
         let key = Arc::new(key);
+        // A number that was collected and given out again: it is the old key's no longer.
+        if let Some(old) = self.by_number.get(&identity).filter(|old| **old != key) {
+            self.by_key.remove(old);
+        }
         self.by_key.insert(Arc::clone(&key), identity);
         self.by_number.insert(identity, key);
     }

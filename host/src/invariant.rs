@@ -232,6 +232,10 @@ fn holds(selector: &Selector, end: &End) -> bool {
         Condition::Namespace(name) => end.pod.as_ref().is_some_and(|(_, namespace)| namespace == name),
         Condition::Pod(name) => end.pod.is_some() && end.name == *name,
         Condition::Label(key, value, equal) => end.pod.is_some() && (end.labels.get(key) == Some(value)) == *equal,
+        // An address does not leave the world when a module names a network that holds it.
+        Condition::Reserved(Identity::WORLD) => {
+            end.identity == Identity::WORLD || (end.pod.is_none() && !end.networks.is_empty())
+        }
         Condition::Reserved(identity) => end.identity == *identity,
         Condition::Network(module, name) => end.networks.contains(&(module.clone(), name.clone())),
     })
@@ -474,6 +478,22 @@ mod tests {
             [""; 0],
             "itself"
         );
+    }
+
+    #[test]
+    fn a_network_is_part_of_the_world() {
+        let mut ends = ends();
+        ends.push(End {
+            name: "networks{m/all}".to_owned(),
+            identity: Identity(130),
+            pod: None,
+            labels: BTreeMap::new(),
+            networks: BTreeSet::from([("m".to_owned(), "all".to_owned())]),
+        });
+        let invariants = Invariants::parse("world never reaches pod red/web on udp").unwrap();
+        let found = invariants.check(&ends, rulings).unwrap();
+        assert_eq!(found.len(), 1);
+        assert_eq!(found[0].from, "networks{m/all}");
     }
 
     #[test]

@@ -89,6 +89,12 @@ impl<P: Policy> Cluster<P> {
         Ok(Self::of(P::placed(read_config(&config)?, placement)?))
     }
 
+    /// The policy.
+    #[must_use]
+    pub const fn policy(&self) -> &P {
+        &self.policy
+    }
+
     /// Gives a namespace its labels, for the pods that are added after this.
     #[must_use]
     pub fn namespace(mut self, name: &str, labels: &[(&str, &str)]) -> Self {

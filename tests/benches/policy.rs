@@ -31,7 +31,7 @@ use hostd::{
         Collection, Expect, FileStore, Key,
         records::{self, ModuleRecord, NodeRecord, PodRecord},
     },
-    wasm::{Compiled, Compiler, Overrides, Placement, Pod, Tier},
+    wasm::{Compiled, Compiler, Overrides, Placement, Pod, Tier, WasmError},
 };
 use serde_json::{Value, json};
 use std::{
@@ -90,7 +90,7 @@ fn timed<T>(work: impl FnOnce() -> T) -> (f64, T) {
 type Round = Vec<(&'static str, f64, &'static str)>;
 
 struct Bench {
-    compiled: Compiled,
+    compiled: Result<Compiled, WasmError>,
     datapath: Datapath,
     maps: Maps,
 }
@@ -237,7 +237,7 @@ fn in_process(identities: usize) -> anyhow::Result<Value> {
         let guard = runtime.enter();
         let (datapath, _events) = Datapath::load(&settings)?;
         let mut bench = Bench {
-            compiled,
+            compiled: Ok(compiled),
             datapath,
             maps,
         };

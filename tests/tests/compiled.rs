@@ -12,7 +12,7 @@ use hostd::{
     plan::{Action, Change, Generation, Ruling, Shape},
     stack::{Stack, Start},
     store::records::ModuleRecord,
-    wasm::{Compiled, Compiler, Limits, Overrides, Placement, Pod, Tier},
+    wasm::{Compiled, Compiler, Limits, Overrides, Placement, Pod, Tier, WasmError},
 };
 use proptest::prelude::*;
 use std::{
@@ -57,19 +57,21 @@ fn record(name: &str, tier: Tier, config: &str) -> ModuleRecord {
     }
 }
 
+type Module = (ModuleRecord, Result<Compiled, WasmError>);
+
 thread_local! {
     /// Compiled once.
-    static MODULES: RefCell<Option<Vec<(ModuleRecord, Compiled)>>> = const { RefCell::new(None) };
+    static MODULES: RefCell<Option<Vec<Module>>> = const { RefCell::new(None) };
 }
 
-fn modules() -> Vec<(ModuleRecord, Compiled)> {
+fn modules() -> Vec<Module> {
     MODULES.with(|modules| {
         let compile = || {
             let runtime = tokio::runtime::Runtime::new().unwrap();
             let compiler = Compiler::new(harness::hostd().unwrap(), Wasm::default().into(), None).unwrap();
             let compile = |name: &str| {
                 let module = fs::read(harness::policy(name).unwrap()).unwrap();
-                runtime.block_on(compiler.compile(&module)).unwrap()
+                Ok(runtime.block_on(compiler.compile(&module)).unwrap())
             };
             vec![
                 (record("np", Tier::Tenant, POLICIES), compile("network-policy")),

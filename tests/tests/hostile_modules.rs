@@ -192,7 +192,10 @@ fn modules_that_misbehave() {
             "network a: the exception 11.0.0.0/16, which is not in 10.0.0.0/8",
         ),
         ("same network", "the network \"a\" twice"),
-        ("many blocks", "1 networks with 17000 blocks; at most 16384"),
+        (
+            "many blocks",
+            "1 networks with 17000 CIDRs and exceptions; at most 16384",
+        ),
         ("networks loop", "networks: the module used up its fuel"),
         ("backward ports", "the port range 2 to 1"),
     ];

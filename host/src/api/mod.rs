@@ -148,8 +148,8 @@ pub struct LoadModule {
     pub priority: Option<u32>,
     /// Whose it is.
     pub tenant: Option<String>,
-    /// Enforce nothing of it; report what it would have denied.
-    pub audit: bool,
+    /// Enforce nothing of it; report what it would have denied. One that was audited stays so unless it is told.
+    pub audit: Option<bool>,
     /// What it may use.
     pub overrides: Overrides,
     /// The module: a component, or a core module.

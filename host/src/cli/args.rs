@@ -119,6 +119,9 @@ pub struct LoadArguments {
     /// Enforce nothing of it, but report what it would have denied (`hostd policy audit`).
     #[arg(long)]
     pub audit: bool,
+    /// Enforce a module that was only audited so far; without this, and without --audit, it stays as it is.
+    #[arg(long, conflicts_with = "audit")]
+    pub enforce: bool,
     /// What the module may use, in place of the nodes' own limits: `fuel_per_call`, `evaluate_ms` or `memory_mib`.
     #[arg(long = "limit", value_name = "LIMIT=NUMBER", value_parser = parse_limit)]
     pub limits: Vec<(String, u64)>,

@@ -235,7 +235,7 @@ fn read_policy(arguments: LoadArguments) -> anyhow::Result<Request> {
         tier: arguments.tier.map(Into::into),
         priority: arguments.priority,
         tenant: arguments.tenant,
-        audit: arguments.audit,
+        audit: (arguments.audit || arguments.enforce).then_some(arguments.audit),
         overrides: args::overrides(&arguments.limits),
         module,
         config,

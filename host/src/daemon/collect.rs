@@ -38,7 +38,22 @@ impl Daemon {
         let key = key(identity);
         let found = records::get::<IdentityRecord>(&*self.store, &key).await?;
         let Some((mut record, revision)) = found else {
-            self.registry.remove(identity);
+            // Gone. What is used here all the same is entered again, so that nothing else gets its number.
+            let key_here = self.registry.key(identity).cloned();
+            match key_here {
+                Some(kept) if self.uses(identity) => {
+                    let record = IdentityRecord {
+                        key: kept,
+                        retiring: false,
+                    };
+                    match records::put(&*self.store, &key, &record, Expect::Absent).await {
+                        Ok(_) | Err(StoreError::Conflict { .. }) => {}
+                        Err(error) => return Err(error.into()),
+                    }
+                    self.registry.set_retiring(identity, false);
+                }
+                _ => self.registry.remove(identity),
+            }
             return Ok(());
         };
         if record.retiring {
@@ -65,6 +80,16 @@ impl Daemon {
         if retiring && self.uses(identity) {
             self.revive(identity).await?;
         }
+        Ok(())
+    }
+
+    /// An identity was deleted. Where it is used here it is entered again.
+    pub(super) async fn identity_gone(&mut self, identity: Identity) -> Result<(), DaemonError> {
+        if self.uses(identity) {
+            tracing::error!("identity {} was deleted while it is used here", identity.0);
+            return self.revive(identity).await;
+        }
+        self.registry.remove(identity);
         Ok(())
     }
 
@@ -134,8 +159,9 @@ impl Daemon {
     /// datapath may hold anything.
     async fn seen_by_all(&self) -> Result<Option<u64>, DaemonError> {
         let mut seen = None;
-        for name in self.nodes.keys() {
-            let key = Key::new(Collection::Alive, name);
+        // From the store: this node may not have heard of one that has just joined.
+        for (node, _) in self.store.list(Collection::Nodes).await? {
+            let key = Key::new(Collection::Alive, &node.name);
             match records::get::<AliveRecord>(&*self.store, &key).await? {
                 Some((alive, _)) => seen = Some(seen.map_or(alive.seen, |seen: u64| seen.min(alive.seen))),
                 None => return Ok(None),

@@ -44,6 +44,7 @@ impl Coordinator {
         let candidate = Candidate {
             revision: wanted,
             modules,
+            committed: false,
             against_flows: request.against_flows,
         };
         let evaluation = self.evaluate(&candidate).await?;
@@ -132,9 +133,10 @@ impl Coordinator {
         report.steps.push(("prepare".to_owned(), micros(began)));
         // A refusal has ended the wait: nothing is known of those who have not answered by then.
         let refused = prepared.values().any(|(result, _)| result.is_err());
-        let refusals: Vec<String> = nodes
-            .all
-            .iter()
+        // One that has joined meanwhile may refuse, too.
+        let asked: BTreeSet<&String> = nodes.all.iter().chain(prepared.keys()).collect();
+        let refusals: Vec<String> = asked
+            .into_iter()
             .filter_map(|node| match prepared.get(node) {
                 Some((Ok(_), _)) => None,
                 Some((Err(problem), _)) => Some(format!("node {node} refuses: {problem}")),
@@ -351,7 +353,7 @@ fn loaded(
     Ok(ModuleRecord {
         placement,
         file: load.file,
-        audit: load.audit,
+        audit: load.audit.or(before.map(|known| known.audit)).unwrap_or(false),
         overrides: load.overrides,
         sha256,
         config: load.config,

@@ -1,6 +1,6 @@
 //! Pods of this node: connected, disconnected, relabelled.
 
-use super::{Daemon, DaemonError, Local};
+use super::{Daemon, DaemonError, Local, policy::NAMESPACE_NAME};
 use crate::{
     api::{EndpointAdd, EndpointLabel, EndpointView, NamespaceLabel, NamespaceView, PodName},
     endpoint::{self, LocalEndpoint},
@@ -240,9 +240,15 @@ impl Daemon {
         }
         record.labels.extend(set);
         endpoint::check_labels(&record.labels).map_err(DaemonError::Request)?;
+        let other = record.labels.get(NAMESPACE_NAME).filter(|name| **name != namespace);
+        if let Some(other) = other {
+            return Err(DaemonError::Request(format!(
+                "namespace {namespace} can't be labelled {NAMESPACE_NAME}={other}: that label is its own name"
+            )));
+        }
         // First here: what the policy refuses, the cluster does not hear of.
         let before = self.namespaces.get(&namespace).cloned().unwrap_or_default();
-        let result = match self.namespace_seen(&namespace, record.labels.clone()).await {
+        let result = match self.try_namespace(&namespace, record.labels.clone()).await {
             Ok(()) => records::put(&*self.store, &key, &record, expect)
                 .await
                 .map(|_| ())

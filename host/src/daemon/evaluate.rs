@@ -31,6 +31,8 @@ pub struct Candidate {
     pub revision: Revision,
     /// Modules by SHA-256, as far as the store may not have them.
     pub modules: BTreeMap<String, Arc<Vec<u8>>>,
+    /// The cluster has it in force: a tenant's module that fails is no reason to do without all others.
+    pub committed: bool,
     /// Report what of the flows that are tracked now would change.
     pub against_flows: bool,
 }
@@ -83,11 +85,16 @@ impl Daemon {
         Ok(compiled)
     }
 
-    /// Starts a set of modules. Those that are new must not fail, whoever's they are.
+    /// Starts a set of modules. Those that are `new` here must not fail, whoever's they are, unless the cluster has
+    /// committed to them already.
     pub(super) async fn start_stack(&mut self, candidate: &Candidate) -> Result<Stack, DaemonError> {
         let mut compiled = Vec::new();
         for record in &candidate.revision.modules {
-            compiled.push(self.compile(record, &candidate.modules).await?);
+            compiled.push(match self.compile(record, &candidate.modules).await {
+                Ok(compiled) => Ok(compiled),
+                Err(DaemonError::Wasm(error)) => Err(error),
+                Err(error) => return Err(error),
+            });
         }
         let in_force = &self.active.revision.modules;
         let starts: Vec<Start<'_>> = candidate
@@ -99,7 +106,7 @@ impl Daemon {
                 record,
                 compiled,
                 limits: Limits::from(self.config.wasm).with(record.overrides),
-                strict: !in_force.contains(record),
+                strict: !candidate.committed && !in_force.contains(record),
             })
             .collect();
         Ok(block_in_place(|| Stack::start(&starts))?)
@@ -214,7 +221,8 @@ impl Daemon {
         self.check_invariants(&mut side, &next)?;
         let identities: BTreeSet<Identity> = next.values().copied().collect();
         let ends = identities.len() + side.networks.len() + Identity::RESERVED.len();
-        let changed = if ends <= MAX_SURVEY {
+        let before = self.active.generation.counts().0;
+        let changed = if ends.max(before) <= MAX_SURVEY {
             let name = |identity| registry.name(identity);
             // The report alone needs it: where a policy is too slow to be asked for every pair, it is left out.
             self.changed_pairs(&next, &mut side, &name)
@@ -338,7 +346,7 @@ impl Daemon {
                     continue;
                 }
                 let (was, will) = (before.ruling(from.0, to.0), after.ruling(from.1, to.1));
-                if was != will && was.to_string() != will.to_string() {
+                if changed.len() < MAX_CHANGED && was != will && was.to_string() != will.to_string() {
                     changed.push(ChangedPair {
                         from: name(from.1),
                         to: name(to.1),
@@ -350,7 +358,6 @@ impl Daemon {
         }
         changed.sort_by(|one, other| (&one.from, &one.to).cmp(&(&other.from, &other.to)));
         changed.dedup();
-        changed.truncate(MAX_CHANGED);
         Ok(changed)
     }
 

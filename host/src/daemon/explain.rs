@@ -218,7 +218,7 @@ impl Daemon {
             namespace: namespace.to_owned(),
             name: "explained".to_owned(),
             labels,
-            namespace_labels: self.namespaces.get(namespace).cloned().unwrap_or_default(),
+            namespace_labels: self.namespace_labels(namespace),
             service_account: String::new(),
             addresses: Vec::new(),
             ports: Vec::new(),
@@ -341,20 +341,20 @@ impl Daemon {
         let flows = self.datapath.flows()?;
         side.stack.begin();
         let mut changed = BTreeMap::new();
+        let mut rulings: BTreeMap<(Identity, Identity), Ruling> = BTreeMap::new();
         for flow in flows {
             let identity = |address: &AddressKey| match next.get(address) {
                 Some(identity) => *identity,
                 None => self.outside_identity(side, address),
             };
             let (from, to) = (identity(&flow.from), identity(&flow.to));
-            let survey = block_in_place(|| {
-                if from == to {
-                    Survey::new(&mut side.stack, &[from])
-                } else {
-                    Survey::between(&mut side.stack, &[from], &[to])
+            let ruling = match rulings.get(&(from, to)) {
+                Some(known) => known,
+                None => {
+                    let survey = block_in_place(|| Survey::between(&mut side.stack, &[from], &[to]))?;
+                    rulings.entry((from, to)).or_insert(survey.ruling(from, to))
                 }
-            })?;
-            let ruling = survey.ruling(from, to);
+            };
             if ruling.at(port_key(flow.protocol, flow.port)) {
                 continue;
             }

@@ -30,6 +30,9 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
+/// How often what could not be done is tried again.
+const MAKE_UP: Duration = Duration::from_secs(5);
+
 /// Key of the one policy record.
 pub fn policy_key() -> Key {
     Key::new(Collection::Policy, POLICY)
@@ -53,7 +56,7 @@ impl Daemon {
         }
         match record.phase {
             Phase::Prepare => {
-                let result = self.prepare(&record.next).await;
+                let result = self.prepare(&record.next, false).await;
                 self.answer(&record, result).await?;
             }
             Phase::Commit => {
@@ -107,16 +110,18 @@ impl Daemon {
 
     /// Compiles a set of modules into the side that is not in force. On an error that side is as if nothing had been
     /// asked.
-    async fn prepare(&mut self, revision: &Revision) -> Result<Prepared, DaemonError> {
+    async fn prepare(&mut self, revision: &Revision, committed: bool) -> Result<Prepared, DaemonError> {
         let began = Instant::now();
         self.drop_aside()?;
-        let (mut side, change) = self.build(revision).await?;
+        let (mut side, change) = self.build(revision, committed).await?;
         let identities: BTreeMap<AddressKey, Identity> = self
             .pods
             .keys()
             .filter_map(|address| Some((*address, side.generation.place(address)?.identity)))
             .collect();
-        self.check_invariants(&mut side, &identities)?;
+        if !committed {
+            self.check_invariants(&mut side, &identities)?;
+        }
         side.stack.settle();
         let parity = 1 - self.datapath.parity();
         self.datapath.clear(parity);
@@ -140,10 +145,15 @@ impl Daemon {
     }
 
     /// Starts a set of modules, and compiles what they make of the cluster. Nothing is written yet.
-    async fn build(&mut self, revision: &Revision) -> Result<(Side, crate::plan::Change), DaemonError> {
+    async fn build(
+        &mut self,
+        revision: &Revision,
+        committed: bool,
+    ) -> Result<(Side, crate::plan::Change), DaemonError> {
         let candidate = Candidate {
             revision: revision.clone(),
             modules: BTreeMap::new(),
+            committed,
             against_flows: false,
         };
         let mut stack = self.start_stack(&candidate).await?;
@@ -191,7 +201,7 @@ impl Daemon {
             .aside
             .as_ref()
             .is_some_and(|aside| aside.revision.serial == revision.serial);
-        if !prepared && let Err(error) = self.prepare(revision).await {
+        if !prepared && let Err(error) = self.prepare(revision, true).await {
             self.out_of_step = Some(format!(
                 "change {} ({}) can't be enforced here: {error}",
                 revision.serial, revision.what
@@ -208,6 +218,7 @@ impl Daemon {
         self.compiled
             .retain(|sha256, _| needed.iter().any(|module| module.sha256 == *sha256));
         self.audit_anew();
+        self.note_unplaced();
         tracing::info!(
             "generation {} is in force: {}",
             self.datapath.generation(),
@@ -236,6 +247,7 @@ impl Daemon {
         let candidate = Candidate {
             revision: revision.clone(),
             modules: BTreeMap::new(),
+            committed: true,
             against_flows: false,
         };
         let mut stack = self.start_stack(&candidate).await?;
@@ -266,7 +278,76 @@ impl Daemon {
         self.place_all()?;
         self.place_networks()?;
         self.audit_anew();
+        self.note_unplaced();
         Ok(())
+    }
+
+    /// Pods that have no place in the policy in force: nothing reaches them until they have.
+    fn note_unplaced(&mut self) {
+        let unplaced = self
+            .pods
+            .keys()
+            .filter(|address| self.active.generation.place(address).is_none());
+        self.unplaced = unplaced.copied().collect();
+    }
+
+    /// What could not be done when it should have been is tried again from time to time: pods without a place, a policy
+    /// that this node does not enforce, and a tenant's module that has failed.
+    pub(super) async fn make_up(&mut self) {
+        if self.made_up.elapsed() < MAKE_UP {
+            return;
+        }
+        self.made_up = Instant::now();
+        if self.out_of_step.is_some()
+            && let Some((record, revision)) = self.policy.clone()
+            && matches!(record.phase, Phase::Commit | Phase::Retired)
+            && let Err(error) = self.policy_seen(record, revision).await
+        {
+            tracing::error!("catching up with the cluster's policy: {error}");
+        }
+        for address in std::mem::take(&mut self.unplaced) {
+            let Some(pod) = self.pods.get(&address) else { continue };
+            let record = pod.record.clone();
+            if let Err(error) = self.upsert_pod(record.clone()).await {
+                tracing::error!("{} has no place in the policy: {error}", record.full_name());
+                self.unplaced.insert(address);
+            }
+        }
+        if let Err(error) = self.reopen().await {
+            tracing::error!("asking tenants' modules again: {error}");
+        }
+    }
+
+    /// Asks tenants' modules that have failed again, about all that they may have said nothing of.
+    async fn reopen(&mut self) -> Result<(), DaemonError> {
+        let tenants = self.active.stack.begin_again();
+        if tenants.is_empty() {
+            return Ok(());
+        }
+        let is_its = |key: Option<&IdentityKey>| {
+            key.and_then(IdentityKey::tenant)
+                .is_some_and(|tenant| tenants.iter().any(|one| one == tenant))
+        };
+        let its: Vec<_> = self
+            .pods
+            .iter()
+            .filter(|(address, _)| is_its(self.active.stack.key(self.active_identity(address))))
+            .map(|(_, pod)| pod.record.clone())
+            .collect();
+        for record in its {
+            self.upsert_pod(record).await?;
+        }
+        let rows: Vec<Identity> = self
+            .active
+            .generation
+            .local()
+            .filter(|identity| is_its(self.active.stack.key(*identity)))
+            .collect();
+        let Side { stack, generation, .. } = &mut self.active;
+        stack.begin();
+        let change = tokio::task::block_in_place(|| generation.recompile(&rows, stack))?;
+        let parity = self.datapath.parity();
+        Ok(self.datapath.write(parity, &change)?)
     }
 
     /// A coordinator that died leaves a load that nobody finishes: before its commit it is aborted, after that it is

@@ -38,7 +38,7 @@ use collect::Unused;
 use names::Names;
 use policy::Side;
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{Arc, RwLock},
     time::{Duration, Instant},
 };
@@ -142,6 +142,9 @@ struct Daemon {
     /// Labels of namespaces.
     namespaces: BTreeMap<String, Labels>,
     audit: Audit,
+    /// Pods without a place in the policy in force, and when what failed was tried again last.
+    unplaced: BTreeSet<AddressKey>,
+    made_up: Instant,
     nodes: BTreeMap<String, Node>,
     pods: BTreeMap<AddressKey, Pod>,
     locals: BTreeMap<PodName, Local>,

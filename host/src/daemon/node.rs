@@ -75,7 +75,7 @@ impl Daemon {
                 Collection::Namespaces => self.namespace_seen(&key.name, BTreeMap::new()).await?,
                 Collection::Identities => {
                     if let Ok(number) = key.name.parse() {
-                        self.registry.remove(Identity(number));
+                        self.identity_gone(Identity(number)).await?;
                         self.audit.forget_rulings();
                     }
                 }
@@ -226,6 +226,7 @@ impl Daemon {
         if let Err(error) = self.collect().await {
             tracing::warn!("collecting identities: {error}");
         }
+        self.make_up().await;
         for change in std::mem::take(&mut self.missed) {
             self.follow(change).await;
         }

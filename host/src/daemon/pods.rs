@@ -127,21 +127,35 @@ impl Daemon {
         }
     }
 
-    /// A namespace has these labels now: its pods are identified anew.
+    fn pods_in(&self, namespace: &str) -> Vec<PodRecord> {
+        let its = self.pods.values().filter(|pod| pod.record.namespace == namespace);
+        its.map(|pod| pod.record.clone()).collect()
+    }
+
+    /// The cluster says that a namespace has these labels now: its pods are identified anew. One that can't be is out of
+    /// reach until it can: what it was is no longer true.
     pub(super) async fn namespace_seen(&mut self, name: &str, labels: Labels) -> Result<(), DaemonError> {
         if self.namespaces.get(name) == Some(&labels) {
             return Ok(());
         }
+        self.namespaces.insert(name.to_owned(), labels);
+        for record in self.pods_in(name) {
+            let address = AddressKey::from(record.address);
+            if let Err(error) = self.upsert_pod(record.clone()).await {
+                tracing::error!("{}: {error}", record.full_name());
+                self.datapath.remove(&address)?;
+                self.unplaced.insert(address);
+            }
+        }
+        Ok(())
+    }
+
+    /// Tries labels of a namespace on this node. On an error its pods are as they were.
+    pub(super) async fn try_namespace(&mut self, name: &str, labels: Labels) -> Result<(), DaemonError> {
         let before = self.namespaces.insert(name.to_owned(), labels);
-        let its: Vec<PodRecord> = self
-            .pods
-            .values()
-            .filter(|pod| pod.record.namespace == name)
-            .map(|pod| pod.record.clone())
-            .collect();
+        let its = self.pods_in(name);
         for (done, record) in its.iter().enumerate() {
             if let Err(error) = self.upsert_pod(record.clone()).await {
-                // As it was, the pods that have changed already included: it is to be tried again, or refused.
                 match before {
                     Some(before) => self.namespaces.insert(name.to_owned(), before),
                     None => self.namespaces.remove(name),

@@ -2,7 +2,7 @@
 
 use super::{Daemon, DaemonError};
 use crate::{
-    identity::{IdentityKey, Next},
+    identity::{IdentityKey, Labels, Next},
     plan::{Change, Generation, NetworkSide, PlanError, Shape},
     stack::{Stack, StackError},
     store::{
@@ -14,6 +14,9 @@ use crate::{
 use abi::{AddressKey, Identity};
 use std::sync::Arc;
 use tokio::task::block_in_place;
+
+/// The label that every namespace has, with its name.
+pub const NAMESPACE_NAME: &str = "kubernetes.io/metadata.name";
 
 /// One policy, with what it has made of the cluster's pods and networks.
 pub struct Side {
@@ -85,11 +88,18 @@ impl Daemon {
             namespace: record.namespace.clone(),
             name: record.name.clone(),
             labels: record.labels.clone(),
-            namespace_labels: self.namespaces.get(&record.namespace).cloned().unwrap_or_default(),
+            namespace_labels: self.namespace_labels(&record.namespace),
             service_account: record.service_account.clone(),
             addresses: vec![record.address],
             ports: record.ports.clone(),
         }
+    }
+
+    /// Labels of a namespace, with the one that says its name (Kubernetes, "Automatic labelling" of namespaces).
+    pub(super) fn namespace_labels(&self, namespace: &str) -> Labels {
+        let mut labels = self.namespaces.get(namespace).cloned().unwrap_or_default();
+        labels.insert(NAMESPACE_NAME.to_owned(), namespace.to_owned());
+        labels
     }
 
     /// Number of an identity, the same on all nodes: the first node that needs it enters it in the store.

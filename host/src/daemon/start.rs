@@ -27,7 +27,7 @@ use abi::{AddressKey, Hook, Identity};
 use anyhow::Context;
 use ipnet::IpNet;
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fs::{self, File},
     net::IpAddr,
     path::Path,
@@ -194,6 +194,8 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
         told: 0,
         namespaces: BTreeMap::new(),
         audit: Audit::default(),
+        unplaced: BTreeSet::new(),
+        made_up: Instant::now(),
         nodes: BTreeMap::new(),
         pods: BTreeMap::new(),
         locals: BTreeMap::new(),

@@ -443,6 +443,24 @@ impl Generation {
         change
     }
 
+    /// Identities that pods of this node have.
+    pub fn local(&self) -> impl Iterator<Item = Identity> {
+        self.rows.iter().map(|(identity, _)| identity)
+    }
+
+    /// Asks again about some identities of this node, with all peers.
+    ///
+    /// # Errors
+    ///
+    /// Where it does not fit or the policy can't be asked. The cells are as they were.
+    pub fn recompile<O: Oracle>(&mut self, rows: &[Identity], oracle: &mut O) -> Result<Change, PlanError<O::Error>> {
+        let known: Vec<Identity> = self.known().collect();
+        let mut change = Change::default();
+        self.compile(rows, &known, oracle, &mut change)?;
+        change.port_sets = std::mem::take(&mut self.unwritten);
+        Ok(change)
+    }
+
     /// The oracle has forgotten the numbers of its rulings.
     pub fn forget_rulings(&mut self) {
         self.cells.clear();

@@ -20,11 +20,19 @@ pub struct Network {
     pub blocks: Vec<(IpNet, Vec<IpNet>)>,
 }
 
+impl Network {
+    /// CIDRs and exceptions that it names.
+    #[must_use]
+    pub fn prefixes(&self) -> usize {
+        self.blocks.iter().map(|(_, except)| 1 + except.len()).sum()
+    }
+}
+
 /// Names of networks, each with its module: what an address is in.
 pub type Membership = BTreeSet<(String, String)>;
 
 /// The address space, cut into pieces.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Partition {
     /// Different memberships; the first one is the empty one.
     memberships: Vec<Membership>,
@@ -32,10 +40,25 @@ pub struct Partition {
     prefixes: BTreeMap<IpNet, usize>,
 }
 
+/// Names in all memberships at the most: they may be as many as networks times prefixes.
+const MAX_NAMES: usize = 1 << 18;
+
+impl Default for Partition {
+    fn default() -> Self {
+        Self {
+            memberships: vec![Membership::new()],
+            prefixes: BTreeMap::new(),
+        }
+    }
+}
+
 impl Partition {
     /// Cuts the address space.
-    #[must_use]
-    pub fn new(networks: &[Network]) -> Self {
+    ///
+    /// # Errors
+    ///
+    /// Where the networks overlap so much that there are too many different sets of them.
+    pub fn new(networks: &[Network]) -> Result<Self, String> {
         // Which blocks begin at a prefix, and which end there for good.
         let mut marks: BTreeMap<IpNet, (Vec<usize>, Vec<usize>)> = BTreeMap::new();
         let mut owners = Vec::new();
@@ -49,10 +72,8 @@ impl Partition {
                 }
             }
         }
-        let mut partition = Self {
-            memberships: vec![Membership::new()],
-            prefixes: BTreeMap::new(),
-        };
+        let mut partition = Self::default();
+        let mut names = 0;
         let mut numbers: BTreeMap<Membership, usize> = BTreeMap::from([(Membership::new(), 0)]);
         // Prefixes are sorted so that each comes right after those that hold it.
         let mut around: Vec<(IpNet, BTreeSet<usize>)> = Vec::new();
@@ -72,6 +93,12 @@ impl Partition {
                     (network.module.clone(), network.name.clone())
                 })
                 .collect();
+            names += membership.len();
+            if names > MAX_NAMES {
+                return Err(format!(
+                    "networks that overlap too much: more than {MAX_NAMES} names in the sets of networks that hold a prefix"
+                ));
+            }
             let next = partition.memberships.len();
             let number = *numbers.entry(membership.clone()).or_insert(next);
             if number == next {
@@ -80,7 +107,7 @@ impl Partition {
             partition.prefixes.insert(prefix, number);
             around.push((prefix, blocks));
         }
-        partition
+        Ok(partition)
     }
 
     /// The different memberships. The first one is the empty one: the world.
@@ -147,7 +174,8 @@ mod tests {
                 &[("10.1.2.0/24", &[]), ("2001:db8::/32", &["2001:db8:1::/48"])],
             ),
             network("again", &[("10.1.0.0/16", &[]), ("10.1.2.3/32", &[])]),
-        ]);
+        ])
+        .unwrap();
         for (address, expected) in [
             ("10.0.0.1", &["ten"][..]),
             ("10.1.0.1", &["again"]),
@@ -161,6 +189,19 @@ mod tests {
             assert_eq!(names(&partition, address), expected, "{address}");
         }
         assert_eq!(partition.memberships().len(), 5);
+    }
+
+    #[test]
+    fn networks_that_overlap_too_much_are_refused() {
+        let mut networks: Vec<Network> = (0..1000)
+            .map(|n| network(&n.to_string(), &[("0.0.0.0/0", &[])]))
+            .collect();
+        let inner = (0..250).map(|n| format!("10.0.{n}.0/24"));
+        networks.extend(inner.map(|cidr| network(&cidr, &[(&cidr, &[])])));
+        assert!(Partition::new(&networks).is_ok());
+        let more = (0..50).map(|n| format!("10.1.{n}.0/24"));
+        networks.extend(more.map(|cidr| network(&cidr, &[(&cidr, &[])])));
+        assert!(Partition::new(&networks).unwrap_err().contains("overlap too much"));
     }
 
     proptest! {
@@ -181,7 +222,7 @@ mod tests {
                     )],
                 })
                 .collect();
-            let partition = Partition::new(&networks);
+            let partition = Partition::new(&networks).unwrap();
             for low in 0..64 {
                 let address = IpAddr::from(Ipv4Addr::from(0x0a00_0000 + low));
                 let expected = networks

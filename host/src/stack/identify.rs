@@ -11,9 +11,6 @@ use std::collections::BTreeMap;
 /// Pods that a module may fail at, one by one, before it is taken to fail at the rest too.
 const PATIENCE: usize = 16;
 
-/// Classes that a tenant's module may make of other tenants' pods at the most.
-const MAX_FOREIGN: usize = 64;
-
 /// A pod's key so far.
 enum Sofar {
     Key {
@@ -50,10 +47,22 @@ impl Stack {
             }
         }
         for module in self.modules.iter_mut().filter(|module| module.tenant().is_some()) {
-            let classes = module.identify(pods);
-            for (key, class) in keys.iter_mut().zip(classes) {
-                let class = class.and_then(|class| module.bound(key.tenant(), class));
-                key.add_tenants(module, class);
+            let own: Vec<usize> = (0..keys.len())
+                .filter(|index| {
+                    keys[*index]
+                        .tenant()
+                        .is_some_and(|tenant| Some(tenant) == module.tenant())
+                })
+                .collect();
+            let its: Vec<Pod> = own.iter().map(|index| pods[*index].clone()).collect();
+            for (index, class) in own.into_iter().zip(module.identify(&its)) {
+                if let Err(error) = &class
+                    && !module.strict
+                {
+                    tracing::error!("module {}: {error}; the pod is closed", module.record.name());
+                    module.failure = Some(error.clone());
+                }
+                keys[index].add_tenants(module, class);
             }
         }
         keys.into_iter()
@@ -96,8 +105,7 @@ impl Sofar {
         }
     }
 
-    /// What a tenant's module says. Where it can't say, its tenant's pods are closed, and others have no class with it:
-    /// nobody else is harmed.
+    /// What a tenant's module says of its tenant's pods. Those of whom it can't say anything are closed.
     fn add_tenants(&mut self, module: &Module, class: Result<Class, WasmError>) {
         let Self::Key { classes, .. } = self else { return };
         match class {
@@ -125,7 +133,15 @@ impl Module {
                 continue;
             }
             let asked: Vec<(&Pod, Vec<String>)> = some.iter().map(|pod| (pod, held_by(&self.networks, pod))).collect();
-            match self.runtime.identify(&asked) {
+            let answer = match &mut self.runtime {
+                Some(runtime) => {
+                    // So many pods, so much time: there may be very many.
+                    runtime.begin();
+                    runtime.identify(&asked)
+                }
+                None => Err(self.failure.clone().unwrap_or_else(not_started)),
+            };
+            match answer {
                 Ok(classes) => answers.extend(classes),
                 Err(error @ WasmError::Exhausted { .. }) => {
                     self.suspend(&error);
@@ -153,26 +169,17 @@ impl Module {
         answers
     }
 
-    /// A tenant's module tells only so many classes of other tenants' pods apart.
-    fn bound(&mut self, tenant: Option<&str>, class: Class) -> Result<Class, WasmError> {
-        if tenant == self.tenant() || class.labels.is_empty() || self.foreign.contains(&class.labels) {
-            return Ok(class);
-        }
-        if self.foreign.len() >= MAX_FOREIGN {
-            return Err(WasmError::Answer {
-                call: "identify".to_owned(),
-                problem: format!(
-                    "more than {MAX_FOREIGN} different classes of other tenants' pods; a tenant's module may have no more"
-                ),
-            });
-        }
-        self.foreign.insert(class.labels.clone());
-        Ok(class)
-    }
-
     fn identify_one(&mut self, pod: &(&Pod, Vec<String>)) -> Result<Class, WasmError> {
-        let classes = self.runtime.identify(std::slice::from_ref(pod))?;
+        let runtime = self.runtime.as_mut().ok_or_else(not_started)?;
+        let classes = runtime.identify(std::slice::from_ref(pod))?;
         classes.into_iter().next().unwrap_or_else(|| Ok(Class::default()))
+    }
+}
+
+pub(super) fn not_started() -> WasmError {
+    WasmError::Call {
+        call: "starting the module".to_owned(),
+        problem: "it could not be started".to_owned(),
     }
 }
 

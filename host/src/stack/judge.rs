@@ -3,7 +3,7 @@
 //! A cell's way through the modules is a line of what they have said so far; equal lines share a number. Each module
 //! moves every cell that is not final on by one step, and a step is worked out once for each pair of numbers.
 
-use super::{Include, Interner, Keys, Matrix, Module, Stack, StackError, who};
+use super::{Include, Interner, Keys, Matrix, Module, Stack, StackError, identify::not_started, who};
 use crate::{
     identity::IdentityKey,
     plan::{Action, Decision, Line, Ruling},
@@ -34,8 +34,9 @@ pub struct Step {
     pub reason: String,
 }
 
-/// Lines that are kept at the most.
-const MAX_LINES: usize = 65_536;
+/// Different decisions of a tenant's module at the most, and breakpoints of them.
+const MAX_TENANT_LINES: usize = 256;
+const MAX_TENANT_BREAKPOINTS: usize = 2048;
 
 /// No number yet.
 const UNKNOWN: u32 = u32::MAX;
@@ -59,11 +60,12 @@ impl Stack {
         subjects: &[Identity],
         peers: &[Identity],
     ) -> Result<Vec<u32>, StackError> {
-        if self.lines.len() > MAX_LINES {
-            // Their numbers are only known here, and a module could make up new ones for ever.
+        if self.lines.is_bulky() {
+            // Their numbers are only known here.
             self.lines.clear();
             for module in &mut self.modules {
                 module.lines.clear();
+                module.breakpoints = 0;
             }
         }
         let undecided = self.lines.number(Line::all(Action::Pass));
@@ -89,13 +91,11 @@ impl Stack {
             let identities: Vec<Identity> = rows.iter().map(|row| subjects[*row]).collect();
             let answer = match module.suspended() {
                 Some(error) => Err(error),
-                None => module.ask(side, &identities, peers, &self.keys),
+                None => module.ask(side, &identities, peers, &self.keys, &self.common),
             };
+            let answer = answer.and_then(|answer| module.afford(answer));
             match answer {
-                Ok(answer) => {
-                    module.failure = None;
-                    module.advance(&mut self.lines, &mut cells, &rows, peers.len(), &answer);
-                }
+                Ok(answer) => module.advance(&mut self.lines, &mut cells, &rows, peers.len(), &answer),
                 Err(error) if module.strict || module.tenant().is_none() => return Err(module.error(error)),
                 Err(error) => {
                     tracing::error!(
@@ -169,17 +169,26 @@ impl Stack {
             if module.own(&[subject], &self.keys).is_empty() {
                 continue;
             }
-            let answer = module
-                .ask(side, &[subject], &[peer], &self.keys)
-                .map_err(|error| module.error(error))?;
-            let decision = answer.decision(0);
-            let (action, reason) = decision.at(key);
+            let answer = match module.suspended() {
+                Some(error) => Err(error),
+                None if module.is_unknown(subject, &self.keys) => Err(WasmError::Call {
+                    call: "identify".to_owned(),
+                    problem: "the module could not identify the pod".to_owned(),
+                }),
+                None => module.ask(side, &[subject], &[peer], &self.keys, &self.common),
+            };
+            let (action, reason) = match answer {
+                Ok(answer) => {
+                    let (action, reason) = answer.decision(0).at(key);
+                    (action, reason.to_owned())
+                }
+                // As it is when the maps are filled.
+                Err(error) if module.tenant().is_some() => (Action::Deny, format!("the module fails: {error}")),
+                Err(error) => return Err(module.error(error)),
+            };
             let class = |identity| {
-                describe(&who(
-                    module.record.name(),
-                    identity,
-                    self.keys.get(&identity).map(|key| &**key),
-                ))
+                let key = self.keys.get(&identity).map(|key| &**key);
+                describe(&who(&module.record, &self.common, identity, key))
             };
             steps.push(Step {
                 module: module.record.name().to_owned(),
@@ -188,7 +197,7 @@ impl Stack {
                 audit: module.record.audit,
                 classes: (class(subject), class(peer)),
                 action,
-                reason: reason.to_owned(),
+                reason,
             });
         }
         Ok(steps)
@@ -272,6 +281,7 @@ impl Module {
         subjects: &[Identity],
         peers: &[Identity],
         keys: &Keys,
+        common: &BTreeSet<String>,
     ) -> Result<Answer, WasmError> {
         let new: BTreeSet<Identity> = subjects
             .iter()
@@ -280,17 +290,18 @@ impl Module {
             .copied()
             .collect();
         if !new.is_empty() {
-            let name = self.record.name();
+            let runtime = self.runtime.as_mut().ok_or_else(not_started)?;
+            let record = &self.record;
             let seen: Vec<(Identity, Arc<Who>)> = new
                 .into_iter()
                 .map(|identity| {
                     let key = keys.get(&identity).map(|key| &**key);
-                    (identity, Arc::new(who(name, identity, key)))
+                    (identity, Arc::new(who(record, common, identity, key)))
                 })
                 .collect();
-            self.runtime.learn(seen.iter().map(|(_, who)| Arc::clone(who)))?;
+            runtime.learn(seen.iter().map(|(_, who)| Arc::clone(who)))?;
             for (identity, who) in seen {
-                if let Some(number) = self.runtime.number(&who) {
+                if let Some(number) = runtime.number(&who) {
                     self.numbers.insert(identity, number);
                 }
             }
@@ -299,17 +310,49 @@ impl Module {
         let (subjects, subject_places) = distinct(&subjects.iter().map(number).collect::<Vec<_>>());
         let (peers, peer_places) = distinct(&peers.iter().map(number).collect::<Vec<_>>());
         Ok(Answer {
-            matrix: self.runtime.decide(side, &subjects, &peers)?,
+            matrix: self
+                .runtime
+                .as_mut()
+                .ok_or_else(not_started)?
+                .decide(side, &subjects, &peers)?,
             width: peers.len(),
             subjects: subject_places,
             peers: peer_places,
         })
     }
 
+    /// A tenant's module may say only so many different things: each takes room that all share.
+    fn afford(&mut self, answer: Answer) -> Result<Answer, WasmError> {
+        if self.tenant().is_none() {
+            return Ok(answer);
+        }
+        let new = answer
+            .matrix
+            .decisions
+            .iter()
+            .filter(|one| !self.lines.contains_key(*one));
+        let new: Vec<usize> = new.map(|decision| decision.line().iter().len()).collect();
+        let (lines, points) = (
+            self.lines.len() + new.len(),
+            self.breakpoints + new.iter().sum::<usize>(),
+        );
+        if lines > MAX_TENANT_LINES || points > MAX_TENANT_BREAKPOINTS {
+            return Err(WasmError::Answer {
+                call: "decide".to_owned(),
+                problem: format!(
+                    "{lines} different decisions with {points} breakpoints of ports so far; a tenant's module may have \
+                     {MAX_TENANT_LINES} and {MAX_TENANT_BREAKPOINTS}"
+                ),
+            });
+        }
+        self.breakpoints = points;
+        Ok(answer)
+    }
+
     /// Moves the cells of `rows` on by what the module has said.
     fn advance(
         &mut self,
-        lines: &mut Interner<Line<Action>>,
+        lines: &mut Interner<Action>,
         cells: &mut [u32],
         rows: &[usize],
         columns: usize,

@@ -6,9 +6,9 @@
 //! - Admin before tenant before baseline, in a tier by priority, then by name. What one passes on the next one decides.
 //!   Last of all a node may reach its own pods; everything else is denied.
 //! - A tenant's module is asked only about that tenant's pods as subjects, so it decides only over their own ends of
-//!   connections. Which tenant a pod has is never a tenant's module to say, and it can tell only so many classes of other
-//!   tenants' pods apart: each of them would be an identity. Where such a module fails, its tenant's pods lose what it
-//!   would have decided; nobody else notices.
+//!   connections. It tells only its tenant's pods apart: of others it sees the tenant, and the labels that matter to the
+//!   modules that speak for all. So it has no say in anybody else's identity. What it may take of the kernel's room is
+//!   bounded. Where it fails, its tenant's pods are closed; nobody else notices.
 //! - A module that is only audited changes nothing: neither a pod's tenant, nor whether it can be identified.
 
 mod identify;
@@ -18,14 +18,14 @@ pub use judge::Step;
 
 use crate::{
     api::ModuleView,
-    identity::{IdentityKey, Labels},
+    identity::IdentityKey,
     plan::{Action, Decision, Line, Network, Oracle, Partition, Ruling},
     store::records::ModuleRecord,
     wasm::{Compiled, Limits, Matrix, Runtime, WasmError, Who},
 };
 use abi::{Direction, Identity};
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -52,7 +52,8 @@ pub enum Include<'a> {
 /// One module, running.
 struct Module {
     record: ModuleRecord,
-    runtime: Runtime,
+    /// None where it is a tenant's and could not even be started.
+    runtime: Option<Runtime>,
     /// Its own networks, as it named them and cut into pieces.
     blocks: Vec<Network>,
     networks: Partition,
@@ -64,8 +65,8 @@ struct Module {
     strict: bool,
     /// Why its tenant's pods do without it, where they do.
     failure: Option<WasmError>,
-    /// Classes that a tenant's module has made of other tenants' pods.
-    foreign: HashSet<Labels>,
+    /// Breakpoints of its lines.
+    breakpoints: usize,
     /// Until when it is not asked again, since it has used up what it may.
     rest: Option<Instant>,
 }
@@ -101,41 +102,49 @@ impl Module {
     }
 }
 
-/// Values that have numbers, which keep their meaning.
+/// Lines that are kept at the most, and breakpoints of them.
+const MAX_VALUES: usize = 65_536;
+const MAX_BREAKPOINTS: usize = 1 << 21;
+
+/// Lines that have numbers, which keep their meaning.
 struct Interner<T> {
-    numbers: HashMap<T, u32>,
-    values: Vec<T>,
+    numbers: HashMap<Line<T>, u32>,
+    values: Vec<Line<T>>,
+    /// Breakpoints of all of them.
+    breakpoints: usize,
 }
 
-impl<T: Clone + Eq + std::hash::Hash> Interner<T> {
+impl<T: Copy + Eq + std::hash::Hash> Interner<T> {
     fn new() -> Self {
         Self {
             numbers: HashMap::new(),
             values: Vec::new(),
+            breakpoints: 0,
         }
     }
 
-    fn number(&mut self, value: T) -> u32 {
+    fn number(&mut self, value: Line<T>) -> u32 {
         if let Some(number) = self.numbers.get(&value) {
             return *number;
         }
         let number = u32::try_from(self.values.len()).unwrap_or(u32::MAX);
+        self.breakpoints += value.iter().len();
         self.values.push(value.clone());
         self.numbers.insert(value, number);
         number
     }
 
-    fn get(&self, number: u32) -> &T {
+    fn get(&self, number: u32) -> &Line<T> {
         &self.values[number as usize]
     }
 
-    fn len(&self) -> usize {
-        self.values.len()
+    /// Whether there are so many that most of them are of no use any more: a module could make up new ones for ever.
+    fn is_bulky(&self) -> bool {
+        self.values.len() > MAX_VALUES || self.breakpoints > MAX_BREAKPOINTS
     }
 
     fn clear(&mut self) {
-        self.numbers.clear();
-        self.values.clear();
+        *self = Self::new();
     }
 }
 
@@ -148,19 +157,18 @@ pub struct Stack {
     networks: Partition,
     /// What each identity stands for, as far as a decision can be about it.
     keys: Keys,
-    lines: Interner<Line<Action>>,
-    rulings: Interner<Ruling>,
+    /// Names of the modules that speak for all, and are enforced.
+    common: BTreeSet<String>,
+    lines: Interner<Action>,
+    rulings: Interner<bool>,
 }
-
-/// Rulings that are kept at the most.
-const MAX_RULINGS: usize = 65_536;
 
 /// A module that is to be started.
 pub struct Start<'a> {
     /// Its record.
     pub record: &'a ModuleRecord,
     /// The module.
-    pub compiled: &'a Compiled,
+    pub compiled: &'a Result<Compiled, WasmError>,
     /// What it may use, overrides included.
     pub limits: Limits,
     /// It must not fail, whoever's it is.
@@ -173,8 +181,9 @@ impl Stack {
     pub fn empty() -> Self {
         Self {
             modules: Vec::new(),
-            networks: Partition::new(&[]),
+            networks: Partition::default(),
             keys: HashMap::new(),
+            common: BTreeSet::new(),
             lines: Interner::new(),
             rulings: Interner::new(),
         }
@@ -193,20 +202,28 @@ impl Stack {
                 module: start.record.name().to_owned(),
                 source,
             };
-            let placement = &start.record.placement;
-            let mut runtime =
-                Runtime::start(start.compiled, &start.record.config, placement, start.limits).map_err(failed)?;
-            let networks = runtime.networks().map_err(failed)?;
+            let (runtime, networks, failure) = match start_one(start) {
+                Ok((runtime, networks)) => (Some(runtime), networks, None),
+                // What is in force already must not keep a node down, or others from changing their policy.
+                Err(error) if !start.strict && start.record.placement.tenant.is_some() => {
+                    tracing::error!("module {}: {error}; its tenant's pods are closed", start.record.name());
+                    (None, Vec::new(), Some(error))
+                }
+                Err(error) => return Err(failed(error)),
+            };
             stack.modules.push(Module {
                 record: start.record.clone(),
                 runtime,
-                networks: Partition::new(&networks),
+                networks: Partition::new(&networks).map_err(|problem| {
+                    let call = "networks".to_owned();
+                    failed(WasmError::Answer { call, problem })
+                })?,
                 blocks: networks.clone(),
                 numbers: HashMap::new(),
                 lines: HashMap::new(),
                 strict: start.strict,
-                failure: None,
-                foreign: HashSet::new(),
+                failure,
+                breakpoints: 0,
                 rest: None,
             });
             all.extend(networks);
@@ -214,15 +231,40 @@ impl Stack {
         stack
             .modules
             .sort_by(|one, other| order(&one.record).cmp(&order(&other.record)));
-        stack.networks = Partition::new(&all);
+        let speaks_for_all = |module: &&Module| module.tenant().is_none() && !module.record.audit;
+        let common = stack.modules.iter().filter(speaks_for_all);
+        stack.common = common.map(|module| module.record.name().to_owned()).collect();
+        stack.networks = Partition::new(&all).map_err(|problem| StackError {
+            module: all.last().map_or_else(String::new, |network| network.module.clone()),
+            source: WasmError::Answer {
+                call: "networks".to_owned(),
+                problem,
+            },
+        })?;
         Ok(stack)
     }
 
     /// Begins a load or a change, with a time limit of its own for each module.
     pub fn begin(&mut self) {
-        for module in &mut self.modules {
-            module.runtime.begin();
+        for runtime in self.modules.iter_mut().filter_map(|module| module.runtime.as_mut()) {
+            runtime.begin();
         }
+    }
+
+    /// Lets tenants' modules that have failed, and have rested, be asked again; the answer is whose they are. What they
+    /// had nothing to say of has to be asked then: if they fail again, they are noted again.
+    pub fn begin_again(&mut self) -> Vec<String> {
+        let now = Instant::now();
+        let mut tenants = Vec::new();
+        for module in &mut self.modules {
+            let rested = module.rest.is_none_or(|until| until <= now);
+            if module.failure.is_some() && rested && module.runtime.is_some() {
+                module.failure = None;
+                module.rest = None;
+                tenants.extend(module.record.placement.tenant.clone());
+            }
+        }
+        tenants
     }
 
     /// From now on a tenant's module that fails harms only its tenant.
@@ -271,8 +313,10 @@ impl Stack {
             self.keys.retain(|identity, _| is_live(*identity));
         }
         for module in &mut self.modules {
-            if module.runtime.learned() > 2 * live + SLACK {
-                module.runtime.forget();
+            if let Some(runtime) = &mut module.runtime
+                && runtime.learned() > 2 * live + SLACK
+            {
+                runtime.forget();
                 module.numbers.clear();
             }
         }
@@ -281,7 +325,7 @@ impl Stack {
     /// Forgets rulings once there are many, most of which nobody can need any more; true where it did. Whoever keeps
     /// their numbers has to forget them, too.
     pub fn forget_rulings(&mut self) -> bool {
-        let many = self.rulings.len() > MAX_RULINGS;
+        let many = self.rulings.is_bulky();
         if many {
             self.rulings.clear();
         }
@@ -291,14 +335,16 @@ impl Stack {
     /// Calls of modules so far.
     #[must_use]
     pub fn calls(&self) -> u64 {
-        self.modules.iter().map(|module| module.runtime.calls()).sum()
+        let runtimes = self.modules.iter().filter_map(|module| module.runtime.as_ref());
+        runtimes.map(Runtime::calls).sum()
     }
 
     /// One module, for people.
     #[must_use]
     pub fn inspect(&self, name: &str) -> Option<ModuleView> {
         let module = self.modules.iter().find(|module| module.record.name() == name)?;
-        let limits = module.runtime.limits();
+        let runtime = module.runtime.as_ref();
+        let limits = runtime.map(Runtime::limits);
         let networks = module.blocks.iter().map(|network| {
             let blocks = network.blocks.iter().map(|(cidr, except)| {
                 let except: Vec<String> = except.iter().map(|one| format!(" but {one}")).collect();
@@ -309,13 +355,12 @@ impl Stack {
         Some(ModuleView {
             module: module.record.clone(),
             networks: networks.collect(),
-            peers: module.runtime.learned(),
-            calls: module.runtime.calls(),
-            limits: (
-                limits.fuel,
-                u64::try_from(limits.evaluate.as_millis()).unwrap_or(u64::MAX),
-                limits.memory as u64,
-            ),
+            peers: runtime.map_or(0, Runtime::learned),
+            calls: runtime.map_or(0, Runtime::calls),
+            limits: limits.map_or((0, 0, 0), |limits| {
+                let time = u64::try_from(limits.evaluate.as_millis()).unwrap_or(u64::MAX);
+                (limits.fuel, time, limits.memory as u64)
+            }),
             failure: module.failure.as_ref().map(ToString::to_string),
         })
     }
@@ -333,6 +378,26 @@ impl Stack {
         let audited = self.modules.iter().filter(|module| module.record.audit);
         audited.map(|module| module.record.name().to_owned()).collect()
     }
+}
+
+/// Blocks of networks that a tenant's module may name at the most: each of them takes room that all share.
+const MAX_TENANT_BLOCKS: usize = 64;
+
+fn start_one(start: &Start<'_>) -> Result<(Runtime, Vec<Network>), WasmError> {
+    let placement = &start.record.placement;
+    let compiled = start.compiled.as_ref().map_err(Clone::clone)?;
+    let mut runtime = Runtime::start(compiled, &start.record.config, placement, start.limits)?;
+    let networks = runtime.networks()?;
+    let blocks: usize = networks.iter().map(Network::prefixes).sum();
+    if placement.tenant.is_some() && blocks > MAX_TENANT_BLOCKS {
+        return Err(WasmError::Answer {
+            call: "networks".to_owned(),
+            problem: format!(
+                "{blocks} CIDRs and exceptions; a tenant's module may name {MAX_TENANT_BLOCKS} of them at the most"
+            ),
+        });
+    }
+    Ok((runtime, networks))
 }
 
 /// Where a module stands among the others.
@@ -354,21 +419,32 @@ impl Oracle for Stack {
     }
 }
 
-/// Who an identity is to one module.
-fn who(module: &str, identity: Identity, key: Option<&IdentityKey>) -> Who {
+/// Who an identity is to one module. A tenant's module sees of other tenants' pods what the `common` ones make of them.
+fn who(module: &ModuleRecord, common: &BTreeSet<String>, identity: Identity, key: Option<&IdentityKey>) -> Who {
+    let name = module.name();
     match key {
         None => Who::Reserved(identity),
-        Some(IdentityKey::Pod(pod)) => match pod.classes.get(module) {
-            None => Who::Pod(pod.tenant.clone(), BTreeMap::new()),
-            Some(Some(labels)) => Who::Pod(pod.tenant.clone(), labels.clone()),
-            Some(None) => Who::Unknown(pod.tenant.clone()),
-        },
+        Some(IdentityKey::Pod(pod)) => {
+            let foreign = module
+                .placement
+                .tenant
+                .as_ref()
+                .is_some_and(|tenant| *tenant != pod.tenant);
+            if foreign {
+                let classes = pod.classes.iter().filter(|(owner, _)| common.contains(*owner));
+                let labels = classes.filter_map(|(_, labels)| labels.as_ref()).flatten();
+                let labels = labels.map(|(key, value)| (key.clone(), value.clone()));
+                return Who::Pod(pod.tenant.clone(), labels.collect());
+            }
+            match pod.classes.get(name) {
+                None => Who::Pod(pod.tenant.clone(), BTreeMap::new()),
+                Some(Some(labels)) => Who::Pod(pod.tenant.clone(), labels.clone()),
+                Some(None) => Who::Unknown(pod.tenant.clone()),
+            }
+        }
         Some(IdentityKey::Networks(membership)) => {
-            let names: Vec<String> = membership
-                .iter()
-                .filter(|(owner, _)| owner == module)
-                .map(|(_, name)| name.clone())
-                .collect();
+            let own = membership.iter().filter(|(owner, _)| owner == name);
+            let names: Vec<String> = own.map(|(_, network)| network.clone()).collect();
             if names.is_empty() {
                 Who::Reserved(Identity::WORLD)
             } else {

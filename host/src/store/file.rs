@@ -437,31 +437,50 @@ impl Watcher {
                 Err(error) => tracing::warn!("listing the store: {error}"),
             }
         }
-        let mut keys: Vec<_> = seen.into_iter().collect();
-        keys.sort();
-        for key in keys {
-            self.look_at(key).await?;
+        // Collection by collection, each in the order in which it has changed: who has seen one change has seen those
+        // before it.
+        let mut changes = Vec::new();
+        for key in seen {
+            let collection = key.collection;
+            if let Some(change) = self.change_of(key).await {
+                let revision = match &change {
+                    Change::Put(_, value) => value.revision,
+                    Change::Delete(_) | Change::Synced => 0,
+                };
+                changes.push((collection, revision, change));
+            }
+        }
+        changes.sort_by_key(|(collection, revision, _)| (*collection, *revision));
+        for (_, _, change) in changes {
+            self.sender.send(change).await.map_err(|_| Ended)?;
         }
         Ok(())
     }
 
     /// Reports the state of one value, unless that was reported already.
     async fn look_at(&mut self, key: Key) -> Result<(), Ended> {
-        let change = match self.store.get(&key).await {
-            Ok(Some(found)) if self.reported.get(&key) == Some(&found.revision) => return Ok(()),
+        match self.change_of(key).await {
+            Some(change) => self.sender.send(change).await.map_err(|_| Ended),
+            None => Ok(()),
+        }
+    }
+
+    /// How one value differs from what was reported last.
+    async fn change_of(&mut self, key: Key) -> Option<Change> {
+        match self.store.get(&key).await {
+            Ok(Some(found)) if self.reported.get(&key) == Some(&found.revision) => None,
             Ok(Some(found)) => {
                 self.reported.insert(key.clone(), found.revision);
-                Change::Put(key, found)
+                Some(Change::Put(key, found))
             }
-            Ok(None) if self.reported.remove(&key).is_some() => Change::Delete(key),
-            Ok(None) => return Ok(()),
+            Ok(None) if self.reported.remove(&key).is_some() => Some(Change::Delete(key)),
+            Ok(None) => None,
             Err(error) => {
                 // A torn value is no news; the last good one stays.
                 tracing::error!("{error}");
-                return Ok(());
+                None
             }
-        };
-        self.sender.send(change).await.map_err(|_| Ended)
+        }
     }
 }
 

@@ -28,7 +28,9 @@ const MAX_DECISIONS: usize = 16_384;
 /// Cells that are asked for in one call, and pods: bounds what a call may cost.
 const CELLS_PER_CALL: usize = 1 << 16;
 const PODS_PER_CALL: usize = 256;
-/// Networks of one module, and blocks of them, at the most.
+/// Rules in one answer at the most.
+const MAX_RULES_AT_ONCE: usize = 1 << 17;
+/// Networks of one module, and CIDRs and exceptions of them, at the most.
 const MAX_NETWORKS: usize = 16_384;
 
 /// A pod, as modules are told of it.
@@ -445,6 +447,12 @@ fn check_matrix(matrix: wit::Matrix, expected: usize) -> Result<Matrix, String> 
     if matrix.cells.len() != expected {
         return Err(format!("{} cells where {expected} were asked for", matrix.cells.len()));
     }
+    let rules: usize = matrix.decisions.iter().map(|decision| decision.rules.len()).sum();
+    if rules > MAX_RULES_AT_ONCE {
+        return Err(format!(
+            "{rules} rules at once; at most {MAX_RULES_AT_ONCE} are allowed"
+        ));
+    }
     let count = matrix.decisions.len();
     if let Some(cell) = matrix.cells.iter().find(|cell| usize::from(**cell) >= count) {
         return Err(format!("index {cell} into a table of {count} decisions"));
@@ -479,10 +487,11 @@ fn check_class(class: wit::Class) -> Result<Class, String> {
 }
 
 fn check_networks(module: &str, networks: Vec<wit::Network>) -> Result<Vec<Network>, String> {
-    let blocks: usize = networks.iter().map(|network| network.blocks.len()).sum();
+    let prefixes = |network: &wit::Network| network.blocks.iter().map(|block| 1 + block.except.len()).sum::<usize>();
+    let blocks: usize = networks.iter().map(prefixes).sum();
     if networks.len().max(blocks) > MAX_NETWORKS {
         return Err(format!(
-            "{} networks with {blocks} blocks; at most {MAX_NETWORKS} are allowed",
+            "{} networks with {blocks} CIDRs and exceptions; at most {MAX_NETWORKS} are allowed",
             networks.len()
         ));
     }

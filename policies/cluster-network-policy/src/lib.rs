@@ -129,7 +129,14 @@ impl Policy for ClusterNetworkPolicy {
                 Side::Egress => (&policy.egress, other),
             };
             for rule in rules {
-                if rule.peers.iter().any(|term| other.terms.contains(*term)) {
+                // Which addresses other nodes have is not known here: what denies networks denies them, too.
+                let maybe = rule.action == Action::Deny
+                    && peer.is(Reserved::RemoteNode)
+                    && rule
+                        .peers
+                        .iter()
+                        .any(|term| matches!(self.terms[*term], Term::Network(_)));
+                if maybe || rule.peers.iter().any(|term| other.terms.contains(*term)) {
                     decision = rule.add_to(decision, receiver);
                 }
             }

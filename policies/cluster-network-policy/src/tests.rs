@@ -80,6 +80,11 @@ fn rules_are_taken_in_order_and_pass_leaves_the_tier() {
         "Pass stands before the later Deny"
     );
     assert_eq!(egress("infra/dns", "infra/old", tcp(1)), Action::Deny);
+    assert_eq!(
+        egress("web/a", "remote-node", tcp(10250)),
+        Action::Deny,
+        "other nodes may be in the network"
+    );
     let ingress = |port| cluster.decision(Side::Ingress, "web/a", "infra/dns").action(port);
     assert_eq!(
         [49, 50, 60, 61].map(|port| ingress(tcp(port))),

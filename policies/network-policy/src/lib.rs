@@ -70,6 +70,9 @@ enum Term {
     Block(String, IpBlock),
 }
 
+/// Policies that a reason names at the most.
+const NAMED: usize = 3;
+
 /// What matters of a peer.
 struct View {
     ingress: Bits,
@@ -190,7 +193,13 @@ impl Policy for NetworkPolicy {
                 Unselected::Pass => Decision::pass().because("no NetworkPolicy selects the pod"),
             };
         }
-        decision.reason = format!("no rule of NetworkPolicy {} allows it", isolating.join(", ")).into();
+        let others = isolating.len().saturating_sub(NAMED);
+        isolating.truncate(NAMED);
+        let mut names = isolating.join(", ");
+        if others > 0 {
+            names.push_str(&format!(" and {others} more"));
+        }
+        decision.reason = format!("no rule of NetworkPolicy {names} allows it").into();
         decision
     }
 }
@@ -213,7 +222,7 @@ impl NetworkPolicy {
             (None, Some(namespaces)) => Term::Across(namespaces.clone(), peer.pod_selector.clone().unwrap_or_default()),
             (None, None) => Term::In(namespace.to_owned(), peer.pod_selector.clone().unwrap_or_default()),
         };
-        let known = self.terms.iter().position(|known| *known == term);
+        let known = self.terms.iter().position(|known| known.is(&term));
         known.unwrap_or_else(|| {
             self.terms.push(term);
             self.terms.len() - 1
@@ -297,6 +306,14 @@ fn named_ports(labels: &Labels) -> BTreeMap<usize, u16> {
 }
 
 impl Term {
+    /// Whether both mean the same. Blocks do whose names are equal, in whatever order and form they were written.
+    fn is(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Block(one, _), Self::Block(other, _)) => one == other,
+            _ => self == other,
+        }
+    }
+
     fn holds(&self, pod: &Pod) -> bool {
         match self {
             Self::In(namespace, selector) => *namespace == pod.namespace && selector.matches(&pod.labels),

@@ -135,25 +135,25 @@ impl Objects {
             Value::Null => {}
             Value::Array(documents) => {
                 for (index, document) in documents.into_iter().enumerate() {
-                    objects.add(document, &format!("document {}", index + 1))?;
+                    objects.add(&document, &format!("document {}", index + 1))?;
                 }
             }
-            document => objects.add(document, "the document")?,
+            document => objects.add(&document, "the document")?,
         }
         Ok(objects)
     }
 
-    fn add(&mut self, document: Value, place: &str) -> Result<(), String> {
+    fn add(&mut self, document: &Value, place: &str) -> Result<(), String> {
         if document.is_null() {
             return Ok(()); // an empty document between two `---`
         }
         let text = |key: &str| document.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
         match (text("apiVersion").as_str(), text("kind").as_str()) {
-            ("networking.k8s.io/v1", "NetworkPolicy") => self.add_policy(&document, place),
+            ("networking.k8s.io/v1", "NetworkPolicy") => self.add_policy(document, place),
             ("v1" | "networking.k8s.io/v1", "List" | "NetworkPolicyList") => {
                 let items = document.get("items").and_then(Value::as_array).cloned();
                 let items = items.ok_or_else(|| format!("{place}: a list without `items`"))?;
-                for (index, item) in items.into_iter().enumerate() {
+                for (index, item) in items.iter().enumerate() {
                     self.add(item, &format!("{place}, item {}", index + 1))?;
                 }
                 Ok(())
@@ -168,7 +168,7 @@ impl Objects {
                     _kind: String,
                     unselected: Unselected,
                 }
-                let defaults: Defaults = typed(&document).map_err(|problem| format!("{place}: {problem}"))?;
+                let defaults: Defaults = typed(document).map_err(|problem| format!("{place}: {problem}"))?;
                 self.unselected = defaults.unselected;
                 Ok(())
             }

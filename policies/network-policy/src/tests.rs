@@ -1,7 +1,7 @@
 //! What the objects mean, and which ones are refused.
 
 use super::NetworkPolicy;
-use policy_sdk::{Pod, tcp, testing::Cluster, udp};
+use policy_sdk::{Pod, Policy, tcp, testing::Cluster, udp};
 
 const SHOP: &str = "
 apiVersion: networking.k8s.io/v1
@@ -190,4 +190,39 @@ fn wrong_objects_are_refused_by_name_field_and_reason() {
         let error = Cluster::<NetworkPolicy>::configured(&config).err().unwrap();
         assert!(error.contains(expected), "{config}:\n{error}");
     }
+}
+
+#[test]
+fn what_is_the_same_in_other_words_is_the_same() {
+    let policy = |name: &str, block: &str| {
+        format!(
+            "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: {name}, namespace: shop}}\nspec: {{podSelector: {{}}, ingress: [{{from: [{{ipBlock: {block}}}]}}]}}\n---\n"
+        )
+    };
+    let config = [
+        policy("a", "{cidr: 203.0.113.0/24, except: [203.0.113.4/32, 203.0.113.8/32]}"),
+        policy("b", "{cidr: 203.0.113.9/24, except: [203.0.113.8/32, 203.0.113.4/32]}"),
+        policy("c", "{cidr: 198.51.100.0/24, except: []}"),
+        policy("d", "{cidr: 198.51.100.0/24}"),
+    ];
+    let cluster = Cluster::<NetworkPolicy>::configured(&config.concat()).unwrap();
+    assert_eq!(cluster.policy().networks().len(), 2);
+}
+
+#[test]
+fn many_policies_have_a_short_reason() {
+    let one = |number: usize| {
+        let name = format!("{}{number}", "n".repeat(60));
+        format!(
+            "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: {name}, namespace: shop}}\nspec: {{podSelector: {{}}}}\n---\n"
+        )
+    };
+    let config: String = (0..40).map(one).collect();
+    let cluster = shop(&config);
+    let decision = cluster.decision(policy_sdk::Side::Ingress, "web/front", "shop/db");
+    assert!(
+        decision.reason.len() < 512 && decision.reason.contains("and 37 more"),
+        "{}",
+        decision.reason
+    );
 }

@@ -23,8 +23,8 @@ pub struct Server {
     arrivals: Arrivals,
 }
 
-/// What has arrived: from whom, at which port, and whether by TCP.
-type Arrivals = Arc<Mutex<HashSet<(IpAddr, u16, bool)>>>;
+/// What has arrived: from whom, where, and whether by TCP.
+type Arrivals = Arc<Mutex<HashSet<(IpAddr, SocketAddr, bool)>>>;
 
 /// How long a connection may be silent.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -65,8 +65,8 @@ impl Server {
 
     /// Whether a connection or a datagram has arrived from this address since the last [`Server::forget`].
     #[must_use]
-    pub fn was_reached(&self, from: IpAddr, port: u16, tcp: bool) -> bool {
-        lock(&self.arrivals).contains(&(from, port, tcp))
+    pub fn was_reached(&self, from: IpAddr, at: SocketAddr, tcp: bool) -> bool {
+        lock(&self.arrivals).contains(&(from, at, tcp))
     }
 
     /// Forgets what has arrived.
@@ -75,14 +75,14 @@ impl Server {
     }
 }
 
-fn lock(arrivals: &Arrivals) -> MutexGuard<'_, HashSet<(IpAddr, u16, bool)>> {
+fn lock(arrivals: &Arrivals) -> MutexGuard<'_, HashSet<(IpAddr, SocketAddr, bool)>> {
     arrivals.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn serve(sockets: &[(TcpListener, UdpSocket)], stop: &AtomicBool, arrivals: &Arrivals) {
     let note = |from: SocketAddr, at: io::Result<SocketAddr>, tcp: bool| {
         if let Ok(at) = at {
-            lock(arrivals).insert((from.ip(), at.port(), tcp));
+            lock(arrivals).insert((from.ip(), at, tcp));
         }
     };
     let pause = Timespec {

@@ -125,6 +125,12 @@ impl Guest for Hostile {
             "no cidr" => network("a", "10.0.0.0/33", &[]),
             "foreign exception" => network("a", "10.0.0.0/8", &["11.0.0.0/16"]),
             "same network" => [network("a", "10.0.0.0/8", &[]), network("a", "11.0.0.0/8", &[])].concat(),
+            "many tenants blocks" => {
+                let mut many = network("a", "10.0.0.0/8", &[]);
+                let block = many[0].blocks[0].clone();
+                many[0].blocks.resize(65, block);
+                many
+            }
             "many blocks" => {
                 let mut many = network("a", "10.0.0.0/8", &[]);
                 let block = many[0].blocks[0].clone();

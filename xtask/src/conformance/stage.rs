@@ -231,7 +231,8 @@ impl Stage {
                 "external"
             };
             let server = self.servers.get(end).map(|(_, server)| server);
-            let reached = server.is_some_and(|server| server.was_reached(probe.from, probe.port, probe.tcp));
+            let reached =
+                server.is_some_and(|server| server.was_reached(probe.from, (probe.to, probe.port).into(), probe.tcp));
             if *outcome == Outcome::Silence && reached && !verdict.4 {
                 *outcome = Outcome::Error("nothing came back, but it has arrived".to_owned());
             }
