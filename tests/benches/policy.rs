@@ -123,10 +123,10 @@ impl Bench {
         (seconds, stack.calls() - before)
     }
 
-    fn round(&mut self, identities: usize) -> Round {
+    fn round(&mut self, size: usize) -> Round {
         let record = record();
         let limits = hostd::wasm::Limits::from(Wasm::default());
-        let pods: Vec<(AddressKey, Pod)> = (1..=identities).map(|n| pod(n, &format!("app-{n}"))).collect();
+        let pods: Vec<(AddressKey, Pod)> = (1..=size).map(|n| pod(n, &format!("app-{n}"))).collect();
         let (mut registry, mut lines) = (Registry::new(Layout { tenant_bits: 8 }), Round::new());
 
         let (start, mut stack) = timed(|| {
@@ -139,7 +139,7 @@ impl Bench {
             Stack::start(&[start]).unwrap()
         });
         let facts: Vec<Pod> = pods.iter().map(|(_, pod)| pod.clone()).collect();
-        let (identify, keys) = timed(|| {
+        let (asking, keys) = timed(|| {
             stack.begin();
             stack.identify(&facts)
         });
@@ -165,15 +165,15 @@ impl Bench {
         lines.push(("cells", cells as f64, ""));
         lines.push(("calls of the module", stack.calls() as f64, ""));
         lines.push(("start the module", start * 1e3, "ms"));
-        lines.push(("identify", identify * 1e3, "ms"));
+        lines.push(("identify", asking * 1e3, "ms"));
         lines.push(("number", number * 1e3, "ms"));
         lines.push(("compile", compile * 1e3, "ms"));
         lines.push(("write the maps", write * 1e3, "ms"));
-        lines.push(("full load", (start + identify + number + compile + write) * 1e3, "ms"));
+        lines.push(("full load", (start + asking + number + compile + write) * 1e3, "ms"));
         lines.push(("cells a second, compiled", cells as f64 / compile / 1e6, "M/s"));
         drop(change);
 
-        let next = identities + 1;
+        let next = size + 1;
         let mut step = |what: &'static str, calls: &'static str, pod: (AddressKey, Pod), local: bool| {
             let (seconds, count) = self.assign(&mut stack, &mut generation, &mut registry, pod, local);
             lines.push((what, seconds * 1e3, "ms"));
@@ -220,9 +220,9 @@ fn in_process(identities: usize) -> anyhow::Result<Value> {
     let folder = tempfile::tempdir()?;
     let bpffs = folder.path().join("bpf");
     let runtime = tokio::runtime::Runtime::new()?;
-    let compiler = Compiler::new(harness::hostd()?, Wasm::default().into(), None)?;
+    let child = Compiler::new(harness::hostd()?, Wasm::default().into(), None)?;
     let module = fs::read(harness::policy("web-app")?)?;
-    let compiled = runtime.block_on(compiler.compile(&module))?;
+    let compiled = runtime.block_on(child.compile(&module))?;
     let maps = Maps {
         identities: u32::try_from((identities + 64).max(128))?,
         local_identities: 256,
@@ -329,7 +329,7 @@ fn in_hostd(identities: usize, local: usize) -> anyhow::Result<Value> {
         cluster.add_pod(0, &format!("shop/here-{number}"), &[("app", &format!("here-{number}"))])?;
     }
     let node = &cluster.nodes[0];
-    let known = wait_until(Duration::from_secs(120), || {
+    let known = wait_until(Duration::from_mins(2), || {
         node.json(&["status"])
             .is_ok_and(|status| status["maps"][1]["used"] == identities as u64 + 1)
     });

@@ -1,5 +1,4 @@
 //! Modules that are not written with the SDK.
-#![expect(clippy::unwrap_used, reason = "helpers of tests, which fail as a whole")]
 
 use harness::{Cluster, Listener, TcpOutcome, kernel_test, tcp_exchange};
 use std::{fs, time::Duration};

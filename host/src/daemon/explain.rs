@@ -16,7 +16,7 @@ use abi::{
     policy::{CELL_ALLOW, CELL_DENY, CELL_PORT_SET, ICMP, ICMPV6, port_key},
 };
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
     net::IpAddr,
     sync::Arc,
 };
@@ -348,11 +348,11 @@ impl Daemon {
                 None => self.outside_identity(side, address),
             };
             let (from, to) = (identity(&flow.from), identity(&flow.to));
-            let ruling = match rulings.get(&(from, to)) {
-                Some(known) => known,
-                None => {
+            let ruling = match rulings.entry((from, to)) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(place) => {
                     let survey = block_in_place(|| Survey::between(&mut side.stack, &[from], &[to]))?;
-                    rulings.entry((from, to)).or_insert(survey.ruling(from, to))
+                    place.insert(survey.ruling(from, to))
                 }
             };
             if ruling.at(port_key(flow.protocol, flow.port)) {

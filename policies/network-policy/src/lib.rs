@@ -195,11 +195,13 @@ impl Policy for NetworkPolicy {
         }
         let others = isolating.len().saturating_sub(NAMED);
         isolating.truncate(NAMED);
-        let mut names = isolating.join(", ");
-        if others > 0 {
-            names.push_str(&format!(" and {others} more"));
-        }
-        decision.reason = format!("no rule of NetworkPolicy {names} allows it").into();
+        let names = isolating.join(", ");
+        let more = if others > 0 {
+            format!(" and {others} more")
+        } else {
+            String::new()
+        };
+        decision.reason = format!("no rule of NetworkPolicy {names}{more} allows it").into();
         decision
     }
 }

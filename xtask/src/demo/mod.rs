@@ -83,6 +83,21 @@ fn play(interrupted: &Interrupted, keep: bool) -> anyhow::Result<()> {
     expect(&cluster, interrupted, stage::isolated)?;
     vnis(&cluster, capture)?;
 
+    show::step("why? hostd policy explain red/backend blue/db --protocol tcp --port 8080");
+    show::hostd(
+        &cluster,
+        &[
+            "policy",
+            "explain",
+            "red/backend",
+            "blue/db",
+            "--protocol",
+            "tcp",
+            "--port",
+            "8080",
+        ],
+    )?;
+
     show::step("throughput: iperf3, 3 s each, with a bare veth pair for comparison");
     throughput(&cluster, interrupted)?;
 
