@@ -177,6 +177,7 @@ pub fn probe(key: &str, count: u32) -> impl Iterator<Item = u32> {
 pub struct Registry {
     layout: Layout,
     tenants: BTreeMap<u32, String>,
+    retiring_tenants: BTreeSet<u32>,
     /// Shared with whoever else needs them: there may be very many.
     by_number: BTreeMap<Identity, Arc<IdentityKey>>,
     by_key: HashMap<Arc<IdentityKey>, Identity>,
@@ -191,6 +192,8 @@ pub enum Next {
     Known(Identity),
     /// It has one, which is about to be collected: keep it in the store, then ask again.
     Revive(Identity),
+    /// Its tenant is about to be collected: keep it in the store, then ask again.
+    ReviveTenant(u32),
     /// Create the tenant with this number, then ask again.
     CreateTenant(u32),
     /// Create the identity, then ask again.
@@ -218,6 +221,7 @@ impl Registry {
         Self {
             layout,
             tenants: BTreeMap::new(),
+            retiring_tenants: BTreeSet::new(),
             by_number: BTreeMap::new(),
             by_key: HashMap::new(),
             retiring: BTreeSet::new(),
@@ -227,6 +231,40 @@ impl Registry {
     /// Takes note of a tenant in the store.
     pub fn insert_tenant(&mut self, number: u32, name: String) {
         self.tenants.insert(number, name);
+    }
+
+    /// Takes note that a tenant is about to be collected, or that it is not.
+    pub fn set_tenant_retiring(&mut self, number: u32, retiring: bool) {
+        if retiring {
+            self.retiring_tenants.insert(number);
+        } else {
+            self.retiring_tenants.remove(&number);
+        }
+    }
+
+    /// Takes note that a tenant is gone from the store.
+    pub fn remove_tenant(&mut self, number: u32) {
+        self.tenants.remove(&number);
+        self.retiring_tenants.remove(&number);
+    }
+
+    /// Name of a tenant.
+    #[must_use]
+    pub fn tenant(&self, number: u32) -> Option<&str> {
+        self.tenants.get(&number).map(String::as_str)
+    }
+
+    /// Whether any identity is a tenant's.
+    #[must_use]
+    pub fn has_identities(&self, tenant: u32) -> bool {
+        let first = self.layout.identity(tenant, 0);
+        let last = self.layout.identity(tenant, self.layout.numbers());
+        self.by_number.range(first..=last).next().is_some()
+    }
+
+    /// Numbers of the tenants.
+    pub fn tenant_numbers(&self) -> impl Iterator<Item = u32> {
+        self.tenants.keys().copied()
     }
 
     /// Names of the tenants.
@@ -331,11 +369,18 @@ impl Registry {
                 .ok_or(Exhausted::Networks(free));
         };
         let tenants = self.layout.tenants();
-        let tenant = probe(name, tenants)
-            .find(|number| self.tenants.get(number).is_none_or(|there| there == name))
-            .ok_or(Exhausted::Tenants(tenants))?;
-        if !self.tenants.contains_key(&tenant) {
-            return Ok(Next::CreateTenant(tenant));
+        // The one that it has may not be the first that is free: others that were in its way may have been collected.
+        let known = self
+            .tenants
+            .iter()
+            .find(|(_, there)| *there == name)
+            .map(|(number, _)| *number);
+        let Some(tenant) = known else {
+            let free = probe(name, tenants).find(|number| !self.tenants.contains_key(number));
+            return free.map(Next::CreateTenant).ok_or(Exhausted::Tenants(tenants));
+        };
+        if self.retiring_tenants.contains(&tenant) {
+            return Ok(Next::ReviveTenant(tenant));
         }
         self.free(key, numbers, |number| self.layout.identity(tenant, number))
             .ok_or_else(|| Exhausted::Identities(name.to_owned(), numbers))
@@ -357,6 +402,7 @@ impl Registry {
         loop {
             match self.next(key)? {
                 Next::Known(identity) | Next::Revive(identity) => return Ok(identity),
+                Next::ReviveTenant(number) => self.set_tenant_retiring(number, false),
                 Next::CreateTenant(number) => {
                     self.insert_tenant(number, key.tenant().unwrap_or_default().to_owned());
                 }
@@ -395,6 +441,19 @@ mod tests {
             assert_eq!(all.len(), 200);
             assert!(all.iter().all(|one| layout.tenant(*one) == 0 && one.is_allocated()));
         }
+    }
+
+    #[test]
+    fn a_tenant_keeps_its_number_when_another_goes_and_is_revived_before_it_is_used() {
+        let layout = Layout { tenant_bits: 1 };
+        let mut registry = Registry::new(layout);
+        registry.assign(&key("red", "a")).unwrap();
+        assert!(registry.has_identities(1) && !registry.has_identities(0));
+        assert!(registry.next(&key("blue", "a")).is_err());
+        registry.set_tenant_retiring(1, true);
+        assert_eq!(registry.next(&key("red", "b")), Ok(Next::ReviveTenant(1)));
+        registry.remove_tenant(1);
+        assert_eq!(registry.next(&key("blue", "a")), Ok(Next::CreateTenant(1)));
     }
 
     #[test]

@@ -441,6 +441,12 @@ fn an_identity_stays_while_a_node_that_may_hold_it_is_silent() {
     cluster.nodes[1].start().unwrap();
     let collected = wait_until(LONG, || !cluster_identities(&cluster, 0).contains(&name));
     assert!(collected, "once all nodes are there");
+    // A tenant goes with its last identity, and another may have its number.
+    let tenants = || fs::read_dir(cluster.folder().join("store/tenants")).unwrap().count();
+    assert_eq!(tenants(), 1);
+    let pod = ["endpoint", "delete", "--namespace", "red", "--name", "goes"];
+    cluster.nodes[0].json(&pod).unwrap();
+    assert!(wait_until(LONG, || tenants() == 0), "{}", tenants());
 }
 
 #[test]

@@ -1,4 +1,5 @@
-//! Collecting identities that nobody uses any more, so that their numbers can be given out again.
+//! Collecting identities that nobody uses any more, and tenants without identities, so that their numbers can be given out
+//! again.
 //!
 //! A number must not mean something else while any node may still hold it. So an identity is first marked as retiring:
 //! whoever uses it, or wants to, takes the mark back. It is deleted when every node is alive and has said, with its
@@ -7,23 +8,50 @@
 use super::{Daemon, DaemonError};
 use crate::store::{
     Collection, Expect, Key, StoreError,
-    records::{self, AliveRecord, IdentityRecord},
+    records::{self, AliveRecord, IdentityRecord, TenantRecord},
 };
 use abi::Identity;
+use serde::{Serialize, de::DeserializeOwned};
 use std::{
     collections::BTreeMap,
     time::{Duration, Instant},
 };
 
-/// Identities that are looked at in one round.
+/// Records that are looked at in one round.
 const AT_ONCE: usize = 256;
 
-/// Identities that this node has found unused, and since when.
+/// Keys of what this node has found unused, and since when.
 #[derive(Debug, Default)]
-pub struct Unused(BTreeMap<Identity, Instant>);
+pub struct Unused(BTreeMap<Key, Instant>);
 
 fn key(identity: Identity) -> Key {
     Key::new(Collection::Identities, identity.0)
+}
+
+/// A record that can be marked.
+trait Retire: Serialize + DeserializeOwned {
+    fn retiring(&mut self) -> &mut bool;
+    fn describe(&self) -> String;
+}
+
+impl Retire for IdentityRecord {
+    fn retiring(&mut self) -> &mut bool {
+        &mut self.retiring
+    }
+
+    fn describe(&self) -> String {
+        format!("identity {}", self.key)
+    }
+}
+
+impl Retire for TenantRecord {
+    fn retiring(&mut self) -> &mut bool {
+        &mut self.retiring
+    }
+
+    fn describe(&self) -> String {
+        format!("tenant {}", self.name)
+    }
 }
 
 impl Daemon {
@@ -101,50 +129,48 @@ impl Daemon {
             self.unused.0.clear();
             return Ok(());
         }
-        let unused: Vec<Identity> = self
-            .registry
-            .iter()
-            .map(|(identity, _)| identity)
-            .filter(|identity| !self.uses(*identity))
+        let identities = self.registry.iter().map(|(identity, _)| identity);
+        let unused = identities.filter(|identity| !self.uses(*identity)).map(key);
+        let tenants = self.registry.tenant_numbers();
+        let empty = tenants.filter(|tenant| !self.registry.has_identities(*tenant));
+        let unused: Vec<Key> = unused
+            .chain(empty.map(|number| Key::new(Collection::Tenants, number)))
             .collect();
         let now = Instant::now();
         let known = std::mem::take(&mut self.unused.0);
-        for identity in &unused {
-            let since = known.get(identity).copied().unwrap_or(now);
-            self.unused.0.insert(*identity, since);
+        for key in unused {
+            let since = known.get(&key).copied().unwrap_or(now);
+            self.unused.0.insert(key, since);
         }
-        let due: Vec<Identity> = self
-            .unused
-            .0
-            .iter()
-            .filter(|(_, since)| since.elapsed() >= idle)
-            .map(|(identity, _)| *identity)
-            .take(AT_ONCE)
-            .collect();
+        let due = self.unused.0.iter().filter(|(_, since)| since.elapsed() >= idle);
+        let due: Vec<Key> = due.map(|(key, _)| key.clone()).take(AT_ONCE).collect();
         if due.is_empty() {
             return Ok(());
         }
         let seen_by_all = self.seen_by_all().await?;
-        for identity in due {
-            self.collect_one(identity, seen_by_all).await?;
+        for key in due {
+            if key.collection == Collection::Tenants {
+                self.collect_one::<TenantRecord>(&key, seen_by_all).await?;
+            } else {
+                self.collect_one::<IdentityRecord>(&key, seen_by_all).await?;
+            }
         }
         Ok(())
     }
 
-    async fn collect_one(&mut self, identity: Identity, seen_by_all: Option<u64>) -> Result<(), DaemonError> {
-        let key = key(identity);
-        let Some((mut record, revision)) = records::get::<IdentityRecord>(&*self.store, &key).await? else {
-            self.registry.remove(identity);
+    async fn collect_one<T: Retire>(&self, key: &Key, seen_by_all: Option<u64>) -> Result<(), DaemonError> {
+        let Some((mut record, revision)) = records::get::<T>(&*self.store, key).await? else {
+            // The watch will say so.
             return Ok(());
         };
-        let result = if !record.retiring {
-            record.retiring = true;
-            records::put(&*self.store, &key, &record, Expect::Revision(revision))
+        let result = if !*record.retiring() {
+            *record.retiring() = true;
+            records::put(&*self.store, key, &record, Expect::Revision(revision))
                 .await
                 .map(|_| ())
         } else if seen_by_all.is_some_and(|seen| seen >= revision) {
-            tracing::info!("identity {} ({}) is collected: nobody uses it", identity.0, record.key);
-            self.store.delete(&key, Expect::Revision(revision)).await
+            tracing::info!("{key}, {}, is collected: nobody uses it", record.describe());
+            self.store.delete(key, Expect::Revision(revision)).await
         } else {
             Ok(())
         };
@@ -153,6 +179,56 @@ impl Daemon {
             Ok(()) | Err(StoreError::Conflict { .. }) => Ok(()),
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// Takes in a tenant's record. A mark on one that has identities is taken back.
+    pub(super) async fn tenant_seen(&mut self, number: u32, record: TenantRecord) -> Result<(), DaemonError> {
+        self.registry.insert_tenant(number, record.name);
+        self.registry.set_tenant_retiring(number, record.retiring);
+        if record.retiring && self.registry.has_identities(number) {
+            self.revive_tenant(number).await?;
+        }
+        Ok(())
+    }
+
+    /// A tenant was deleted. Where it has identities it is entered again.
+    pub(super) async fn tenant_gone(&mut self, number: u32) -> Result<(), DaemonError> {
+        if self.registry.has_identities(number) {
+            return self.revive_tenant(number).await;
+        }
+        self.registry.remove_tenant(number);
+        Ok(())
+    }
+
+    /// Takes a mark on a tenant back.
+    pub(super) async fn revive_tenant(&mut self, number: u32) -> Result<(), DaemonError> {
+        let key = Key::new(Collection::Tenants, number);
+        let found = records::get::<TenantRecord>(&*self.store, &key).await?;
+        let name = self.registry.tenant(number).map(str::to_owned);
+        let (record, expect) = match (found, name) {
+            (Some((record, revision)), _) => (record, Expect::Revision(revision)),
+            (None, Some(name)) if self.registry.has_identities(number) => {
+                let retiring = true;
+                (TenantRecord { name, retiring }, Expect::Absent)
+            }
+            (None, _) => {
+                self.registry.remove_tenant(number);
+                return Ok(());
+            }
+        };
+        let mut record = record;
+        if record.retiring {
+            record.retiring = false;
+            match records::put(&*self.store, &key, &record, expect).await {
+                Ok(_) => {}
+                // Somebody was faster: whoever asked looks again.
+                Err(StoreError::Conflict { .. }) => return Ok(()),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        self.registry.insert_tenant(number, record.name);
+        self.registry.set_tenant_retiring(number, false);
+        Ok(())
     }
 
     /// Up to which revision every node has taken in the store's changes; none while a node is not alive, for its

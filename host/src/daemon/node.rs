@@ -24,7 +24,9 @@ impl Daemon {
             .retain(|missed| !matches!(missed, Change::Put(known, _) | Change::Delete(known) if *known == key));
         // Only marks on identities wait for all nodes to have seen them.
         let revision = match &change {
-            Change::Put(key, value) if key.collection == Collection::Identities => value.revision,
+            Change::Put(key, value) if matches!(key.collection, Collection::Identities | Collection::Tenants) => {
+                value.revision
+            }
             _ => 0,
         };
         if let Err(error) = self.try_follow(change.clone()).await {
@@ -48,7 +50,7 @@ impl Daemon {
                 Collection::Tenants => {
                     if let Ok(number) = key.name.parse() {
                         let tenant: TenantRecord = records::decode(&key, &value.value)?;
-                        self.registry.insert_tenant(number, tenant.name);
+                        self.tenant_seen(number, tenant).await?;
                     }
                 }
                 Collection::Identities => {
@@ -73,6 +75,11 @@ impl Daemon {
                 Collection::Alive => self.lease_expired(&key.name).await?,
                 Collection::Pods => self.pod_gone(&key)?,
                 Collection::Namespaces => self.namespace_seen(&key.name, BTreeMap::new()).await?,
+                Collection::Tenants => {
+                    if let Ok(number) = key.name.parse() {
+                        self.tenant_gone(number).await?;
+                    }
+                }
                 Collection::Identities => {
                     if let Ok(number) = key.name.parse() {
                         self.identity_gone(Identity(number)).await?;

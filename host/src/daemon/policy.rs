@@ -112,9 +112,11 @@ impl Daemon {
                     let place = Key::new(Collection::Tenants, number);
                     let tenant = TenantRecord {
                         name: key.tenant().unwrap_or_default().to_owned(),
+                        retiring: false,
                     };
                     let tenant: TenantRecord = self.create(&place, tenant).await?;
                     self.registry.insert_tenant(number, tenant.name);
+                    self.registry.set_tenant_retiring(number, tenant.retiring);
                 }
                 Next::CreateIdentity(identity) => {
                     let place = Key::new(Collection::Identities, identity.0);
@@ -126,6 +128,7 @@ impl Daemon {
                     self.note_identity(identity, found);
                 }
                 Next::Revive(identity) => self.revive(identity).await?,
+                Next::ReviveTenant(number) => self.revive_tenant(number).await?,
             }
         }
     }

@@ -65,6 +65,8 @@ impl PodRecord {
 pub struct TenantRecord {
     /// Its name.
     pub name: String,
+    /// Nobody seemed to belong to it any more; as in [`IdentityRecord`].
+    pub retiring: bool,
 }
 
 /// An identity, under its number.
