@@ -135,7 +135,7 @@ impl Default for Wasm {
             max_module_bytes: 16 << 20,
             compile_seconds: 2,
             compile_memory_mib: 1024,
-            evaluate_ms: 700,
+            evaluate_ms: 2000,
             memory_mib: 64,
             fuel_per_call: 200_000_000,
         }
