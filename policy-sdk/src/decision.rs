@@ -4,6 +4,12 @@ use crate::port::PortRange;
 use std::borrow::Cow;
 
 /// What to do with a connection.
+///
+/// ```
+/// use policy_sdk::{Action, Decision, tcp};
+///
+/// assert_eq!(Decision::all(Action::Deny).action(tcp(80)), Action::Deny);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Action {
     /// It may open.
@@ -15,6 +21,13 @@ pub enum Action {
 }
 
 /// One rule of a decision.
+///
+/// ```
+/// use policy_sdk::{Decision, tcp};
+///
+/// let decision = Decision::ports([tcp(80)]).because("the web");
+/// assert_eq!(decision.rules[0].reason, "the web");
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Rule {
     /// For these ports.

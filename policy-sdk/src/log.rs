@@ -1,6 +1,10 @@
 //! What a policy says of itself: in hostd's log with the module's name, natively on stderr.
 
 /// How much it matters.
+///
+/// ```
+/// assert!(policy_sdk::log::Level::Debug < policy_sdk::log::Level::Error);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Level {
     /// For the author.
@@ -36,24 +40,40 @@ pub fn write(level: Level, message: &str) {
 }
 
 /// Logs for the author.
+///
+/// ```
+/// policy_sdk::debug!("{} pods", 3);
+/// ```
 #[macro_export]
 macro_rules! debug {
     ($($text:tt)*) => { $crate::log::write($crate::log::Level::Debug, &format!($($text)*)) };
 }
 
 /// Logs for the admin.
+///
+/// ```
+/// policy_sdk::info!("read {} rules", 12);
+/// ```
 #[macro_export]
 macro_rules! info {
     ($($text:tt)*) => { $crate::log::write($crate::log::Level::Info, &format!($($text)*)) };
 }
 
 /// Logs something odd.
+///
+/// ```
+/// policy_sdk::warn!("no rule names {}", "red");
+/// ```
 #[macro_export]
 macro_rules! warn {
     ($($text:tt)*) => { $crate::log::write($crate::log::Level::Warn, &format!($($text)*)) };
 }
 
 /// Logs something wrong.
+///
+/// ```
+/// policy_sdk::error!("{} is no tenant", "green");
+/// ```
 #[macro_export]
 macro_rules! error {
     ($($text:tt)*) => { $crate::log::write($crate::log::Level::Error, &format!($($text)*)) };

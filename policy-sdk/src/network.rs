@@ -4,6 +4,14 @@ use ipnet::IpNet;
 use std::net::IpAddr;
 
 /// A CIDR without some CIDRs in it.
+///
+/// ```
+/// use policy_sdk::Network;
+///
+/// let office = Network::new("office").with("198.51.100.0/24".parse()?, ["198.51.100.7/32".parse()?]);
+/// assert_eq!(office.blocks[0].except.len(), 1);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AddressBlock {
     /// The CIDR.

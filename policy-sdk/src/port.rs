@@ -1,6 +1,12 @@
 //! Protocols and port ranges.
 
 /// Protocol of a [`PortRange`].
+///
+/// ```
+/// use policy_sdk::Protocol;
+///
+/// assert!(Protocol::Udp.has_ports() && !Protocol::Icmp.has_ports());
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Protocol {
     /// All of them, where all ports are meant; otherwise those that have ports.
@@ -26,6 +32,12 @@ impl Protocol {
 }
 
 /// Destination ports of one protocol, both ends included.
+///
+/// ```
+/// use policy_sdk::{PortRange, Protocol, udp};
+///
+/// assert_eq!(PortRange::new(Protocol::Udp, 5000, 5010), udp(5000).to(5010));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PortRange {
     /// The protocol.

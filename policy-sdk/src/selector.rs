@@ -5,6 +5,11 @@ use serde::Deserialize;
 use std::collections::BTreeMap;
 
 /// How an [`Expression`] compares.
+///
+/// ```
+/// assert_eq!(serde_json::from_str::<policy_sdk::Operator>("\"NotIn\"")?, policy_sdk::Operator::NotIn);
+/// # Ok::<(), serde_json::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Operator {
     /// The label has one of the values.
@@ -18,6 +23,14 @@ pub enum Operator {
 }
 
 /// One condition of a [`Selector`].
+///
+/// ```
+/// use policy_sdk::{Expression, Labels, Operator, Selector};
+///
+/// let tested = Expression { key: "tested".into(), operator: Operator::Exists, values: vec![] };
+/// let selector = Selector { match_expressions: vec![tested], ..Selector::default() };
+/// assert!(!selector.matches(&Labels::new()));
+/// ```
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[serde(deny_unknown_fields)]
 pub struct Expression {

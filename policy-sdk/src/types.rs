@@ -4,9 +4,21 @@ use crate::{Network, port::PortRange};
 use std::{any::Any, cell::OnceCell, collections::BTreeMap, net::IpAddr, rc::Rc};
 
 /// Labels, by key.
+///
+/// ```
+/// let labels = policy_sdk::Labels::from([("app".to_owned(), "web".to_owned())]);
+/// assert_eq!(labels["app"], "web");
+/// ```
 pub type Labels = BTreeMap<String, String>;
 
 /// A port that a pod has a name for.
+///
+/// ```
+/// use policy_sdk::{NamedPort, tcp};
+///
+/// let http = NamedPort { name: "http".to_owned(), port: tcp(8080) };
+/// assert_eq!(http.port.first, 8080);
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NamedPort {
     /// Its name.
@@ -157,6 +169,13 @@ impl Identity {
 }
 
 /// Peers that are no pods, and pods that were not identified yet.
+///
+/// ```
+/// use policy_sdk::{Peer, Reserved, Who};
+///
+/// let host = Peer::from(Who::Reserved(Reserved::Host));
+/// assert!(host.is(Reserved::Host) && host.pod().is_none());
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Reserved {
     /// The node that a pod lives on.
@@ -172,6 +191,13 @@ pub enum Reserved {
 }
 
 /// Who one end of a connection is.
+///
+/// ```
+/// use policy_sdk::{Peer, Who};
+///
+/// let office = Peer::from(Who::Networks(vec!["office".to_owned()]));
+/// assert!(office.in_network("office") && office.tenant().is_none());
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Who {
     /// Pods with this identity. Its tenant is always known.
@@ -185,6 +211,15 @@ pub enum Who {
 }
 
 /// One end of a connection.
+///
+/// ```
+/// use policy_sdk::{Identity, Peer, Who};
+///
+/// let web = Peer::from(Who::Pod(Identity::new("red").with_label("app", "web")));
+/// assert_eq!((web.tenant(), web.label("app")), (Some("red"), Some("web")));
+/// // Worked out once, however often it is asked for.
+/// assert_eq!(*web.derived(|_| 42), 42);
+/// ```
 #[derive(Clone)]
 pub struct Peer {
     who: Who,
@@ -284,6 +319,28 @@ impl Peer {
 }
 
 /// Which end of a connection a decision is for.
+///
+/// ```
+/// use policy_sdk::{Action, Decision, Identity, Peer, Pod, Policy, Side, tcp, testing::Cluster};
+///
+/// /// Nobody is let in, whoever is let out.
+/// struct Closed;
+///
+/// impl Policy for Closed {
+///     type Config = ();
+///     fn new((): ()) -> Result<Self, String> { Ok(Self) }
+///     fn identify(&self, pod: &Pod) -> Result<Identity, String> { Ok(Identity::new(&pod.namespace)) }
+///     fn decide_side(&self, side: Side, _subject: &Peer, _peer: &Peer) -> Decision {
+///         match side {
+///             Side::Egress => Decision::allow(),
+///             Side::Ingress => Decision::deny().because("closed"),
+///         }
+///     }
+/// }
+/// let cluster = Cluster::of(Closed).pod("a/a", &[]).pod("b/b", &[]);
+/// assert_eq!(cluster.decision(Side::Egress, "a/a", "b/b").action(tcp(80)), Action::Allow);
+/// cluster.assert_denied("a/a", "b/b", tcp(80));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Side {
     /// May the subject open a connection to the peer?
@@ -293,6 +350,12 @@ pub enum Side {
 }
 
 /// When a module is asked: admin before tenant before baseline.
+///
+/// ```
+/// use policy_sdk::Tier;
+///
+/// assert!(Tier::Admin < Tier::Tenant && Tier::Tenant < Tier::Baseline);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Tier {
     /// First.
@@ -304,6 +367,13 @@ pub enum Tier {
 }
 
 /// Where a module stands among those that are loaded.
+///
+/// ```
+/// use policy_sdk::{Placement, Tier};
+///
+/// let placement = Placement { name: "guard".to_owned(), tier: Tier::Admin, tenant: None };
+/// assert_eq!(placement.tier, Tier::Admin);
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Placement {
     /// Its name.
