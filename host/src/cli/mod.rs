@@ -3,6 +3,7 @@
 mod args;
 mod author;
 mod print;
+mod print_policy;
 mod table;
 
 use crate::{

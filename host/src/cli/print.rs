@@ -1,10 +1,9 @@
 //! Answers, as text for people and as JSON for programs.
 
-use super::table::Table;
+use super::{print_policy, table::Table};
 use crate::{
     api::{
-        AuditView, CounterView, EndView, EndpointView, Explanation, IdentityView, IpcacheView, LoadReport, ModuleView,
-        ModulesView, NamespaceView, PacketView, PolicyView, Response, Status, Verification,
+        CounterView, EndpointView, IdentityView, IpcacheView, LoadReport, NamespaceView, PacketView, Response, Status,
     },
     store::records::ModuleRecord,
 };
@@ -75,12 +74,12 @@ pub fn text(out: &mut impl Write, response: &Response) -> anyhow::Result<()> {
         Response::Ipcache(all) => ipcache(out, all),
         Response::Namespace(one) => namespaces(out, std::slice::from_ref(one)),
         Response::Namespaces(all) => namespaces(out, all),
-        Response::Policy(shown) => policy(out, shown),
-        Response::Modules(all) => modules(out, all),
-        Response::Module(one) => inspected(out, one),
-        Response::Verified(result) => verified(out, result),
-        Response::Audit(findings) => audit(out, findings),
-        Response::Explained(explanation) => explained(out, explanation),
+        Response::Policy(shown) => print_policy::policy(out, shown),
+        Response::Modules(all) => print_policy::modules(out, all),
+        Response::Module(one) => print_policy::inspected(out, one),
+        Response::Verified(result) => print_policy::verified(out, result),
+        Response::Audit(findings) => print_policy::audit(out, findings),
+        Response::Explained(explanation) => print_policy::explained(out, explanation),
         Response::Loaded(report) => load(out, report),
         Response::Monitoring => Ok(()),
         Response::Packet(one) => Ok(writeln!(out, "{}", packet(one))?),
@@ -94,7 +93,7 @@ fn labels(labels: &BTreeMap<String, String>) -> String {
 }
 
 /// A module in a few words.
-fn module(record: &ModuleRecord) -> String {
+pub fn module(record: &ModuleRecord) -> String {
     let sha256 = &record.sha256[..12.min(record.sha256.len())];
     let placement = &record.placement;
     let tenant = placement
@@ -111,7 +110,8 @@ fn module(record: &ModuleRecord) -> String {
     )
 }
 
-fn policy_lines(out: &mut impl Write, modules: &[ModuleRecord]) -> anyhow::Result<()> {
+/// The modules, in the order in which they are asked.
+pub fn policy_lines(out: &mut impl Write, modules: &[ModuleRecord]) -> anyhow::Result<()> {
     if modules.is_empty() {
         writeln!(out, "policy      none: nothing passes between pods")?;
     }
@@ -229,221 +229,12 @@ fn ipcache(out: &mut impl Write, entries: &[IpcacheView]) -> anyhow::Result<()> 
     Ok(table.print(out)?)
 }
 
-fn policy(out: &mut impl Write, policy: &PolicyView) -> anyhow::Result<()> {
-    policy_lines(out, &policy.modules)?;
-    writeln!(out, "generation  {}", policy.generation)?;
-    writeln!(
-        out,
-        "compiled    {} identities, {} of them here; {} cells, {} port sets",
-        policy.identities, policy.local_identities, policy.cells, policy.port_sets
-    )?;
-    writeln!(out)?;
-    let mut table = Table::new(["FROM", "TO", "VERDICT"]);
-    for pair in &policy.pairs {
-        table.row([pair.from.clone(), pair.to.clone(), pair.verdict.clone()]);
-    }
-    table.print(out)?;
-    Ok(writeln!(out, "Everything else is denied.")?)
-}
-
 fn namespaces(out: &mut impl Write, namespaces: &[NamespaceView]) -> anyhow::Result<()> {
     let mut table = Table::new(["NAMESPACE", "PODS", "LABELS"]);
     for one in namespaces {
         table.row([one.namespace.clone(), one.pods.to_string(), labels(&one.labels)]);
     }
     Ok(table.print(out)?)
-}
-
-fn modules(out: &mut impl Write, all: &ModulesView) -> anyhow::Result<()> {
-    let mut table = Table::new(["ASKED", "NAME", "TIER", "TENANT", "PRIORITY", "FILE", "SHA256", ""]);
-    for (index, record) in all.modules.iter().enumerate() {
-        let placement = &record.placement;
-        table.row([
-            (index + 1).to_string(),
-            placement.name.clone(),
-            placement.tier.name().to_owned(),
-            placement.tenant.clone().unwrap_or("-".to_owned()),
-            placement.priority.to_string(),
-            record.file.clone(),
-            record.sha256[..12.min(record.sha256.len())].to_owned(),
-            if record.audit { "audited only" } else { "" }.to_owned(),
-        ]);
-    }
-    table.print(out)?;
-    if !all.earlier.is_empty() {
-        writeln!(out, "\nin force since change {}; before that:\n", all.serial)?;
-        let mut table = Table::new(["CHANGE", "WHAT", "MODULES"]);
-        for one in &all.earlier {
-            table.row([one.serial.to_string(), one.what.clone(), one.modules.join(", ")]);
-        }
-        table.print(out)?;
-    }
-    Ok(())
-}
-
-fn inspected(out: &mut impl Write, view: &ModuleView) -> anyhow::Result<()> {
-    writeln!(out, "{}", module(&view.module))?;
-    writeln!(out, "sha256      {}", view.module.sha256)?;
-    let (fuel, milliseconds, memory) = view.limits;
-    writeln!(
-        out,
-        "limits      fuel {fuel} a call, {milliseconds} ms a change, {} MiB of memory",
-        memory >> 20
-    )?;
-    writeln!(out, "asked       {} calls, about {} peers", view.calls, view.peers)?;
-    if let Some(failure) = &view.failure {
-        writeln!(out, "FAILING     {failure}")?;
-    }
-    for (name, blocks) in &view.networks {
-        writeln!(out, "network     {name}: {}", blocks.join(", "))?;
-    }
-    if !view.module.config.is_empty() {
-        writeln!(out, "config      {}", view.module.config)?;
-    }
-    Ok(())
-}
-
-fn verified(out: &mut impl Write, result: &Verification) -> anyhow::Result<()> {
-    for one in &result.broken {
-        writeln!(out, "broken: {one}")?;
-    }
-    for one in &result.about_nobody {
-        writeln!(out, "about nobody: `{one}`")?;
-    }
-    Ok(writeln!(
-        out,
-        "{} invariants over {} identities of pods, {} counterexamples",
-        result.invariants,
-        result.identities,
-        result.broken.len()
-    )?)
-}
-
-fn audit(out: &mut impl Write, findings: &[AuditView]) -> anyhow::Result<()> {
-    let mut table = Table::new(["MODULE", "WOULD HAVE DENIED", "TO", "PORT", "FLOWS"]);
-    for one in findings {
-        table.row([
-            one.module.clone(),
-            one.from.clone(),
-            one.to.clone(),
-            format!("{}/{}", one.protocol, one.port),
-            one.flows.to_string(),
-        ]);
-    }
-    Ok(table.print(out)?)
-}
-
-const fn allowed(verdict: bool) -> &'static str {
-    if verdict { "allowed" } else { "denied" }
-}
-
-fn explained(out: &mut impl Write, view: &Explanation) -> anyhow::Result<()> {
-    let end = |end: &EndView| format!("{} = identity {} {}", end.name, end.identity, end.identity_name);
-    writeln!(out, "from        {}", end(&view.from))?;
-    writeln!(out, "to          {}", end(&view.to))?;
-    if let (Some(protocol), Some(verdict)) = (&view.protocol, view.verdict) {
-        let port = view.port.map_or(String::new(), |port| format!("/{port}"));
-        writeln!(out, "{protocol}{port}: {}", allowed(verdict))?;
-    }
-    writeln!(out, "all ports   {}", view.allowed)?;
-    for side in &view.sides {
-        let verdict = side
-            .verdict
-            .map_or(side.ruling.clone(), |verdict| allowed(verdict).to_owned());
-        writeln!(out, "\n{} of {}: {verdict}", side.side, side.subject)?;
-        let mut table = Table::new(["", "MODULE", "TIER", "SEES", "AND", "SAYS", "BECAUSE"]);
-        for step in &side.steps {
-            let mark = match (step.decides, step.audit) {
-                (true, _) => "->",
-                (false, true) => "audit",
-                (false, false) => "",
-            };
-            let tier = match &step.tenant {
-                Some(tenant) => format!("{} of {tenant}", step.tier),
-                None => step.tier.clone(),
-            };
-            table.row([
-                mark.to_owned(),
-                step.module.clone(),
-                tier,
-                step.subject.clone(),
-                step.peer.clone(),
-                step.action.clone(),
-                step.reason.clone(),
-            ]);
-        }
-        if !side.steps.is_empty() {
-            table.print(out)?;
-        }
-        if side.last_word && side.verdict.is_some() {
-            writeln!(
-                out,
-                "no module decides; the last word: a node reaches its own pods, all else is denied"
-            )?;
-        }
-        match (&side.kernel, &side.node) {
-            (Some(kernel), _) => writeln!(
-                out,
-                "kernel      {} [{}, {}] = cell {}: {}; lets pass: {}",
-                kernel.map, kernel.row, kernel.column, kernel.index, kernel.cell, kernel.ruling
-            )?,
-            (None, Some(node)) => writeln!(out, "kernel      enforced on node {node}: ask there")?,
-            (None, None) => writeln!(out, "kernel      no pod of this node has the identity")?,
-        }
-    }
-    if !view.agrees {
-        writeln!(out, "\nTHE KERNEL DOES NOT HAVE WHAT THE MODULES SAY: a defect")?;
-    }
-    Ok(())
-}
-
-/// The node's counters and map pressure (Prometheus text format 0.0.4).
-pub fn metrics(out: &mut impl Write, status: &Status) -> anyhow::Result<()> {
-    let escape = |text: &str| text.replace('\\', "\\\\").replace('"', "\\\"");
-    writeln!(out, "# TYPE wasmgate_map_entries gauge")?;
-    for map in &status.maps {
-        writeln!(out, "wasmgate_map_entries{{map=\"{}\"}} {}", map.setting, map.used)?;
-    }
-    writeln!(out, "# TYPE wasmgate_map_capacity gauge")?;
-    for map in &status.maps {
-        writeln!(out, "wasmgate_map_capacity{{map=\"{}\"}} {}", map.setting, map.capacity)?;
-    }
-    for (metric, label, counters) in [
-        ("forwarded", "path", &status.forwarded),
-        ("dropped", "reason", &status.drops),
-    ] {
-        for (unit, value) in [
-            ("packets", (|one| one.packets) as fn(&CounterView) -> u64),
-            ("bytes", |one| one.bytes),
-        ] {
-            writeln!(out, "# TYPE wasmgate_{metric}_{unit}_total counter")?;
-            for one in counters {
-                writeln!(
-                    out,
-                    "wasmgate_{metric}_{unit}_total{{{label}=\"{}\"}} {}",
-                    one.name,
-                    value(one)
-                )?;
-            }
-        }
-    }
-    writeln!(out, "# TYPE wasmgate_generation gauge")?;
-    writeln!(out, "wasmgate_generation {}", status.generation)?;
-    writeln!(out, "# TYPE wasmgate_endpoints gauge")?;
-    writeln!(out, "wasmgate_endpoints {}", status.endpoints)?;
-    writeln!(out, "# TYPE wasmgate_in_step gauge")?;
-    writeln!(out, "wasmgate_in_step {}", u8::from(status.out_of_step.is_none()))?;
-    writeln!(out, "# TYPE wasmgate_policy_module gauge")?;
-    for record in &status.modules {
-        writeln!(
-            out,
-            "wasmgate_policy_module{{name=\"{}\",tier=\"{}\",sha256=\"{}\"}} 1",
-            escape(record.name()),
-            record.placement.tier.name(),
-            record.sha256
-        )?;
-    }
-    Ok(())
 }
 
 fn milliseconds(micros: u64) -> String {
@@ -550,4 +341,53 @@ fn packet(packet: &PacketView) -> String {
         line = format!("{line} [{} -> {to}]", packet.from);
     }
     format!("{line} {} bytes", packet.length)
+}
+
+/// The node's counters and map pressure (Prometheus text format 0.0.4).
+pub fn metrics(out: &mut impl Write, status: &Status) -> anyhow::Result<()> {
+    let escape = |text: &str| text.replace('\\', "\\\\").replace('"', "\\\"");
+    writeln!(out, "# TYPE wasmgate_map_entries gauge")?;
+    for map in &status.maps {
+        writeln!(out, "wasmgate_map_entries{{map=\"{}\"}} {}", map.setting, map.used)?;
+    }
+    writeln!(out, "# TYPE wasmgate_map_capacity gauge")?;
+    for map in &status.maps {
+        writeln!(out, "wasmgate_map_capacity{{map=\"{}\"}} {}", map.setting, map.capacity)?;
+    }
+    for (metric, label, counters) in [
+        ("forwarded", "path", &status.forwarded),
+        ("dropped", "reason", &status.drops),
+    ] {
+        for (unit, value) in [
+            ("packets", (|one| one.packets) as fn(&CounterView) -> u64),
+            ("bytes", |one| one.bytes),
+        ] {
+            writeln!(out, "# TYPE wasmgate_{metric}_{unit}_total counter")?;
+            for one in counters {
+                writeln!(
+                    out,
+                    "wasmgate_{metric}_{unit}_total{{{label}=\"{}\"}} {}",
+                    one.name,
+                    value(one)
+                )?;
+            }
+        }
+    }
+    writeln!(out, "# TYPE wasmgate_generation gauge")?;
+    writeln!(out, "wasmgate_generation {}", status.generation)?;
+    writeln!(out, "# TYPE wasmgate_endpoints gauge")?;
+    writeln!(out, "wasmgate_endpoints {}", status.endpoints)?;
+    writeln!(out, "# TYPE wasmgate_in_step gauge")?;
+    writeln!(out, "wasmgate_in_step {}", u8::from(status.out_of_step.is_none()))?;
+    writeln!(out, "# TYPE wasmgate_policy_module gauge")?;
+    for record in &status.modules {
+        writeln!(
+            out,
+            "wasmgate_policy_module{{name=\"{}\",tier=\"{}\",sha256=\"{}\"}} 1",
+            escape(record.name()),
+            record.placement.tier.name(),
+            record.sha256
+        )?;
+    }
+    Ok(())
 }

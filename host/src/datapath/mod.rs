@@ -14,32 +14,29 @@ mod attach;
 mod cells;
 mod error;
 mod events;
+mod networks;
 mod object;
+mod read;
 
 pub use error::DatapathError;
 pub use events::EventStream;
 pub use object::{Constants, load_programs};
+pub use read::{Counters, Flow};
 
 use crate::{
     config::{Attach, Maps},
-    plan::{Change, Desired, Full, Ruling, Shape},
+    plan::{Change, Desired, Ruling, Shape},
 };
 use abi::{
-    AddressKey, ConntrackEntry, ConntrackKey, DropReason, Endpoint, IpcacheEntry, NetworkEntry, NodeConfig, NodeEntry,
-    Path as ForwardPath, PortSet,
+    AddressKey, Endpoint, IpcacheEntry, NetworkEntry, NodeConfig, NodeEntry, PortSet,
     event::Counter,
     map,
-    network::NETWORK_KEY_BITS,
     policy::{CELL_ALLOW, CELL_DENY, CELL_PORT_SET},
 };
 use attach::Attacher;
 use aya::{
     Ebpf,
-    maps::{
-        Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf,
-        lpm_trie::{Key, LpmTrie},
-        of_maps::ArrayOfMaps,
-    },
+    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, lpm_trie::LpmTrie, of_maps::ArrayOfMaps},
 };
 use cells::Mapped;
 use error::chain;
@@ -321,72 +318,6 @@ impl Datapath {
         Ok(Ruling::from_breakpoints(&breakpoints))
     }
 
-    /// Makes the trie hold these prefixes and no others: what is new or changed first. The trie has room for twice as many
-    /// as are allowed, so that both fit meanwhile, and one more: a full one takes no changes before Linux 6.13.
-    ///
-    /// # Errors
-    ///
-    /// Where they do not fit; nothing is changed then. Or where the map can't be written.
-    pub fn place_networks(&mut self, desired: BTreeMap<IpNet, NetworkEntry>) -> Result<(), DatapathError> {
-        self.check_networks(desired.len())?;
-        let stale: Vec<IpNet> = self
-            .placed_networks
-            .keys()
-            .filter(|prefix| !desired.contains_key(prefix))
-            .copied()
-            .collect();
-        for (prefix, entry) in desired {
-            if self.placed_networks.get(&prefix) != Some(&entry) {
-                self.networks
-                    .insert(&network_key(prefix), entry, 0)
-                    .map_err(|error| full(error, map::NETWORKS, "maps.networks"))?;
-                self.placed_networks.insert(prefix, entry);
-            }
-        }
-        for prefix in stale {
-            gone(self.networks.remove(&network_key(prefix)), map::NETWORKS)?;
-            self.placed_networks.remove(&prefix);
-        }
-        Ok(())
-    }
-
-    /// Whether so many prefixes fit.
-    ///
-    /// # Errors
-    ///
-    /// Where they do not.
-    pub fn check_networks(&self, needed: usize) -> Result<(), DatapathError> {
-        let capacity = self.network_capacity as usize;
-        if needed <= capacity {
-            return Ok(());
-        }
-        Err(DatapathError::TooMany(Full {
-            what: "prefixes of networks and pod CIDRs",
-            setting: "maps.networks",
-            needed,
-            capacity,
-        }))
-    }
-
-    /// What the trie says of an address: its longest prefix, with its entry.
-    #[must_use]
-    pub fn network_of(&self, address: std::net::IpAddr) -> Option<(IpNet, NetworkEntry)> {
-        let mut prefix = Some(IpNet::from(address));
-        while let Some(candidate) = prefix {
-            if let Some(entry) = self.placed_networks.get(&candidate) {
-                return Some((candidate, *entry));
-            }
-            prefix = candidate.supernet();
-        }
-        None
-    }
-
-    /// Prefixes that the trie holds.
-    #[must_use]
-    pub fn placed_networks(&self) -> impl ExactSizeIterator<Item = (&IpNet, &NetworkEntry)> {
-        self.placed_networks.iter()
-    }
-
     /// Makes one side of the policy matrix deny everything.
     pub fn clear(&mut self, parity: usize) {
         self.cells[parity].zero();
@@ -510,106 +441,6 @@ impl Datapath {
     pub fn attach_mode(&self) -> &'static str {
         self.attacher.mode()
     }
-
-    /// The flows that are tracked now.
-    ///
-    /// # Errors
-    ///
-    /// Where the map can't be read.
-    pub fn flows(&self) -> Result<Vec<Flow>, DatapathError> {
-        let pin = self.bpffs.join("maps").join(map::CONNTRACK);
-        let data = MapData::from_pin(&pin).map_err(DatapathError::map(map::CONNTRACK))?;
-        let conntrack = HashMap::<_, ConntrackKey, ConntrackEntry>::try_from(Map::LruHashMap(data))
-            .map_err(DatapathError::map(map::CONNTRACK))?;
-        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-        let now = u64::try_from(now.tv_sec).unwrap_or(0) * abi::conntrack::SECOND;
-        let mut flows = Vec::new();
-        for entry in &conntrack {
-            // One that is replaced while it is read is left out.
-            let Ok((key, entry)) = entry else { continue };
-            if entry.expires <= now {
-                continue;
-            }
-            let end = |address| AddressKey {
-                scope: key.scope,
-                family: key.family,
-                zero: 0,
-                address,
-            };
-            let (lower, upper) = (end(key.lower), end(key.upper));
-            let opened_below = entry.originator == 0;
-            let (from, to, port) = if opened_below {
-                (lower, upper, key.upper_port)
-            } else {
-                (upper, lower, key.lower_port)
-            };
-            let is_icmp = key.protocol == abi::policy::ICMP;
-            flows.push(Flow {
-                from,
-                to,
-                protocol: key.protocol,
-                port: if is_icmp { ICMP_ECHO } else { u16::from_be(port) },
-            });
-        }
-        Ok(flows)
-    }
-
-    /// Packets dropped, by reason, and forwarded, by path, on all CPUs.
-    ///
-    /// # Errors
-    ///
-    /// Where a map can't be read.
-    pub fn counters(&self) -> Result<Counters, DatapathError> {
-        let sum = |map: &PerCpuArray<MapData, Counter>, index: u32, name: &str| {
-            let values = map.get(&index, 0).map_err(DatapathError::map(name))?;
-            Ok::<_, DatapathError>(values.iter().fold(Counter::default(), |sum, one| Counter {
-                packets: sum.packets + one.packets,
-                bytes: sum.bytes + one.bytes,
-            }))
-        };
-        let mut counters = Counters::default();
-        for reason in DropReason::ALL {
-            counters
-                .drops
-                .push((*reason, sum(&self.drops, *reason as u32, map::DROPS)?));
-        }
-        for path in ForwardPath::ALL {
-            counters
-                .forwarded
-                .push((path, sum(&self.forwarded, path as u32, map::FORWARDED)?));
-        }
-        Ok(counters)
-    }
-}
-
-/// Type of an ICMP echo request, which stands for the port of its flow (RFC 792).
-const ICMP_ECHO: u16 = 8;
-
-/// A flow that is tracked, in the direction in which it was opened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Flow {
-    /// Who opened it.
-    pub from: AddressKey,
-    /// To whom.
-    pub to: AddressKey,
-    /// IP protocol number.
-    pub protocol: u8,
-    /// Destination port, in host byte order.
-    pub port: u16,
-}
-
-/// What was counted.
-#[derive(Clone, Debug, Default)]
-pub struct Counters {
-    /// Dropped, by reason.
-    pub drops: Vec<(DropReason, Counter)>,
-    /// Forwarded, by path.
-    pub forwarded: Vec<(ForwardPath, Counter)>,
-}
-
-fn network_key(prefix: IpNet) -> Key<AddressKey> {
-    let bits = NETWORK_KEY_BITS + u32::from(prefix.prefix_len());
-    Key::new(bits, AddressKey::from(prefix.network()))
 }
 
 /// Removing what is not there is as good.

@@ -2,6 +2,7 @@
 //! after what they answer was checked.
 
 mod cache;
+mod check;
 mod clock;
 mod compile;
 mod log;

@@ -1,0 +1,102 @@
+//! What the programs have noted: flows and counters.
+
+use super::{Datapath, DatapathError};
+use abi::{AddressKey, ConntrackEntry, ConntrackKey, DropReason, Path as ForwardPath, event::Counter, map};
+use aya::maps::{HashMap, Map, MapData, PerCpuArray};
+
+/// Type of an ICMP echo request, which stands for the port of its flow (RFC 792).
+const ICMP_ECHO: u16 = 8;
+
+/// A flow that is tracked, in the direction in which it was opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Flow {
+    /// Who opened it.
+    pub from: AddressKey,
+    /// To whom.
+    pub to: AddressKey,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Destination port, in host byte order.
+    pub port: u16,
+}
+
+/// What was counted.
+#[derive(Clone, Debug, Default)]
+pub struct Counters {
+    /// Dropped, by reason.
+    pub drops: Vec<(DropReason, Counter)>,
+    /// Forwarded, by path.
+    pub forwarded: Vec<(ForwardPath, Counter)>,
+}
+
+impl Datapath {
+    /// The flows that are tracked now.
+    ///
+    /// # Errors
+    ///
+    /// Where the map can't be read.
+    pub fn flows(&self) -> Result<Vec<Flow>, DatapathError> {
+        let pin = self.bpffs.join("maps").join(map::CONNTRACK);
+        let data = MapData::from_pin(&pin).map_err(DatapathError::map(map::CONNTRACK))?;
+        let conntrack = HashMap::<_, ConntrackKey, ConntrackEntry>::try_from(Map::LruHashMap(data))
+            .map_err(DatapathError::map(map::CONNTRACK))?;
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        let now = u64::try_from(now.tv_sec).unwrap_or(0) * abi::conntrack::SECOND;
+        let mut flows = Vec::new();
+        for entry in &conntrack {
+            // One that is replaced while it is read is left out.
+            let Ok((key, entry)) = entry else { continue };
+            if entry.expires <= now {
+                continue;
+            }
+            let end = |address| AddressKey {
+                scope: key.scope,
+                family: key.family,
+                zero: 0,
+                address,
+            };
+            let (lower, upper) = (end(key.lower), end(key.upper));
+            let opened_below = entry.originator == 0;
+            let (from, to, port) = if opened_below {
+                (lower, upper, key.upper_port)
+            } else {
+                (upper, lower, key.lower_port)
+            };
+            let is_icmp = key.protocol == abi::policy::ICMP;
+            flows.push(Flow {
+                from,
+                to,
+                protocol: key.protocol,
+                port: if is_icmp { ICMP_ECHO } else { u16::from_be(port) },
+            });
+        }
+        Ok(flows)
+    }
+
+    /// Packets dropped, by reason, and forwarded, by path, on all CPUs.
+    ///
+    /// # Errors
+    ///
+    /// Where a map can't be read.
+    pub fn counters(&self) -> Result<Counters, DatapathError> {
+        let sum = |map: &PerCpuArray<MapData, Counter>, index: u32, name: &str| {
+            let values = map.get(&index, 0).map_err(DatapathError::map(name))?;
+            Ok::<_, DatapathError>(values.iter().fold(Counter::default(), |sum, one| Counter {
+                packets: sum.packets + one.packets,
+                bytes: sum.bytes + one.bytes,
+            }))
+        };
+        let mut counters = Counters::default();
+        for reason in DropReason::ALL {
+            counters
+                .drops
+                .push((*reason, sum(&self.drops, *reason as u32, map::DROPS)?));
+        }
+        for path in ForwardPath::ALL {
+            counters
+                .forwarded
+                .push((path, sum(&self.forwarded, path as u32, map::FORWARDED)?));
+        }
+        Ok(counters)
+    }
+}
