@@ -383,8 +383,9 @@ fn outside(flow: &Flow, address: &AddressKey) -> Option<Party> {
         return None;
     }
     // From map memory by the parity: see `endpoint`.
-    let identity = volatile!(entry as *const abi::NetworkEntry, identity[flow.parity()]);
-    let column = volatile!(entry as *const abi::NetworkEntry, column[flow.parity()]);
+    let entry = core::ptr::from_ref(entry);
+    let identity = volatile!(entry, identity[flow.parity()]);
+    let column = volatile!(entry, column[flow.parity()]);
     Some(Party {
         identity,
         row: NOT_ENFORCED,
@@ -392,6 +393,10 @@ fn outside(flow: &Flow, address: &AddressKey) -> Option<Party> {
         peer: nobodys(identity),
     })
 }
+
+/// Length of a route query, as the helper wants it.
+const ROUTE_LEN: i32 = 64;
+const _: () = assert!(size_of::<bpf_fib_lookup>() == 64);
 
 /// Whether the node would deliver a packet to itself: its routes know all its addresses, also those that hostd was
 /// not told of. Where the node does not forward at all, nothing else can become of the packet.
@@ -412,9 +417,9 @@ fn is_for_this_node(ctx: &TcContext, flow: &Flow) -> Result<bool, DropReason> {
     route.__bindgen_anon_3.ipv4_src = address(&flow.source);
     route.__bindgen_anon_4.ipv4_dst = address(&flow.destination);
     // SAFETY: context and parameters are valid, and the size is the parameters' own.
-    let found = unsafe { generated::bpf_fib_lookup(ctx.skb.skb.cast(), route, size_of::<bpf_fib_lookup>() as i32, 0) };
+    let found = unsafe { generated::bpf_fib_lookup(ctx.skb.skb.cast(), route, ROUTE_LEN, 0) };
     if found < 0 {
         return Err(DropReason::Internal);
     }
-    Ok(found == BPF_FIB_LKUP_RET_NOT_FWDED as i64 || found == BPF_FIB_LKUP_RET_FWD_DISABLED as i64)
+    Ok(found == i64::from(BPF_FIB_LKUP_RET_NOT_FWDED) || found == i64::from(BPF_FIB_LKUP_RET_FWD_DISABLED))
 }

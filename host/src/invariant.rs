@@ -294,7 +294,13 @@ fn selector(text: &str, names: &BTreeMap<String, Selector>) -> Result<Selector, 
                 conditions.push(Condition::Network(module.to_owned(), name.to_owned()));
             }
             [word] => conditions.extend(one_word(word, names)?),
-            _ => return Err(format!("{part:?}: who is meant? (see the words for ends)")),
+            _ => {
+                return Err(format!(
+                    "{part:?}: who is meant? Ends are `tenant NAME`, `namespace NAME`, `pod NAMESPACE/NAME`, `KEY=VALUE`, \
+                     `KEY!=VALUE`, `network MODULE/NAME`, host, remote-node, world, health, everything, or a name that \
+                     was defined"
+                ));
+            }
         }
     }
     Ok(conditions)
@@ -314,7 +320,10 @@ fn one_word(word: &str, names: &BTreeMap<String, Selector>) -> Result<Selector, 
     reserved
         .map(|(identity, _)| vec![Condition::Reserved(*identity)])
         .ok_or_else(|| {
-            format!("`{word}` is not defined: write for example `{word} = app={word}` in a line before this")
+            format!(
+                "`{word}` is not defined: is it `tenant {word}` or `namespace {word}`? Or define it in a line before this, \
+                 as `{word} = app={word}`"
+            )
         })
 }
 

@@ -337,6 +337,7 @@ fn renamed(revision: &Revision, serial: u64, file: &str) -> Revision {
     };
     Revision {
         serial,
+        origin: serial,
         modules: revision.modules.iter().map(rename).collect(),
         ..revision.clone()
     }

@@ -149,6 +149,8 @@ pub struct SideView {
     pub subject: String,
     /// The node that enforces it, where the pod is known.
     pub node: Option<String>,
+    /// A pod of this node has the identity, so that this node enforces it.
+    pub here: bool,
     /// What each module says of the port, in order; none where no port was asked for.
     pub steps: Vec<StepView>,
     /// No module has decided: the built-in baseline has.

@@ -138,12 +138,12 @@ pub struct LoadModule {
     pub tenant: Option<String>,
     /// Enforce nothing of it; report what it would have denied. One that was audited stays so unless it is told.
     pub audit: Option<bool>,
-    /// What it may use.
-    pub overrides: Overrides,
+    /// What it may use; none given keeps what it may, where the file has the same name.
+    pub overrides: Option<Overrides>,
     /// The module: a component, or a core module.
     pub module: Vec<u8>,
-    /// Configuration as JSON text, empty for none.
-    pub config: String,
+    /// Configuration as JSON text, empty for none; none given keeps what it has, where the file has the same name.
+    pub config: Option<String>,
 }
 
 /// Who may reach whom?

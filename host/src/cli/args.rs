@@ -102,15 +102,20 @@ pub struct LoadArguments {
     pub file: PathBuf,
     /// The module's configuration: JSON, TOML in a file named .toml, or YAML in one named .yaml or .yml, whose many
     /// documents are a list.
+    ///
+    /// Without it another version of the same module (a file of the same name) keeps the one that it has.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
+    /// Take the configuration away.
+    #[arg(long, conflicts_with = "config")]
+    pub no_config: bool,
     /// The module's name.
     #[arg(long, default_value = DEFAULT_MODULE)]
     pub name: String,
     /// When the module is asked: admin before tenant before baseline. `tenant` where it is not given.
     #[arg(long)]
     pub tier: Option<TierArgument>,
-    /// Its place in the tier: the lowest number is asked first. 500 where it is not given.
+    /// Its place in the tier: the lowest number is asked first. 500 for a new module; one that is replaced keeps its own.
     #[arg(long, value_name = "NUMBER")]
     pub priority: Option<u32>,
     /// Whose module it is: it decides only over this tenant's own ends of connections.

@@ -442,7 +442,14 @@ pub fn new(name: &str, sdk: Option<&Path>) -> anyhow::Result<()> {
     let workspace = if inside { "" } else { "\n[workspace]\n" };
     let manifest = MANIFEST
         .replace("NAME", name)
-        .replace("SDK", &sdk.display().to_string())
+        .replace(
+            "SDK",
+            &if inside {
+                "../../policy-sdk".to_owned()
+            } else {
+                sdk.display().to_string()
+            },
+        )
         .replace("WORKSPACE", workspace);
     fs::create_dir_all(folder.join("src"))?;
     fs::write(folder.join("Cargo.toml"), manifest)?;
@@ -452,7 +459,9 @@ pub fn new(name: &str, sdk: Option<&Path>) -> anyhow::Result<()> {
     if inside {
         println!("  cargo xtask build          # puts {name}.wasm into target/policies");
     } else {
-        println!("  cargo build --release --target wasm32-unknown-unknown");
+        println!(
+            "  cargo build --release --target wasm32-unknown-unknown    # after `rustup target add` of that target"
+        );
     }
     Ok(())
 }

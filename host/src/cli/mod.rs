@@ -12,7 +12,9 @@ use crate::{
         PolicyChange, Request, Response,
     },
     config::Config,
-    daemon, wasm,
+    daemon,
+    invariant::Invariants,
+    wasm,
 };
 use anyhow::Context;
 use args::{
@@ -168,7 +170,9 @@ async fn policy(command: PolicyCommand, json: bool) -> anyhow::Result<Option<Req
             port,
         }),
         PolicyCommand::Verify { file } => {
-            let text = fs::read_to_string(&file).with_context(|| format!("invariants {}", file.display()))?;
+            let context = || format!("invariants {}", file.display());
+            let text = fs::read_to_string(&file).with_context(context)?;
+            Invariants::parse(&text).with_context(context)?;
             Request::PolicyVerify(text)
         }
     }))
@@ -227,9 +231,10 @@ fn absolute(netns: String) -> anyhow::Result<String> {
 fn read_policy(arguments: LoadArguments) -> anyhow::Result<Request> {
     let file = arguments.file;
     let module = fs::read(&file).with_context(|| format!("policy module {}", file.display()))?;
-    let config = arguments
-        .config
-        .map_or_else(|| Ok(String::new()), |path| policy_config(&path))?;
+    let config = match &arguments.config {
+        Some(path) => Some(policy_config(path)?),
+        None => arguments.no_config.then(String::new),
+    };
     let load = LoadModule {
         name: arguments.name,
         file: file.file_stem().unwrap_or_default().to_string_lossy().into_owned(),
@@ -237,7 +242,7 @@ fn read_policy(arguments: LoadArguments) -> anyhow::Result<Request> {
         priority: arguments.priority,
         tenant: arguments.tenant,
         audit: (arguments.audit || arguments.enforce).then_some(arguments.audit),
-        overrides: args::overrides(&arguments.limits),
+        overrides: (!arguments.limits.is_empty()).then(|| args::overrides(&arguments.limits)),
         module,
         config,
     };

@@ -101,8 +101,9 @@ pub fn module(record: &ModuleRecord) -> String {
         .as_ref()
         .map_or(String::new(), |tenant| format!(" of {tenant}"));
     let audit = if record.audit { ", audited only" } else { "" };
+    let config = if record.config.is_empty() { "" } else { ", configured" };
     format!(
-        "{}: {} (tier {}{tenant}, priority {}, sha256 {sha256}{audit})",
+        "{}: {} (tier {}{tenant}, priority {}, sha256 {sha256}{config}{audit})",
         placement.name,
         record.file,
         placement.tier.name(),

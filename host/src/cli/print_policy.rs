@@ -135,14 +135,28 @@ pub fn explained(out: &mut impl Write, view: &Explanation) -> anyhow::Result<()>
             )?;
         }
         match (&side.kernel, &side.node) {
-            (Some(kernel), _) => writeln!(
-                out,
-                "kernel      {} [{}, {}] = cell {}: {}; lets pass: {}",
-                kernel.map, kernel.row, kernel.column, kernel.index, kernel.cell, kernel.ruling
-            )?,
+            (Some(kernel), _) => {
+                let ruling = if kernel.cell.starts_with("port set") {
+                    format!(": {}", kernel.ruling)
+                } else {
+                    String::new()
+                };
+                writeln!(
+                    out,
+                    "kernel      {} [{}, {}] = cell {}: {}{ruling}",
+                    kernel.map, kernel.row, kernel.column, kernel.index, kernel.cell
+                )?;
+            }
+            (None, _) if side.here => writeln!(out, "kernel      no cell: nobody has the other end's identity")?,
             (None, Some(node)) => writeln!(out, "kernel      enforced on node {node}: ask there")?,
             (None, None) => writeln!(out, "kernel      no pod of this node has the identity")?,
         }
+    }
+    if view.protocol.is_none() {
+        writeln!(
+            out,
+            "\nWith --protocol and --port this shows what each module says, and why."
+        )?;
     }
     if !view.agrees {
         writeln!(out, "\nTHE KERNEL DOES NOT HAVE WHAT THE MODULES SAY: a defect")?;

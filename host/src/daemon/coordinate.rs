@@ -92,6 +92,9 @@ impl Coordinator {
         }
         let answers = self.store.watch(&[Collection::Answers]).await?;
         next.serial = last.as_ref().map_or(0, PolicyRecord::serial) + 1;
+        if next.origin == 0 {
+            next.origin = next.serial;
+        }
         next.time_ms = now_ms();
         let (previous, history) = match last {
             None => (Revision::none(), Vec::new()),
@@ -257,7 +260,8 @@ fn wanted(
 ) -> Result<Revision, DaemonError> {
     let wrong = |problem: String| Err(DaemonError::Request(problem));
     let in_force = last.map_or_else(Revision::none, |record| record.in_force().clone());
-    let mut modules = in_force.modules;
+    let mut modules = in_force.modules.clone();
+    let mut origin = None;
     let what = match change {
         api::Change::Load(load) => {
             let what = format!("load {}", load.name);
@@ -280,13 +284,16 @@ fn wanted(
         }
         api::Change::Rollback(serial) => {
             // The last that was in force, whatever has happened to a change that came to nothing.
-            let mut earlier = last
+            let earlier = last
                 .into_iter()
                 .flat_map(|record| [&record.previous].into_iter().chain(&record.history))
                 .filter(|revision| revision.serial != in_force.serial && revision.serial != 0);
             let found = match serial {
-                None => earlier.next(),
-                Some(serial) => earlier.find(|revision| revision.serial == serial),
+                // A rollback stands for what it went back to: the next one goes back further.
+                None => earlier
+                    .filter(|revision| revision.origin < in_force.origin)
+                    .max_by_key(|revision| (revision.origin, revision.serial)),
+                Some(serial) => earlier.into_iter().find(|revision| revision.serial == serial),
             };
             let Some(revision) = found else {
                 return wrong(match serial {
@@ -295,12 +302,14 @@ fn wanted(
                 });
             };
             modules.clone_from(&revision.modules);
+            origin = Some(revision.origin);
             format!("rollback to change {}", revision.serial)
         }
     };
     modules.sort_by(|one, other| order(one).cmp(&order(other)));
     Ok(Revision {
         serial: 0,
+        origin: origin.unwrap_or(0),
         what,
         time_ms: 0,
         modules,
@@ -348,15 +357,20 @@ fn loaded(
             placement.tier.name()
         ));
     }
+    // Another version of the same module; another module has no use for the configuration of the one that it replaces.
+    let same = before.filter(|known| known.file == load.file);
     let sha256 = crate::wasm::sha256(&load.module);
     given.insert(sha256.clone(), Arc::new(load.module));
     Ok(ModuleRecord {
         placement,
         file: load.file,
         audit: load.audit.or(before.map(|known| known.audit)).unwrap_or(false),
-        overrides: load.overrides,
+        overrides: load.overrides.or(same.map(|known| known.overrides)).unwrap_or_default(),
         sha256,
-        config: load.config,
+        config: load
+            .config
+            .or(same.map(|known| known.config.clone()))
+            .unwrap_or_default(),
     })
 }
 

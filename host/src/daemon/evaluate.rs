@@ -286,6 +286,12 @@ impl Daemon {
         let text = fs::read_to_string(path).map_err(|error| unreadable(&error))?;
         let invariants = Invariants::parse(&text).map_err(|error| unreadable(&error))?;
         let broken = self.verify(&invariants, side, identities)?;
+        for one in invariants.about_nobody(&self.ends(side, identities)) {
+            tracing::warn!(
+                "invariants {}: `{one}` is about nobody: it can't be broken",
+                path.display()
+            );
+        }
         match broken.first() {
             None => Ok(()),
             Some(first) => Err(DaemonError::Request(format!(

@@ -40,6 +40,12 @@ impl Daemon {
         let from = self.resolve(&what.from)?;
         let to = self.resolve(&what.to)?;
         let key = position(what)?;
+        if !from.is_pod && !to.is_pod {
+            return wrong(format!(
+                "neither {} nor {} is a pod: nothing between them passes through the datapath",
+                from.view.name, to.view.name
+            ));
+        }
         self.active.stack.begin();
         let mut sides = Vec::new();
         if from.is_pod {
@@ -109,6 +115,7 @@ impl Daemon {
             .to_owned(),
             subject: subject.view.name.clone(),
             node: subject.view.node.clone(),
+            here: self.active.generation.row(subject.identity).is_some(),
             ruling: ruling.to_string(),
             verdict: key.map(|key| ruling.at(key)),
             last_word: open,
@@ -268,7 +275,7 @@ impl Daemon {
     }
 
     /// All ends that an invariant may be about.
-    fn ends(&self, side: &Side, identities: &BTreeMap<AddressKey, Identity>) -> Vec<End> {
+    pub(super) fn ends(&self, side: &Side, identities: &BTreeMap<AddressKey, Identity>) -> Vec<End> {
         let mut ends: Vec<End> = Identity::RESERVED
             .iter()
             .filter(|(identity, _)| *identity != Identity::INIT)
@@ -399,6 +406,10 @@ fn position(what: &Explain) -> Result<Option<u32>, DaemonError> {
         (Some(ICMP), None) => Ok(Some(port_key(ICMP, 8))),
         (Some(ICMPV6), None) => Ok(Some(port_key(ICMPV6, 128))),
         (Some(protocol), None) => wrong(format!("{} needs a port", protocol_name(protocol))),
+        (Some(protocol @ (ICMP | ICMPV6)), Some(256..)) => wrong(format!(
+            "{} has types up to 255 in place of ports",
+            protocol_name(protocol)
+        )),
         (Some(protocol), Some(port)) => Ok(Some(port_key(protocol, port))),
     }
 }

@@ -15,6 +15,7 @@ use crate::{
     datapath::{self, Datapath, Settings},
     endpoint::{EndpointFile, LocalEndpoint},
     identity::{Layout, Registry},
+    invariant::Invariants,
     net::{self, Netns, VXLAN_DEVICE},
     plan::{self, Facts, Stance},
     store::{
@@ -169,6 +170,11 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
     };
     agree(&*store, layout).await?;
     check_against_others(&*store, &record).await?;
+    if let Some(path) = &config.invariants {
+        let context = || format!("invariants {}", path.display());
+        let text = fs::read_to_string(path).with_context(context)?;
+        Invariants::parse(&text).with_context(context)?;
+    }
     let file = EndpointFile::open(&config.state_dir)?;
     // This very program, also after another was installed in its place.
     let cache = config.state_dir.join("compiled");

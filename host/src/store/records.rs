@@ -122,6 +122,8 @@ impl ModuleRecord {
 pub struct Revision {
     /// The change that it came by.
     pub serial: u64,
+    /// The change that had put it in force first, where it was gone back to; else the same.
+    pub origin: u64,
     /// That change, for people.
     pub what: String,
     /// When, in milliseconds since 1970.
@@ -183,6 +185,7 @@ impl Revision {
     pub const fn none() -> Self {
         Self {
             serial: 0,
+            origin: 0,
             what: String::new(),
             time_ms: 0,
             modules: Vec::new(),

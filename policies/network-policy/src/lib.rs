@@ -85,6 +85,9 @@ impl Policy for NetworkPolicy {
     type Config = serde_json::Value;
 
     fn new(config: serde_json::Value) -> Result<Self, String> {
+        if config.is_null() {
+            return Err("give the policies with --config FILE; without any, everything would be allowed".to_owned());
+        }
         let objects = Objects::read(config)?;
         let mut policy = Self {
             policies: Vec::new(),

@@ -104,7 +104,7 @@ impl From<Transport> for Protocol {
 }
 
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "neither a port from 1 to 65535 nor a port's name")]
 pub enum NumberOrName {
     Number(u16),
     Name(String),

@@ -125,7 +125,7 @@ fn policy_types_have_their_defaults() {
 fn unselected_pods_can_be_left_to_others() {
     let passing = format!("apiVersion: wasmgate.dev/v1\nkind: Defaults\nunselected: Pass\n---{SHOP}");
     shop(&passing).assert_denied("web/front", "shop/other", tcp(80));
-    shop("").assert_allowed("web/front", "shop/db", tcp(80));
+    shop("[]").assert_allowed("web/front", "shop/db", tcp(80));
 }
 
 #[test]
@@ -136,6 +136,7 @@ fn wrong_objects_are_refused_by_name_field_and_reason() {
         )
     };
     for (config, expected) in [
+        (String::new(), "give the policies with --config"),
         ("kind: Deployment".to_owned(), "kind \"Deployment\" is neither"),
         (
             "{apiVersion: networking.k8s.io/v1, kind: NetworkPolicy}".to_owned(),
