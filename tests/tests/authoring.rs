@@ -88,7 +88,10 @@ fn a_module_is_held_against_expectations() {
         "unknown.json",
         r#"{"pods": [], "expect": [{"from": "x", "to": "y", "port": "tcp/1", "allow": true}]}"#,
     );
-    let output = hostd(folder.path(), &["policy", "test", &module, &unknown]);
+    let output = hostd(
+        folder.path(),
+        &["policy", "test", &module, &unknown, "--config", &config],
+    );
     assert!(
         text(&output).contains("\"x\" is no pod of the file"),
         "{}",
