@@ -6,6 +6,7 @@ mod artifacts;
 mod capture;
 mod cluster;
 mod netns;
+mod node;
 mod probe;
 mod reach;
 mod server;
@@ -13,8 +14,9 @@ mod support;
 
 pub use artifacts::{hostd, policy, test_policy, use_release};
 pub use capture::{Capture, VxlanPacket};
-pub use cluster::{Cluster, Node, Options, Pod};
+pub use cluster::{Cluster, Options, Pod};
 pub use netns::{Namespace, in_netns, run};
+pub use node::Node;
 pub use probe::{
     Counts, Listener, Stream, TcpOutcome, Traffic, tcp_exchange, tcp_open, tcp_retransmits, udp_exchange, wait_until,
 };
