@@ -5,6 +5,7 @@ mod author;
 mod print;
 mod print_policy;
 mod table;
+mod values;
 
 use crate::{
     api::{
@@ -126,7 +127,7 @@ fn namespace(command: NamespaceCommand) -> Request {
     match command {
         NamespaceCommand::List => Request::NamespaceList,
         NamespaceCommand::Label { namespace, changes } => {
-            let (set, remove) = args::split_label_changes(changes);
+            let (set, remove) = values::split_label_changes(changes);
             Request::NamespaceLabel(NamespaceLabel { namespace, set, remove })
         }
     }
@@ -207,7 +208,7 @@ fn endpoint(command: EndpointCommand) -> anyhow::Result<Request> {
         EndpointCommand::Delete { pod } => Request::EndpointDelete(pod.into()),
         EndpointCommand::List => Request::EndpointList,
         EndpointCommand::Label { pod, changes } => {
-            let (set, remove) = args::split_label_changes(changes);
+            let (set, remove) = values::split_label_changes(changes);
             Request::EndpointLabel(EndpointLabel {
                 pod: pod.into(),
                 set,
@@ -242,7 +243,7 @@ fn read_policy(arguments: LoadArguments) -> anyhow::Result<Request> {
         priority: arguments.priority,
         tenant: arguments.tenant,
         audit: (arguments.audit || arguments.enforce).then_some(arguments.audit),
-        overrides: (!arguments.limits.is_empty()).then(|| args::overrides(&arguments.limits)),
+        overrides: (!arguments.limits.is_empty()).then(|| values::overrides(&arguments.limits)),
         module,
         config,
     };

@@ -1,13 +1,16 @@
 //! Interfaces, addresses and routes, by netlink; and work in other network namespaces.
 
-mod link;
+mod netlink;
 mod netns;
+mod route;
+mod veth;
+mod vxlan;
 
-pub use link::{
-    Veth, bring_up, delete_link, ensure_vxlan, find_pod_link, make_pod_link, make_reachable, make_unreachable,
-    pod_links, prepare_node, underlay_mtu,
-};
+pub use netlink::{bring_up, delete_link};
 pub use netns::{Netns, in_netns};
+pub use route::{make_reachable, make_unreachable};
+pub use veth::{Veth, find_pod_link, make_pod_link, pod_links, prepare_node};
+pub use vxlan::{ensure_vxlan, underlay_mtu};
 
 use std::{net::IpAddr, path::PathBuf};
 

@@ -3,13 +3,14 @@
 //! A new identity costs one column, and one row where a pod of this node has it; nothing else is decided again.
 
 use super::{
+    change::{Block, Change},
     index::{Full, Index},
     port_sets::{PortSetWrite, PortSets},
     ports::Ruling,
 };
 use abi::{
     AddressKey, Direction, Identity,
-    policy::{CELL_DENY, CELL_PORT_SET, FIRST_POD_COLUMN, UNPLACED, cell_index},
+    policy::{CELL_PORT_SET, FIRST_POD_COLUMN, UNPLACED, cell_index},
 };
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -66,42 +67,6 @@ pub enum PlanError<E> {
     /// The policy could not be asked.
     #[error("{0}")]
     Oracle(E),
-}
-
-/// Cells of some rows and some columns, row by row.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Block {
-    /// Which half of the matrix.
-    pub direction: Direction,
-    /// The rows.
-    pub rows: Vec<u32>,
-    /// The columns.
-    pub columns: Vec<u32>,
-    /// One cell for each row and column.
-    pub cells: Vec<u16>,
-}
-
-/// What a change of the generation means for the kernel.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Change {
-    /// Port sets to write, before the cells that name them.
-    pub port_sets: Vec<PortSetWrite>,
-    /// Cells to write.
-    pub blocks: Vec<Block>,
-}
-
-impl Change {
-    /// Nothing to do.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.port_sets.is_empty() && self.blocks.is_empty()
-    }
-
-    /// Cells to write.
-    #[must_use]
-    pub fn cells(&self) -> usize {
-        self.blocks.iter().map(|block| block.cells.len()).sum()
-    }
 }
 
 /// Where an address stands in the matrix.
@@ -431,12 +396,12 @@ impl Generation {
             if users.local == 0
                 && let Some(row) = self.rows.release(identity)
             {
-                clear(&[row], &(0..self.shape.columns).collect::<Vec<_>>(), &mut change);
+                change.clear(&[row], &(0..self.shape.columns).collect::<Vec<_>>());
             }
             if users.is_unused() {
                 self.users.remove(&identity);
                 if let Some(column) = self.columns.release(identity) {
-                    clear(&(0..self.shape.rows).collect::<Vec<_>>(), &[column], &mut change);
+                    change.clear(&(0..self.shape.rows).collect::<Vec<_>>(), &[column]);
                 }
             }
         }
@@ -489,18 +454,6 @@ impl Generation {
             self.cells.clear();
         }
         freed
-    }
-}
-
-/// Nothing passes in these cells, at either end.
-fn clear(rows: &[u32], columns: &[u32], change: &mut Change) {
-    for direction in [Direction::Egress, Direction::Ingress] {
-        change.blocks.push(Block {
-            direction,
-            rows: rows.to_vec(),
-            columns: columns.to_vec(),
-            cells: vec![CELL_DENY; rows.len() * columns.len()],
-        });
     }
 }
 

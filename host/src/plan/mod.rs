@@ -4,6 +4,7 @@
 //! one in force and, during a policy load, a second one aside. [`entry()`] puts the two together into the map entries of
 //! an address, which hold both of them by parity; [`network_entries`] does the same for prefixes.
 
+mod change;
 mod entry;
 mod generation;
 mod index;
@@ -11,8 +12,9 @@ mod networks;
 mod port_sets;
 mod ports;
 
+pub use change::{Block, Change};
 pub use entry::{Desired, Facts, NetworkSide, Stance, entry, network_entries};
-pub use generation::{Block, Change, Generation, Oracle, Place, PlanError, Shape};
+pub use generation::{Generation, Oracle, Place, PlanError, Shape};
 pub use index::Full;
 pub use networks::{Membership, Network, Partition};
 pub use port_sets::PortSetWrite;
