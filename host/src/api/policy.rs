@@ -117,9 +117,10 @@ pub struct Explanation {
     pub port: Option<u16>,
     /// The generation in force.
     pub generation: u32,
-    /// Whether a connection may open, where a protocol was asked for.
+    /// Whether a connection may open, where a protocol was asked for: what the kernel holds, at every end that this node
+    /// enforces.
     pub verdict: Option<bool>,
-    /// What may pass.
+    /// What may pass, likewise.
     pub allowed: String,
     /// Each end where policy is enforced.
     pub sides: Vec<SideView>,
@@ -157,7 +158,7 @@ pub struct SideView {
     pub last_word: bool,
     /// What the modules let pass.
     pub ruling: String,
-    /// Whether they let the port pass.
+    /// Whether the port passes: what the kernel holds, or, where this node does not enforce it, what the modules say.
     pub verdict: Option<bool>,
     /// What the kernel has, where this node enforces it.
     pub kernel: Option<KernelView>,

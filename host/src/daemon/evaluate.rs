@@ -2,19 +2,16 @@
 
 use super::{Daemon, DaemonError, policy::Side};
 use crate::{
-    api::ChangedPair,
+    api::LoadReport,
     identity::IdentityKey,
-    invariant::Invariants,
     plan::{Change, Generation},
     stack::{Stack, Start},
     store::records::{ModuleRecord, Revision},
-    survey::{Survey, is_end},
     wasm::{Compiled, Limits},
 };
 use abi::{AddressKey, Identity};
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs,
     sync::Arc,
     time::Instant,
 };
@@ -22,8 +19,6 @@ use tokio::task::block_in_place;
 
 /// Identities for whose every pair a policy is asked, at the most.
 const MAX_SURVEY: usize = 1024;
-/// Pairs that a report lists at the most.
-const MAX_CHANGED: usize = 10_000;
 
 /// A set of modules that may be put in force.
 #[derive(Clone)]
@@ -35,20 +30,6 @@ pub struct Candidate {
     pub committed: bool,
     /// Report what of the flows that are tracked now would change.
     pub against_flows: bool,
-}
-
-/// What it would make of the cluster.
-#[derive(Debug)]
-pub struct Evaluation {
-    pub pods: usize,
-    pub identities: usize,
-    pub pairs: usize,
-    pub cells: u64,
-    pub calls: u64,
-    pub changed: Option<Vec<ChangedPair>>,
-    pub flows: Option<Vec<crate::api::FlowView>>,
-    /// What each step took, in microseconds.
-    pub steps: Vec<(String, u64)>,
 }
 
 /// Modules that have identified every pod, compiled for this node.
@@ -176,7 +157,8 @@ impl Daemon {
             .collect()
     }
 
-    pub(super) async fn evaluate(&mut self, candidate: &Candidate) -> Result<Evaluation, DaemonError> {
+    /// What a set of modules would make of the cluster. The report is a dry run's: no node has been asked.
+    pub(super) async fn evaluate(&mut self, candidate: &Candidate) -> Result<LoadReport, DaemonError> {
         let began = Instant::now();
         let mut stack = self.start_stack(candidate).await?;
         let mut steps = vec![("compile".to_owned(), micros(began))];
@@ -236,7 +218,10 @@ impl Daemon {
             .against_flows
             .then(|| self.changed_flows(&next, &mut side))
             .transpose()?;
-        Ok(Evaluation {
+        Ok(LoadReport {
+            what: candidate.revision.what.clone(),
+            modules: candidate.revision.modules.clone(),
+            dry_run: true,
             pods: next.len(),
             identities: identities.len(),
             pairs: identities.len() * identities.len(),
@@ -245,6 +230,7 @@ impl Daemon {
             changed,
             flows,
             steps,
+            nodes: Vec::new(),
         })
     }
 
@@ -270,101 +256,6 @@ impl Daemon {
             }
         }
         Ok(())
-    }
-
-    /// The invariants of the configuration hold for a policy, or it is refused.
-    pub(super) fn check_invariants(
-        &self,
-        side: &mut Side,
-        identities: &BTreeMap<AddressKey, Identity>,
-    ) -> Result<(), DaemonError> {
-        let Some(path) = &self.config.invariants else {
-            return Ok(());
-        };
-        let unreadable =
-            |error: &dyn std::fmt::Display| DaemonError::Request(format!("invariants {}: {error}", path.display()));
-        let text = fs::read_to_string(path).map_err(|error| unreadable(&error))?;
-        let invariants = Invariants::parse(&text).map_err(|error| unreadable(&error))?;
-        let broken = self.verify(&invariants, side, identities)?;
-        for one in invariants.about_nobody(&self.ends(side, identities)) {
-            tracing::warn!(
-                "invariants {}: `{one}` is about nobody: it can't be broken",
-                path.display()
-            );
-        }
-        match broken.first() {
-            None => Ok(()),
-            Some(first) => Err(DaemonError::Request(format!(
-                "the policy breaks {} of the invariants in {}: {first}",
-                broken.len(),
-                path.display()
-            ))),
-        }
-    }
-
-    /// Pairs whose verdict changes. Pods are compared by what they were and will be: pods that share both are one.
-    fn changed_pairs(
-        &mut self,
-        next: &BTreeMap<AddressKey, Identity>,
-        side: &mut Side,
-        name: &impl Fn(Identity) -> String,
-    ) -> Result<Vec<ChangedPair>, DaemonError> {
-        let mut classes: BTreeSet<(Identity, Identity)> = next
-            .iter()
-            .map(|(address, identity)| (self.active_identity(address), *identity))
-            .collect();
-        for reserved in [Identity::HOST, Identity::REMOTE_NODE, Identity::WORLD, Identity::HEALTH] {
-            classes.insert((reserved, reserved));
-        }
-        for (index, new) in side.networks.iter().enumerate() {
-            // What an address of these networks was before, by any of their prefixes.
-            let partition = side.stack.networks();
-            let before = partition
-                .prefixes()
-                .find(|prefix| partition.find(*prefix) == index)
-                .and_then(|prefix| {
-                    let old = self.active.stack.networks().find(prefix);
-                    self.active.networks.get(old).copied()
-                });
-            classes.insert((before.unwrap_or(Identity::WORLD), *new));
-        }
-        let olds: Vec<Identity> = classes
-            .iter()
-            .map(|(old, _)| *old)
-            .collect::<BTreeSet<_>>()
-            .into_iter()
-            .collect();
-        let news: Vec<Identity> = classes
-            .iter()
-            .map(|(_, new)| *new)
-            .collect::<BTreeSet<_>>()
-            .into_iter()
-            .collect();
-        self.active.stack.begin();
-        let before = block_in_place(|| Survey::new(&mut self.active.stack, &olds))?;
-        side.stack.begin();
-        let after = block_in_place(|| Survey::new(&mut side.stack, &news))?;
-        let mut changed = Vec::new();
-        for from in &classes {
-            for to in &classes {
-                // Between two that are no pods nothing passes through the datapath.
-                if !is_end(&side.stack, from.1) && !is_end(&side.stack, to.1) {
-                    continue;
-                }
-                let (was, will) = (before.ruling(from.0, to.0), after.ruling(from.1, to.1));
-                if changed.len() < MAX_CHANGED && was != will && was.to_string() != will.to_string() {
-                    changed.push(ChangedPair {
-                        from: name(from.1),
-                        to: name(to.1),
-                        before: was.to_string(),
-                        after: will.to_string(),
-                    });
-                }
-            }
-        }
-        changed.sort_by(|one, other| (&one.from, &one.to).cmp(&(&other.from, &other.to)));
-        changed.dedup();
-        Ok(changed)
     }
 
     /// Identity of a pod's address in the policy in force.

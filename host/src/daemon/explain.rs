@@ -1,13 +1,11 @@
 //! Why something passes or not: what each module says, and what the kernel has.
 
-use super::{Daemon, DaemonError, policy::Side};
+use super::{Daemon, DaemonError};
 use crate::{
-    api::{EndView, Explain, Explanation, FlowView, KernelView, SideView, StepView, Verification},
+    api::{EndView, Explain, Explanation, KernelView, SideView, StepView},
     identity::IdentityKey,
-    invariant::{End, Invariants, Violation},
     plan::{Action, Ruling, protocol_name},
     stack::Include,
-    survey::Survey,
     wasm,
 };
 use abi::{
@@ -15,11 +13,7 @@ use abi::{
     network::UNROUTED,
     policy::{CELL_ALLOW, CELL_DENY, CELL_PORT_SET, ICMP, ICMPV6, port_key},
 };
-use std::{
-    collections::{BTreeMap, BTreeSet, btree_map::Entry},
-    net::IpAddr,
-    sync::Arc,
-};
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 use tokio::task::block_in_place;
 
 /// One end of a question.
@@ -72,6 +66,8 @@ impl Daemon {
         })
     }
 
+    /// One end, with what is enforced there: what the kernel holds, or, where another node enforces it, what the modules
+    /// say.
     fn side(
         &mut self,
         direction: Direction,
@@ -107,6 +103,11 @@ impl Daemon {
                 }
             })
             .collect();
+        let kernel = self.kernel(direction, subject.identity, peer.identity)?;
+        let (kernel, enforced) = match kernel {
+            Some((view, enforced)) => (Some(view), enforced),
+            None => (None, ruling.clone()),
+        };
         let view = SideView {
             side: match direction {
                 Direction::Egress => "egress",
@@ -117,12 +118,12 @@ impl Daemon {
             node: subject.view.node.clone(),
             here: self.active.generation.row(subject.identity).is_some(),
             ruling: ruling.to_string(),
-            verdict: key.map(|key| ruling.at(key)),
+            verdict: key.map(|key| enforced.at(key)),
             last_word: open,
             steps,
-            kernel: self.kernel(direction, subject.identity, peer.identity)?,
+            kernel,
         };
-        Ok((view, ruling))
+        Ok((view, enforced))
     }
 
     /// What the kernel has for a pair at one end, where this node enforces it.
@@ -131,7 +132,7 @@ impl Daemon {
         direction: Direction,
         subject: Identity,
         peer: Identity,
-    ) -> Result<Option<KernelView>, DaemonError> {
+    ) -> Result<Option<(KernelView, Ruling)>, DaemonError> {
         let generation = &self.active.generation;
         let Some((row, column)) = generation.row(subject).zip(generation.column(peer)) else {
             return Ok(None);
@@ -139,7 +140,8 @@ impl Daemon {
         let parity = self.datapath.parity();
         let index = self.datapath.shape().index(direction, row, column);
         let cell = self.datapath.cell(parity, index);
-        Ok(Some(KernelView {
+        let ruling = self.datapath.ruling(parity, cell)?;
+        let view = KernelView {
             map: abi::map::POLICY[parity].to_owned(),
             row,
             column,
@@ -149,8 +151,9 @@ impl Daemon {
                 CELL_ALLOW => "allow".to_owned(),
                 set => format!("port set {}", set - CELL_PORT_SET),
             },
-            ruling: self.datapath.ruling(parity, cell)?.to_string(),
-        }))
+            ruling: ruling.to_string(),
+        };
+        Ok(Some((view, ruling)))
     }
 
     /// Who is meant: a pod, an address, a number, a reserved name, or labels of a pod that need not exist.
@@ -251,149 +254,6 @@ impl Daemon {
                 node,
             },
             identity,
-        }
-    }
-
-    /// All counterexamples to invariants under one side's policy.
-    pub(super) fn verify(
-        &self,
-        invariants: &Invariants,
-        side: &mut Side,
-        identities: &BTreeMap<AddressKey, Identity>,
-    ) -> Result<Vec<Violation>, DaemonError> {
-        let ends = self.ends(side, identities);
-        side.stack.begin();
-        block_in_place(|| {
-            invariants.check(&ends, |from, to| {
-                let survey = Survey::between(&mut side.stack, from, to)?;
-                Ok(from
-                    .iter()
-                    .flat_map(|from| to.iter().map(|to| survey.ruling(*from, *to)).collect::<Vec<_>>())
-                    .collect())
-            })
-        })
-    }
-
-    /// All ends that an invariant may be about.
-    pub(super) fn ends(&self, side: &Side, identities: &BTreeMap<AddressKey, Identity>) -> Vec<End> {
-        let mut ends: Vec<End> = Identity::RESERVED
-            .iter()
-            .filter(|(identity, _)| *identity != Identity::INIT)
-            .map(|(identity, name)| End {
-                name: (*name).to_owned(),
-                identity: *identity,
-                pod: None,
-                labels: BTreeMap::new(),
-                networks: BTreeSet::new(),
-            })
-            .collect();
-        for (identity, names) in side.networks.iter().zip(side.stack.networks().memberships()) {
-            if *identity != Identity::WORLD {
-                ends.push(End {
-                    name: IdentityKey::Networks(names.clone()).to_string(),
-                    identity: *identity,
-                    pod: None,
-                    labels: BTreeMap::new(),
-                    networks: names.clone(),
-                });
-            }
-        }
-        for (address, pod) in &self.pods {
-            let Some(identity) = identities.get(address) else {
-                continue;
-            };
-            let tenant = side.stack.key(*identity).and_then(IdentityKey::tenant);
-            let tenant = tenant.unwrap_or(&pod.record.namespace).to_owned();
-            ends.push(End {
-                name: pod.record.full_name(),
-                identity: *identity,
-                pod: Some((tenant, pod.record.namespace.clone())),
-                labels: pod.record.labels.clone(),
-                networks: side.stack.networks().holding(pod.record.address).clone(),
-            });
-        }
-        ends
-    }
-
-    /// Checks invariants against the policy in force.
-    pub(super) fn policy_verify(&mut self, text: &str) -> Result<Verification, DaemonError> {
-        let invariants = Invariants::parse(text).map_err(|error| DaemonError::Request(error.to_string()))?;
-        let identities: BTreeMap<AddressKey, Identity> = self
-            .pods
-            .keys()
-            .map(|address| (*address, self.active_identity(address)))
-            .collect();
-        // Out of `self`, which is asked for the pods meanwhile.
-        let mut side = std::mem::replace(&mut self.active, Side::empty(self.datapath.shape()));
-        let broken = self.verify(&invariants, &mut side, &identities);
-        let vain = invariants.about_nobody(&self.ends(&side, &identities));
-        self.active = side;
-        let broken = broken?;
-        Ok(Verification {
-            invariants: invariants.0.len(),
-            identities: identities.values().collect::<BTreeSet<_>>().len(),
-            broken: broken.iter().map(ToString::to_string).collect(),
-            about_nobody: vain,
-        })
-    }
-
-    /// What a new policy would no longer let pass of the flows that are tracked on this node.
-    pub(super) fn changed_flows(
-        &mut self,
-        next: &BTreeMap<AddressKey, Identity>,
-        side: &mut Side,
-    ) -> Result<Vec<FlowView>, DaemonError> {
-        /// Flows that are listed at the most.
-        const MAX_FLOWS: usize = 1000;
-        let flows = self.datapath.flows()?;
-        side.stack.begin();
-        let mut changed = BTreeMap::new();
-        let mut rulings: BTreeMap<(Identity, Identity), Ruling> = BTreeMap::new();
-        for flow in flows {
-            let identity = |address: &AddressKey| match next.get(address) {
-                Some(identity) => *identity,
-                None => self.outside_identity(side, address),
-            };
-            let (from, to) = (identity(&flow.from), identity(&flow.to));
-            let ruling = match rulings.entry((from, to)) {
-                Entry::Occupied(known) => known.into_mut(),
-                Entry::Vacant(place) => {
-                    let survey = block_in_place(|| Survey::between(&mut side.stack, &[from], &[to]))?;
-                    place.insert(survey.ruling(from, to))
-                }
-            };
-            if ruling.at(port_key(flow.protocol, flow.port)) {
-                continue;
-            }
-            let name = |address: &AddressKey| match self.pods.get(address) {
-                Some(pod) => format!("{} ({})", pod.record.full_name(), address.ip()),
-                None => address.ip().to_string(),
-            };
-            let view = FlowView {
-                from: name(&flow.from),
-                to: name(&flow.to),
-                protocol: protocol_name(flow.protocol),
-                port: flow.port,
-                flows: 0,
-            };
-            if changed.len() < MAX_FLOWS {
-                let key = (view.from.clone(), view.to.clone(), flow.protocol, flow.port);
-                changed.entry(key).or_insert(view).flows += 1;
-            }
-        }
-        Ok(changed.into_values().collect())
-    }
-
-    /// What one side makes of an address that is no pod's.
-    fn outside_identity(&self, side: &Side, address: &AddressKey) -> Identity {
-        let ip = address.ip();
-        if ip == IpAddr::V4(self.config.underlay) {
-            Identity::HOST
-        } else if self.nodes.values().any(|node| IpAddr::V4(node.record.underlay) == ip) {
-            Identity::REMOTE_NODE
-        } else {
-            let index = side.stack.networks().find(ip.into());
-            side.networks.get(index).copied().unwrap_or(Identity::WORLD)
         }
     }
 }

@@ -2,6 +2,7 @@
 
 mod audit;
 mod collect;
+mod compare;
 mod coordinate;
 mod endpoints;
 mod evaluate;
@@ -11,14 +12,16 @@ mod names;
 mod node;
 mod pods;
 mod policy;
+mod revision;
 mod serve;
 mod start;
+mod verify;
 mod views;
 
 pub use start::{cleanup, run};
 
 use crate::{
-    api::{EndpointAdd, EndpointLabel, Explain, NamespaceLabel, PodName, Response},
+    api::{EndpointAdd, EndpointLabel, Explain, LoadReport, NamespaceLabel, PodName, Response},
     config::Config,
     datapath::{Datapath, DatapathError},
     endpoint::{AddressError, EndpointFile, LocalEndpoint},
@@ -98,7 +101,7 @@ enum Command {
     Opened(abi::Event),
     Evaluate(
         Box<evaluate::Candidate>,
-        oneshot::Sender<Result<evaluate::Evaluation, DaemonError>>,
+        oneshot::Sender<Result<LoadReport, DaemonError>>,
     ),
     /// A monitor has come or gone: how many want drops, and how many flows, more than before.
     Report {

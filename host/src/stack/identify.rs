@@ -55,14 +55,19 @@ impl Stack {
                 })
                 .collect();
             let its: Vec<Pod> = own.iter().map(|index| pods[*index].clone()).collect();
+            let mut closed = 0;
             for (index, class) in own.into_iter().zip(module.identify(&its)) {
                 if let Err(error) = &class
                     && !module.strict
                 {
-                    tracing::error!("module {}: {error}; the pod is closed", module.record.name());
+                    closed += 1;
                     module.failure = Some(error.clone());
                 }
                 keys[index].add_tenants(module, class);
+            }
+            if let Some(error) = module.failure.as_ref().filter(|_| closed > 0) {
+                let name = module.record.name();
+                tracing::error!("module {name}: {error}; pods that are closed therefore: {closed}");
             }
         }
         keys.into_iter()

@@ -98,10 +98,13 @@ impl Stack {
                 Ok(answer) => module.advance(&mut self.lines, &mut cells, &rows, peers.len(), &answer),
                 Err(error) if module.strict || module.tenant().is_none() => return Err(module.error(error)),
                 Err(error) => {
-                    tracing::error!(
-                        "module {}: {error}; its tenant's pods are closed to those that it could not decide about",
-                        module.record.name()
-                    );
+                    let known = module.failure.as_ref().map(ToString::to_string);
+                    if known != Some(error.to_string()) {
+                        tracing::error!(
+                            "module {}: {error}; its tenant's pods are closed to those that it could not decide about",
+                            module.record.name()
+                        );
+                    }
                     if matches!(error, WasmError::Exhausted { .. }) && module.suspended().is_none() {
                         module.suspend(&error);
                     }

@@ -84,17 +84,7 @@ impl Cache {
         let mac = self
             .mac(sha256, artifact)
             .ok_or_else(|| io::Error::other("a key that HMAC does not take"))?;
-        let path = self.file(sha256);
-        let aside = path.with_extension("new");
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&aside)?;
-        file.write_all(&mac.finalize().into_bytes())?;
-        file.write_all(artifact)?;
-        fs::rename(&aside, &path)?;
+        replace(&self.file(sha256), &[&mac.finalize().into_bytes(), artifact])?;
         self.prune()
     }
 
@@ -130,6 +120,12 @@ fn node_key(path: &Path) -> io::Result<[u8; TAG]> {
     while filled < TAG {
         filled += getrandom(&mut key[filled..], GetRandomFlags::empty())?;
     }
+    replace(path, &[&key])?;
+    Ok(key)
+}
+
+/// Writes a file that only its owner may read: whole, or not at all.
+fn replace(path: &Path, parts: &[&[u8]]) -> io::Result<()> {
     let aside = path.with_extension("new");
     let mut file = OpenOptions::new()
         .write(true)
@@ -137,9 +133,10 @@ fn node_key(path: &Path) -> io::Result<[u8; TAG]> {
         .truncate(true)
         .mode(0o600)
         .open(&aside)?;
-    file.write_all(&key)?;
-    fs::rename(&aside, path)?;
-    Ok(key)
+    for part in parts {
+        file.write_all(part)?;
+    }
+    fs::rename(&aside, path)
 }
 
 #[cfg(test)]
