@@ -13,8 +13,37 @@ pub enum Family {
 /// The scope that all addresses are in today. Others are kept free for tenants with overlapping pod CIDRs.
 pub const SHARED_SCOPE: u16 = 0;
 
-/// 16 bytes in network byte order; IPv4 takes the first four and leaves the others zero.
-pub type Address = [u8; 16];
+/// 16 bytes in network byte order; IPv4 takes the first four and leaves the others zero. Aligned, so that programs move
+/// words and not bytes.
+#[repr(C, align(4))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Address(pub [u8; 16]);
+
+impl Address {
+    /// All zero: no address.
+    pub const NONE: Self = Self([0; 16]);
+
+    /// An IPv4 address, given in network byte order.
+    #[inline(always)]
+    #[must_use]
+    pub const fn v4(octets: [u8; 4]) -> Self {
+        let [a, b, c, d] = octets;
+        Self([a, b, c, d, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])
+    }
+
+    /// Four words, each in network byte order.
+    #[inline(always)]
+    #[must_use]
+    pub const fn words(&self) -> [u32; 4] {
+        let bytes = &self.0;
+        [
+            u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
+            u32::from_ne_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]),
+            u32::from_ne_bytes([bytes[8], bytes[9], bytes[10], bytes[11]]),
+            u32::from_ne_bytes([bytes[12], bytes[13], bytes[14], bytes[15]]),
+        ]
+    }
+}
 
 /// Key of the endpoint map, the ipcache and the node map.
 ///
@@ -37,8 +66,7 @@ impl AddressKey {
     #[inline(always)]
     #[must_use]
     pub const fn v4(octets: [u8; 4]) -> Self {
-        let [a, b, c, d] = octets;
-        Self::new(Family::V4, [a, b, c, d, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])
+        Self::new(Family::V4, Address::v4(octets))
     }
 
     /// The key of an address in the shared scope.
@@ -56,14 +84,14 @@ impl AddressKey {
 
 #[cfg(feature = "user")]
 mod user {
-    use super::{AddressKey, Family};
+    use super::{Address, AddressKey, Family};
     use std::net::IpAddr;
 
     impl From<IpAddr> for AddressKey {
         fn from(address: IpAddr) -> Self {
             match address {
                 IpAddr::V4(v4) => Self::v4(v4.octets()),
-                IpAddr::V6(v6) => Self::new(Family::V6, v6.octets()),
+                IpAddr::V6(v6) => Self::new(Family::V6, Address(v6.octets())),
             }
         }
     }
@@ -78,11 +106,11 @@ mod user {
 
     /// An address as the maps hold it, in the standard library's form.
     #[must_use]
-    pub fn ip(family: u8, address: super::Address) -> IpAddr {
+    pub fn ip(family: u8, address: Address) -> IpAddr {
         if family == Family::V6 as u8 {
-            IpAddr::from(address)
+            IpAddr::from(address.0)
         } else {
-            let [a, b, c, d, ..] = address;
+            let [a, b, c, d, ..] = address.0;
             IpAddr::from([a, b, c, d])
         }
     }

@@ -31,12 +31,12 @@ macro_rules! reasons {
 reasons! {
     1 Internal "internal" "A map of the datapath has no entry that it always has: a defect.";
     2 Truncated "truncated" "The packet is shorter than its headers.";
-    3 UnknownEthertype "unknown_ethertype" "The ethertype is neither IPv4 nor ARP.";
-    4 Ipv6 "ipv6" "IPv6 is not carried yet.";
+    3 UnknownEthertype "unknown_ethertype" "The ethertype is none of IPv4, IPv6 and ARP.";
+    4 ReservedAddress "reserved_address" "An IPv6 packet with an address that no packet may have there: unspecified, multicast, loopback or IPv4-mapped.";
     5 VlanTag "vlan_tag" "Pods may not send frames with a VLAN tag.";
     6 InvalidHeader "invalid_header" "An IP header with a wrong version, header length or total length.";
     7 IpOptions "ip_options" "IPv4 options are not carried.";
-    8 Fragment "fragment" "IPv4 fragments are not carried yet.";
+    8 FragmentUnknown "fragment_unknown" "A later fragment without its first one, between two that policy lets not talk at all.";
     9 UnknownProtocol "unknown_protocol" "The IP protocol is none of TCP, UDP, SCTP and ICMP.";
     10 IcmpType "icmp_type" "An ICMP type that is neither echo nor an error.";
     11 IcmpUnrelated "icmp_unrelated" "An ICMP error or echo reply that belongs to no flow.";
@@ -48,7 +48,7 @@ reasons! {
     17 TunnelPort "tunnel_port" "A pod sent UDP to the tunnel port of an address that is no pod's.";
     18 UnknownDestination "unknown_destination" "No pod has the destination address, which is one of a pod CIDR or no unicast address.";
     19 UnknownSource "unknown_source" "The node routed a packet to a pod from an address that is a pod's, its own, or no unicast address.";
-    20 TtlExceeded "ttl_exceeded" "The time to live ran out.";
+    20 TtlExceeded "ttl_exceeded" "The time to live, or the hop limit, ran out.";
     21 EgressDenied "egress_denied" "Policy does not let the sender reach this destination.";
     22 IngressDenied "ingress_denied" "Policy does not let the receiver be reached by this source.";
     23 MidStream "mid_stream" "A TCP packet in the middle of a flow that is not tracked and not allowed both ways.";
@@ -60,10 +60,16 @@ reasons! {
     29 WrongVni "wrong_vni" "A VNI that is not the identity of the inner source.";
     30 NotLocal "not_local" "A vxlan packet for an address that is no pod of this node.";
     31 TunnelFailed "tunnel_failed" "The kernel refused the tunnel key.";
+    32 ExtensionHeaders "extension_headers" "IPv6 extension headers that are not carried: too many, too long, a source route, or of unknown kind.";
+    33 LinkControl "link_control" "Neighbour discovery or multicast control that concerns no gateway; pods have no neighbours.";
+    34 SpoofedNeighbour "spoofed_neighbour" "A pod asked for its gateway from an address that is not its own, or in a malformed way.";
+    35 FragmentTiny "fragment_tiny" "A first fragment without its whole transport header, or one that begins inside it.";
+    36 FragmentOverlap "fragment_overlap" "A fragment that overlaps the first one of its packet.";
+    37 TooBig "too_big" "The packet is larger than the path to the other node takes; the sender was told, where it can be.";
 }
 
 /// Elements of the counter map: one more than the highest number.
-pub const DROP_REASONS: u32 = 32;
+pub const DROP_REASONS: u32 = 38;
 
 impl DropReason {
     /// The reason with this number.

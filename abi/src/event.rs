@@ -34,10 +34,12 @@ pub enum Path {
     ToOutside = 6,
     /// From such an address into a pod, routed by the node.
     FromOutside = 7,
+    /// A neighbour solicitation for the gateway, answered.
+    NeighbourReply = 8,
 }
 
 /// Elements of the counter map.
-pub const PATHS: u32 = 8;
+pub const PATHS: u32 = 9;
 
 impl Path {
     /// All paths, by number.
@@ -50,6 +52,7 @@ impl Path {
         Self::ArpReply,
         Self::ToOutside,
         Self::FromOutside,
+        Self::NeighbourReply,
     ];
 
     /// Name, as in metrics and on the command line.
@@ -64,6 +67,7 @@ impl Path {
             Self::ArpReply => "arp_reply",
             Self::ToOutside => "to_outside",
             Self::FromOutside => "from_outside",
+            Self::NeighbourReply => "neighbour_reply",
         }
     }
 }

@@ -14,6 +14,7 @@ pub mod conntrack;
 pub mod drop;
 pub mod endpoint;
 pub mod event;
+pub mod fragment;
 pub mod identity;
 pub mod ipcache;
 pub mod network;
@@ -25,6 +26,7 @@ pub use conntrack::{ConntrackEntry, ConntrackKey};
 pub use drop::DropReason;
 pub use endpoint::Endpoint;
 pub use event::{Event, Hook, Path};
+pub use fragment::{FragmentEntry, FragmentKey};
 pub use identity::Identity;
 pub use ipcache::IpcacheEntry;
 pub use network::NetworkEntry;
@@ -32,7 +34,7 @@ pub use node::{NodeConfig, NodeEntry};
 pub use policy::{Direction, PortSet};
 
 /// Version of all layouts in this crate. Raise it with every change that an older program would misread.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// Names of the maps in the eBPF object: what hostd asks aya for, and the file names of the pins.
 pub mod map {
@@ -44,6 +46,8 @@ pub mod map {
     pub const NODES: &str = "NODES";
     /// LRU hash: [`ConntrackKey`](crate::ConntrackKey) to [`ConntrackEntry`](crate::ConntrackEntry).
     pub const CONNTRACK: &str = "CONNTRACK";
+    /// LRU hash: [`FragmentKey`](crate::FragmentKey) to [`FragmentEntry`](crate::FragmentEntry).
+    pub const FRAGMENTS: &str = "FRAGMENTS";
     /// Array of one `u64`: the generation word (see [`policy`](crate::policy)).
     pub const GENERATION: &str = "GENERATION";
     /// Array of one [`NodeConfig`](crate::NodeConfig).
@@ -84,6 +88,8 @@ mod pod {
         crate::ConntrackKey,
         crate::Endpoint,
         crate::Event,
+        crate::FragmentEntry,
+        crate::FragmentKey,
         crate::IpcacheEntry,
         crate::NetworkEntry,
         crate::NodeConfig,

@@ -1,5 +1,7 @@
 //! What the programs know of the nodes: their underlay addresses, and this node's own settings.
 
+use crate::address::Address;
+
 /// Value of the node map: its presence says that an underlay address belongs to a node of the cluster.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,14 +25,18 @@ pub struct NodeConfig {
     pub report: u32,
     /// UDP port of the tunnel.
     pub tunnel_port: u16,
+    /// Family of the underlay, a [`Family`](crate::Family).
+    pub underlay_family: u8,
     /// Zero.
-    pub zero: u16,
-    /// IPv4 address of the pods' gateway, in network byte order.
-    pub gateway: [u8; 4],
+    pub zero: u8,
+    /// Bytes of the largest packet, without its ethernet header, that fits into the tunnel.
+    pub tunnel_mtu: u32,
 }
 
 /// The gateway that every pod sees. Link-local, so that every address of a pod CIDR is free for pods.
 pub const GATEWAY_V4: [u8; 4] = [169, 254, 1, 1];
+/// The same for IPv6: `fe80::1`.
+pub const GATEWAY_V6: Address = Address([0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
 
 /// UDP port of the tunnel: Linux's and Cilium's, not the registered 4789.
 pub const TUNNEL_PORT: u16 = 8472;

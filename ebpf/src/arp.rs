@@ -2,10 +2,10 @@
 
 use crate::{
     forward::{self, Action},
-    identify, maps,
+    identify,
     parse::{self, Frame},
 };
-use abi::{AddressKey, DropReason};
+use abi::{AddressKey, DropReason, node::GATEWAY_V4};
 use aya_ebpf::programs::TcContext;
 
 /// Ethernet and IPv4, with the length of their addresses; then the operation.
@@ -24,23 +24,21 @@ struct Arp {
 }
 
 /// Turns a pod's request for its gateway into the answer, and sends it back.
-#[inline(always)]
+#[inline(never)]
 pub fn answer(ctx: &TcContext, frame: &Frame) -> Result<Action, DropReason> {
     let request: Arp = parse::read(ctx, parse::ETHERNET_LEN)?;
-    let config = maps::config().ok_or(DropReason::Internal)?;
-    if request.kind != REQUEST || request.target != config.gateway {
+    if request.kind != REQUEST || request.target != GATEWAY_V4 {
         return Err(DropReason::UnexpectedArp);
     }
     let pod = identify::endpoint(&AddressKey::v4(request.sender), 0).ok_or(DropReason::SpoofedArp)?;
     let ifindex = identify::ifindex(ctx);
-    if pod.ifindex != ifindex || pod.mac != request.sender_mac || pod.mac != frame.source {
+    if pod.ifindex != ifindex || pod.mac() != request.sender_mac || pod.mac() != frame.source {
         return Err(DropReason::SpoofedArp);
     }
-    parse::write(ctx, 0, pod.mac)?;
-    parse::write(ctx, 6, pod.gateway_mac)?;
+    parse::write(ctx, 0, pod.macs)?;
     let reply = Arp {
         kind: REPLY,
-        sender_mac: pod.gateway_mac,
+        sender_mac: pod.gateway_mac(),
         sender: request.target,
         target_mac: request.sender_mac,
         target: request.sender,

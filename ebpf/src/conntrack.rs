@@ -7,7 +7,7 @@ use crate::{
 };
 use abi::{
     ConntrackEntry, ConntrackKey,
-    address::SHARED_SCOPE,
+    address::{Address, SHARED_SCOPE},
     conntrack::{
         FIN_ORIGINAL, FIN_REPLY, OTHER_ASSURED_NS, OTHER_UNREPLIED_NS, Peer, RESET, SECOND, SEEN_REPLY, TCP_CLOSING_NS,
         TCP_ESTABLISHED_NS, TCP_SYN_NS,
@@ -63,7 +63,7 @@ pub fn place(flow: &Flow) -> Option<Place> {
 /// Whether (source, port) is above (destination, port).
 #[inline(always)]
 fn is_above(flow: &Flow) -> bool {
-    let (source, destination) = (u128::from_ne_bytes(flow.source), u128::from_ne_bytes(flow.destination));
+    let (source, destination) = (u128::from_ne_bytes(flow.source.0), u128::from_ne_bytes(flow.destination.0));
     if source == destination {
         flow.source_port > flow.destination_port
     } else {
@@ -71,31 +71,23 @@ fn is_above(flow: &Flow) -> bool {
     }
 }
 
-/// A hash of the key, never zero: what an entry says whose it is. FNV-1a over 64-bit words.
+/// A hash of the key: what an entry says whose it is.
 #[inline(always)]
 fn cookie(key: &ConntrackKey) -> u64 {
-    const PRIME: u64 = 0x0000_0100_0000_01b3;
-    let word = |bytes: &[u8; 16], at: usize| {
-        u64::from_ne_bytes([
-            bytes[at],
-            bytes[at + 1],
-            bytes[at + 2],
-            bytes[at + 3],
-            bytes[at + 4],
-            bytes[at + 5],
-            bytes[at + 6],
-            bytes[at + 7],
-        ])
-    };
     let ports = u64::from(key.lower_port) << 32 | u64::from(key.upper_port) << 16 | u64::from(key.protocol);
+    hash(&key.lower, &key.upper, ports)
+}
+
+/// FNV-1a over 64-bit words; never zero.
+#[inline(always)]
+pub fn hash(one: &Address, other: &Address, rest: u64) -> u64 {
+    const PRIME: u64 = 0x0000_0100_0000_01b3;
+    let word = |address: &Address, at: usize| {
+        let words = address.words();
+        u64::from(words[at]) << 32 | u64::from(words[at + 1])
+    };
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-    for part in [
-        word(&key.lower, 0),
-        word(&key.lower, 8),
-        word(&key.upper, 0),
-        word(&key.upper, 8),
-        ports,
-    ] {
+    for part in [word(one, 0), word(one, 2), word(other, 0), word(other, 2), rest] {
         hash = (hash ^ part).wrapping_mul(PRIME);
         hash ^= hash >> 29;
     }

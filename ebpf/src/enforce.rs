@@ -4,15 +4,19 @@ use crate::{
     conntrack::{self, Tracked},
     identify::Party,
     maps,
-    packet::{Flow, ICMP, ICMP_ECHO, TCP},
+    packet::{Flow, Fragment, TCP},
 };
 use abi::{
     Direction, DropReason,
     policy::{
-        CELL_ALLOW, CELL_DENY, CELL_PORT_SET, CELLS_PER_ELEMENT, NOT_ENFORCED, SEARCH_STEPS, breakpoint_allows,
-        breakpoint_key, cell_index, port_key,
+        CELL_ALLOW, CELL_DENY, CELL_PORT_SET, CELLS_PER_ELEMENT, ICMP, ICMPV6, NOT_ENFORCED, SEARCH_STEPS,
+        breakpoint_allows, breakpoint_key, cell_index, port_key,
     },
 };
+
+/// Type of an ICMP echo request (RFC 792), and of ICMPv6's (RFC 4443): where policy looks for a port.
+const ICMP_ECHO: u16 = 8;
+const ICMPV6_ECHO: u16 = 128;
 
 /// Lets a packet pass or says why not.
 ///
@@ -21,10 +25,14 @@ use abi::{
 ///    judged again as it was opened. If it may not go on, it is forgotten, and both directions stop.
 /// 3. A SYN against the direction of a flow, or on one that is closed, asks for a new one, and is judged as such.
 /// 4. An ICMP error or an echo reply passes only with its flow.
-/// 5. Anything else opens a flow, if policy lets it. TCP that is no SYN must be allowed both ways, since nobody knows
+/// 5. A later fragment whose first one has not been here passes where the two may talk at all.
+/// 6. Anything else opens a flow, if policy lets it. TCP that is no SYN must be allowed both ways, since nobody knows
 ///    which end opened it.
-#[inline(always)]
+#[inline(never)]
 pub fn admit(flow: &mut Flow, from: &Party, to: &Party) -> Result<(), DropReason> {
+    if flow.fragment == Fragment::Ahead {
+        return ahead(flow, from, to);
+    }
     let mut place = conntrack::place(flow).ok_or(DropReason::Internal)?;
     let peers = conntrack::peers(&place, from, to);
     let now = conntrack::now();
@@ -41,7 +49,9 @@ pub fn admit(flow: &mut Flow, from: &Party, to: &Party) -> Result<(), DropReason
             } else {
                 judge(flow, from, to, flow.destination_port)
             };
-            if verdict.is_err() {
+            if flow.related {
+                // About the flow, not of it: that is for the flow's own packets to settle.
+            } else if verdict.is_err() {
                 conntrack::forget(&place);
             } else {
                 // Where the map takes no entry the next packet is judged as this one was.
@@ -82,7 +92,21 @@ fn judge(flow: &Flow, from: &Party, to: &Party, port: u16) -> Result<(), DropRea
     Ok(())
 }
 
+/// The ports of the packet that this is a piece of are not known, nor which end has opened the flow.
 #[inline(always)]
+fn ahead(flow: &Flow, from: &Party, to: &Party) -> Result<(), DropReason> {
+    let something = |direction, row, column| row == NOT_ENFORCED || cell(flow, direction, row, column) != CELL_DENY;
+    let either = |one: &Party, other: &Party| {
+        something(Direction::Egress, one.row, other.column) && something(Direction::Ingress, other.row, one.column)
+    };
+    if either(from, to) || either(to, from) {
+        Ok(())
+    } else {
+        Err(DropReason::FragmentUnknown)
+    }
+}
+
+#[inline(never)]
 fn permits(flow: &Flow, direction: Direction, row: u32, column: u32, port: u16) -> bool {
     row == NOT_ENFORCED
         || match cell(flow, direction, row, column) {
@@ -126,10 +150,10 @@ fn port_set_permits(flow: &Flow, index: u32, port: u16) -> bool {
         return false;
     }
     // A flow of ICMP is an echo; its identifier is no port.
-    let port = if flow.protocol == ICMP {
-        u16::from(ICMP_ECHO)
-    } else {
-        port
+    let port = match flow.protocol {
+        ICMP => ICMP_ECHO,
+        ICMPV6 => ICMPV6_ECHO,
+        _ => port,
     };
     let key = port_key(flow.protocol, port);
     let (mut low, mut left) = (set.first, set.len);

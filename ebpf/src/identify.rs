@@ -14,7 +14,9 @@ use abi::{
     policy::NOT_ENFORCED,
 };
 use aya_ebpf::{
-    bindings::{BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NOT_FWDED, bpf_fib_lookup, bpf_tunnel_key},
+    bindings::{
+        BPF_F_TUNINFO_IPV6, BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NOT_FWDED, bpf_fib_lookup, bpf_tunnel_key,
+    },
     btf_maps::lpm_trie::Key,
     helpers::{bpf_skb_get_tunnel_key, generated},
     programs::TcContext,
@@ -35,18 +37,40 @@ pub struct Party {
 pub struct Pod {
     pub party: Party,
     pub ifindex: u32,
-    pub mac: [u8; 6],
-    pub gateway_mac: [u8; 6],
+    /// MAC addresses of the pod and of its gateway, one after the other: the beginning of a frame for the pod.
+    pub macs: [u32; 3],
+}
+
+impl Pod {
+    #[inline(always)]
+    pub fn mac(&self) -> [u8; 6] {
+        let [[a, b, c, d], [e, f, ..], _] = self.macs.map(u32::to_ne_bytes);
+        [a, b, c, d, e, f]
+    }
+
+    #[inline(always)]
+    pub fn gateway_mac(&self) -> [u8; 6] {
+        let [_, [.., a, b], [c, d, e, f]] = self.macs.map(u32::to_ne_bytes);
+        [a, b, c, d, e, f]
+    }
 }
 
 /// An address of the cluster, copied out of the map.
 struct Known {
     party: Party,
-    /// Underlay address of its node, IPv4.
-    tunnel: [u8; 4],
+    /// Underlay address of its node, in words in network byte order.
+    tunnel: [u32; 4],
     tunnel_family: u8,
     identity: [Identity; 2],
-    is_host: bool,
+    /// [`IPCACHE_HOST`] or zero.
+    flags: u8,
+}
+
+impl Known {
+    #[inline(always)]
+    fn is_host(&self) -> bool {
+        self.flags & IPCACHE_HOST != 0
+    }
 }
 
 /// How a packet gets to where it goes.
@@ -62,27 +86,14 @@ pub enum Way {
     Remote,
 }
 
-/// Where a packet goes. What does not belong to its way is zero: an enum with fields would leave them unset, and the
-/// verifier does not let a program copy what was never written.
+/// Where a packet goes. What does not belong to its way is zero.
 pub struct Place {
     pub way: Way,
     pub ifindex: u32,
-    pub mac: [u8; 6],
-    pub gateway_mac: [u8; 6],
-    /// Underlay address of the node that it lives behind.
-    pub tunnel: [u8; 4],
-}
-
-impl Place {
-    const fn new(way: Way) -> Self {
-        Self {
-            way,
-            ifindex: 0,
-            mac: [0; 6],
-            gateway_mac: [0; 6],
-            tunnel: [0; 4],
-        }
-    }
+    /// As in [`Pod`].
+    pub macs: [u32; 3],
+    /// Underlay address of the node that it lives behind, in words in network byte order.
+    pub tunnel: [u32; 4],
 }
 
 /// Whom a pod's packet is for.
@@ -91,10 +102,26 @@ pub struct Receiver {
     pub place: Place,
 }
 
+impl Receiver {
+    /// Not known yet.
+    #[inline(always)]
+    pub fn new() -> Self {
+        Self {
+            party: reserved(Identity::NONE),
+            place: Place {
+                way: Way::Host,
+                ifindex: 0,
+                macs: [0; 3],
+                tunnel: [0; 4],
+            },
+        }
+    }
+}
+
 /// The outer header of a packet from the tunnel.
 pub struct Outer {
-    /// IPv4 address, in network byte order.
-    pub source: [u8; 4],
+    /// Its address, as a key.
+    pub node: AddressKey,
     pub vni: Identity,
 }
 
@@ -115,84 +142,115 @@ fn key(flow: &Flow, address: Address) -> AddressKey {
     AddressKey::new(family, address)
 }
 
-/// Times that an entry is looked up when it is replaced just as it is read. Each is one write of hostd's.
-const ATTEMPTS: usize = 2;
-
 /// Reads a field that hostd, or the kernel for another key, may be writing: whether the value holds is known only
 /// after the stamps were read once more.
 macro_rules! volatile {
     ($pointer:expr, $($field:tt)+) => {
         // SAFETY: the pointer is to an element of a map, whose memory is never unmapped while programs run. All fields
-        // are integers or arrays of them, for which any bytes are a value.
+        // are integers, for which any bytes are a value.
         unsafe { core::ptr::read_volatile(&raw const (*$pointer).$($field)+) }
     };
 }
 
-/// A pod of this node.
-#[inline(always)]
-pub fn endpoint(key: &AddressKey, parity: usize) -> Option<Pod> {
-    for _ in 0..ATTEMPTS {
-        let entry = maps::ENDPOINTS.get_ptr(key)?;
-        let stamp = volatile!(entry, first_stamp);
-        let whole_before = volatile!(entry, last_stamp) == stamp;
-        let pod = Pod {
-            party: Party {
-                identity: volatile!(entry, identity[parity]),
-                row: volatile!(entry, row[parity]),
-                column: volatile!(entry, column[parity]),
-                peer: Peer {
-                    owner: volatile!(entry, owner),
-                    epoch: volatile!(entry, epoch),
-                },
-            },
-            ifindex: volatile!(entry, ifindex),
-            mac: volatile!(entry, mac),
-            gateway_mac: volatile!(entry, gateway_mac),
-        };
-        let own = volatile!(entry, address) == key.address;
-        let whole_after = volatile!(entry, last_stamp) == stamp && volatile!(entry, first_stamp) == stamp;
-        if whole_before && own && whole_after {
-            return Some(pod);
+/// The same for what is read word by word: an array would be copied through the stack.
+macro_rules! volatile_words {
+    ($pointer:expr, $field:ident) => {{
+        // SAFETY: as in `volatile`; the field begins at a multiple of four.
+        unsafe {
+            let words = (&raw const (*$pointer).$field).cast::<u32>();
+            core::array::from_fn(|index| core::ptr::read_volatile(words.add(index)))
         }
-    }
-    None
+    }};
 }
 
-/// An address of the cluster.
+/// What a look at an entry has found.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+enum Look {
+    Nothing,
+    /// It was replaced under the reader's eyes.
+    Torn,
+    Whole,
+}
+
+/// Looks at an entry: it is believed only where its stamps and its address say, before and after the fields were read,
+/// that it is one entry, whole.
+macro_rules! look {
+    ($map:expr, $key:expr, |$entry:ident| $read:block) => {{
+        let Some($entry) = $map.get_ptr($key) else {
+            return Look::Nothing;
+        };
+        let stamp = volatile!($entry, first_stamp);
+        let whole_before = volatile!($entry, last_stamp) == stamp;
+        $read
+        let address: [u32; 4] = volatile_words!($entry, address);
+        let whole_after = volatile!($entry, last_stamp) == stamp && volatile!($entry, first_stamp) == stamp;
+        if whole_before && whole_after && address == $key.address.words() {
+            Look::Whole
+        } else {
+            Look::Torn
+        }
+    }};
+}
+
+#[inline(never)]
+fn look_at_endpoint(key: &AddressKey, parity: usize, pod: &mut Pod) -> Look {
+    look!(maps::ENDPOINTS, key, |entry| {
+        pod.party.identity = volatile!(entry, identity[parity & 1]);
+        pod.party.row = volatile!(entry, row[parity & 1]);
+        pod.party.column = volatile!(entry, column[parity & 1]);
+        pod.party.peer.owner = volatile!(entry, owner);
+        pod.party.peer.epoch = volatile!(entry, epoch);
+        pod.ifindex = volatile!(entry, ifindex);
+        pod.macs = volatile_words!(entry, mac);
+    })
+}
+
+#[inline(never)]
+fn look_at_address(key: &AddressKey, parity: usize, known: &mut Known) -> Look {
+    look!(maps::IPCACHE, key, |entry| {
+        known.party.identity = volatile!(entry, identity[parity & 1]);
+        known.party.row = NOT_ENFORCED;
+        known.party.column = volatile!(entry, column[parity & 1]);
+        known.party.peer.owner = volatile!(entry, owner);
+        known.party.peer.epoch = volatile!(entry, epoch);
+        known.tunnel = volatile_words!(entry, tunnel_endpoint);
+        known.tunnel_family = volatile!(entry, tunnel_family);
+        known.identity = [volatile!(entry, identity[0]), volatile!(entry, identity[1])];
+        known.flags = volatile!(entry, flags);
+    })
+}
+
+/// A pod of this node. An entry that is replaced just as it is read is looked at once more: that was one write of hostd's.
+#[inline(always)]
+pub fn endpoint(key: &AddressKey, parity: usize) -> Option<Pod> {
+    let mut pod = Pod {
+        party: reserved(Identity::NONE),
+        ifindex: 0,
+        macs: [0; 3],
+    };
+    let mut look = look_at_endpoint(key, parity, &mut pod);
+    if look == Look::Torn {
+        look = look_at_endpoint(key, parity, &mut pod);
+    }
+    (look == Look::Whole).then_some(pod)
+}
+
+/// An address of the cluster, likewise.
 #[inline(always)]
 fn ipcache(key: &AddressKey, parity: usize) -> Option<Known> {
-    for _ in 0..ATTEMPTS {
-        let entry = maps::IPCACHE.get_ptr(key)?;
-        let stamp = volatile!(entry, first_stamp);
-        let whole_before = volatile!(entry, last_stamp) == stamp;
-        let identity = [volatile!(entry, identity[0]), volatile!(entry, identity[1])];
-        let known = Known {
-            party: Party {
-                identity: volatile!(entry, identity[parity]),
-                row: NOT_ENFORCED,
-                column: volatile!(entry, column[parity]),
-                peer: Peer {
-                    owner: volatile!(entry, owner),
-                    epoch: volatile!(entry, epoch),
-                },
-            },
-            tunnel: [
-                volatile!(entry, tunnel_endpoint[0]),
-                volatile!(entry, tunnel_endpoint[1]),
-                volatile!(entry, tunnel_endpoint[2]),
-                volatile!(entry, tunnel_endpoint[3]),
-            ],
-            tunnel_family: volatile!(entry, tunnel_family),
-            identity,
-            is_host: volatile!(entry, flags) & IPCACHE_HOST != 0,
-        };
-        let own = volatile!(entry, address) == key.address;
-        let whole_after = volatile!(entry, last_stamp) == stamp && volatile!(entry, first_stamp) == stamp;
-        if whole_before && own && whole_after {
-            return Some(known);
-        }
+    let mut known = Known {
+        party: reserved(Identity::NONE),
+        tunnel: [0; 4],
+        tunnel_family: 0,
+        identity: [Identity::NONE; 2],
+        flags: 0,
+    };
+    let mut look = look_at_address(key, parity, &mut known);
+    if look == Look::Torn {
+        look = look_at_address(key, parity, &mut known);
     }
-    None
+    (look == Look::Whole).then_some(known)
 }
 
 #[inline(always)]
@@ -201,39 +259,45 @@ fn is_node(key: &AddressKey) -> bool {
 }
 
 /// The pod that sent a packet: it must own the source address, the source MAC and the interface.
-#[inline(always)]
+#[inline(never)]
 pub fn sending_pod(ctx: &TcContext, frame: &Frame, flow: &mut Flow) -> Result<Party, DropReason> {
     let pod = endpoint(&key(flow, flow.source), flow.parity()).ok_or(DropReason::SpoofedAddress)?;
     if pod.ifindex != ifindex(ctx) {
         return Err(DropReason::SpoofedAddress);
     }
-    if pod.mac != frame.source {
+    if pod.mac() != frame.source {
         return Err(DropReason::SpoofedMac);
     }
-    if pod.gateway_mac != frame.destination {
+    if pod.gateway_mac() != frame.destination {
         return Err(DropReason::NotForGateway);
     }
     flow.from = pod.party.identity;
+    is_about_sender(flow)?;
     Ok(pod.party)
+}
+
+/// A pod sends errors about packets that were for itself, and about no others.
+#[inline(always)]
+fn is_about_sender(flow: &Flow) -> Result<(), DropReason> {
+    if flow.related && flow.about != flow.source {
+        return Err(DropReason::IcmpUnrelated);
+    }
+    Ok(())
 }
 
 /// Whom a pod's packet is for. The tunnel port is none but at pods: behind masquerade such a packet would arrive as this
 /// node's own, and any address may be one of a node's.
-#[inline(always)]
-pub fn receiver(ctx: &TcContext, flow: &mut Flow) -> Result<Receiver, DropReason> {
+#[inline(never)]
+pub fn receiver(ctx: &TcContext, flow: &mut Flow, receiver: &mut Receiver) -> Result<(), DropReason> {
     let key = key(flow, flow.destination);
+    let place = &mut receiver.place;
     if let Some(pod) = endpoint(&key, flow.parity()) {
         flow.to = pod.party.identity;
-        return Ok(Receiver {
-            party: pod.party,
-            place: Place {
-                way: Way::Pod,
-                ifindex: pod.ifindex,
-                mac: pod.mac,
-                gateway_mac: pod.gateway_mac,
-                tunnel: [0; 4],
-            },
-        });
+        receiver.party = pod.party;
+        place.way = Way::Pod;
+        place.ifindex = pod.ifindex;
+        place.macs = pod.macs;
+        return Ok(());
     }
     let config = maps::config().ok_or(DropReason::Internal)?;
     let to_tunnel = flow.protocol == UDP && !flow.related && flow.destination_port == config.tunnel_port.to_be();
@@ -241,39 +305,30 @@ pub fn receiver(ctx: &TcContext, flow: &mut Flow) -> Result<Receiver, DropReason
         if to_tunnel {
             return Err(DropReason::TunnelPort);
         }
-        let party = outside(flow, &key).ok_or(DropReason::UnknownDestination)?;
-        flow.to = party.identity;
-        if party.identity != Identity::REMOTE_NODE && is_for_this_node(ctx, flow)? {
-            flow.to = Identity::HOST;
-            return Ok(Receiver {
-                party: reserved(Identity::HOST),
-                place: Place::new(Way::Host),
-            });
+        receiver.party = outside(flow, &key).ok_or(DropReason::UnknownDestination)?;
+        place.way = Way::Outside;
+        if receiver.party.identity != Identity::REMOTE_NODE && is_for_this_node(ctx, flow)? {
+            receiver.party = reserved(Identity::HOST);
+            place.way = Way::Host;
         }
-        return Ok(Receiver {
-            party,
-            place: Place::new(Way::Outside),
-        });
+        flow.to = receiver.party.identity;
+        return Ok(());
     };
-    if to_tunnel && known.is_host {
+    if to_tunnel && known.is_host() {
         return Err(DropReason::TunnelPort);
     }
     flow.to = known.party.identity;
-    let place = if known.is_host {
-        Place::new(Way::Host)
+    receiver.party = known.party;
+    if known.is_host() {
+        place.way = Way::Host;
     } else if known.tunnel_family != 0 {
-        Place {
-            tunnel: known.tunnel,
-            ..Place::new(Way::Remote)
-        }
+        place.way = Way::Remote;
+        place.tunnel = known.tunnel;
     } else {
         // A pod of this node that is being added or removed: known, but not reachable.
         return Err(DropReason::UnknownDestination);
-    };
-    Ok(Receiver {
-        party: known.party,
-        place,
-    })
+    }
+    Ok(())
 }
 
 /// The pod of this node that a packet from outside is for.
@@ -285,22 +340,32 @@ pub fn local_receiver(flow: &mut Flow) -> Result<Pod, DropReason> {
 }
 
 /// The node that a packet from the tunnel came from, which must be one of the cluster, and the VNI.
-#[inline(always)]
+#[inline(never)]
 pub fn outer_source(ctx: &TcContext) -> Result<Outer, DropReason> {
+    let config = maps::config().ok_or(DropReason::Internal)?;
+    let by_v6 = config.underlay_family == Family::V6 as u8;
+    let flags = if by_v6 { u64::from(BPF_F_TUNINFO_IPV6) } else { 0 };
     // SAFETY: all zero is a value of this plain C struct.
     let mut tunnel: bpf_tunnel_key = unsafe { core::mem::zeroed() };
     // SAFETY: the context and the key are valid, and the size is the key's own.
-    let failed = unsafe { bpf_skb_get_tunnel_key(ctx.skb.skb, &raw mut tunnel, size_of::<bpf_tunnel_key>() as u32, 0) };
+    let failed =
+        unsafe { bpf_skb_get_tunnel_key(ctx.skb.skb, &raw mut tunnel, size_of::<bpf_tunnel_key>() as u32, flags) };
     if failed != 0 {
         return Err(DropReason::NoTunnelKey);
     }
-    // SAFETY: without BPF_F_TUNINFO_IPV6 the helper fills the IPv4 address, in host byte order.
-    let source = unsafe { tunnel.__bindgen_anon_1.remote_ipv4 }.to_be_bytes();
-    if !is_node(&AddressKey::v4(source)) {
+    let node = if by_v6 {
+        // SAFETY: with BPF_F_TUNINFO_IPV6 the helper fills the IPv6 address, in network byte order; any bytes are one.
+        let address = unsafe { core::mem::transmute::<[u32; 4], Address>(tunnel.__bindgen_anon_1.remote_ipv6) };
+        AddressKey::new(Family::V6, address)
+    } else {
+        // SAFETY: without it, the IPv4 address, in host byte order.
+        AddressKey::v4(unsafe { tunnel.__bindgen_anon_1.remote_ipv4 }.to_be_bytes())
+    };
+    if !is_node(&node) {
         return Err(DropReason::UnknownNode);
     }
     Ok(Outer {
-        source,
+        node,
         vni: Identity(tunnel.tunnel_id),
     })
 }
@@ -308,32 +373,34 @@ pub fn outer_source(ctx: &TcContext) -> Result<Outer, DropReason> {
 /// The pod of another node that sent a packet. The VNI is believed only where the ipcache says that the inner source
 /// lives behind the outer one with that identity. While a policy is changed it may be the old one or the new one, for
 /// nodes do not switch at the same instant; what is enforced is always this node's own generation.
-#[inline(always)]
+#[inline(never)]
 pub fn remote_sender(flow: &mut Flow, outer: &Outer) -> Result<Party, DropReason> {
     flow.from = outer.vni;
     if !outer.vni.is_allocated() {
         return Err(DropReason::ReservedVni);
     }
     let known = ipcache(&key(flow, flow.source), flow.parity()).ok_or(DropReason::WrongNode)?;
-    if known.tunnel_family != Family::V4 as u8 || known.tunnel != outer.source {
+    if known.tunnel_family != outer.node.family || known.tunnel != outer.node.address.words() {
         return Err(DropReason::WrongNode);
     }
     if outer.vni != known.identity[0] && outer.vni != known.identity[1] {
         return Err(DropReason::WrongVni);
     }
     flow.from = known.party.identity;
+    is_about_sender(flow)?;
     Ok(known.party)
 }
 
 /// Who sends what the node's stack gives to a pod: the node itself, or an address from which the node has routed the
 /// packet. Such an address may be anything but a pod's and the node's own: those do not come this way.
-#[inline(always)]
+#[inline(never)]
 pub fn node_or_outside(ctx: &TcContext, flow: &mut Flow) -> Result<Party, DropReason> {
     // SAFETY: the context is the kernel's `__sk_buff`, valid as long as the program runs.
     let came_in_by = unsafe { (*ctx.skb.skb).ingress_ifindex };
+    let router = flow.related && flow.about != flow.source;
     if came_in_by == 0 {
         flow.from = Identity::HOST;
-        return Ok(reserved(Identity::HOST));
+        return if router { addressee(flow) } else { Ok(reserved(Identity::HOST)) };
     }
     let key = key(flow, flow.source);
     if maps::IPCACHE.get_ptr(&key).is_some() || maps::ENDPOINTS.get_ptr(&key).is_some() {
@@ -341,7 +408,22 @@ pub fn node_or_outside(ctx: &TcContext, flow: &mut Flow) -> Result<Party, DropRe
     }
     let party = outside(flow, &key).ok_or(DropReason::UnknownSource)?;
     flow.from = party.identity;
-    Ok(party)
+    if router { addressee(flow) } else { Ok(party) }
+}
+
+/// A router's error is about a flow that is none of its own: whom that goes to, who takes the router's place. A router
+/// is whoever is no pod.
+#[inline(never)]
+fn addressee(flow: &mut Flow) -> Result<Party, DropReason> {
+    flow.source = flow.about;
+    let key = key(flow, flow.source);
+    if let Some(pod) = endpoint(&key, flow.parity()) {
+        return Ok(pod.party);
+    }
+    if let Some(known) = ipcache(&key, flow.parity()) {
+        return Ok(known.party);
+    }
+    outside(flow, &key).ok_or(DropReason::IcmpUnrelated)
 }
 
 /// An address that is no pod's has no owner. What it is takes the place of the epoch, so that its flows are judged again
@@ -366,7 +448,7 @@ fn reserved(identity: Identity) -> Party {
 
 /// What an address is that the ipcache does not know: another node, or whatever the networks say of it. None where
 /// nothing is routed to or from it.
-#[inline(always)]
+#[inline(never)]
 fn outside(flow: &Flow, address: &AddressKey) -> Option<Party> {
     if is_node(address) {
         return Some(reserved(Identity::REMOTE_NODE));
@@ -400,7 +482,7 @@ const _: () = assert!(size_of::<bpf_fib_lookup>() == 64);
 
 /// Whether the node would deliver a packet to itself: its routes know all its addresses, also those that hostd was
 /// not told of. Where the node does not forward at all, nothing else can become of the packet.
-#[inline(always)]
+#[inline(never)]
 fn is_for_this_node(ctx: &TcContext, flow: &Flow) -> Result<bool, DropReason> {
     let scratch = maps::scratch().ok_or(DropReason::Internal)?;
     // SAFETY: as in `Flow::begin`; nothing else refers to this part. All zero is a value of this plain C struct.
@@ -409,13 +491,12 @@ fn is_for_this_node(ctx: &TcContext, flow: &Flow) -> Result<bool, DropReason> {
         core::ptr::write_bytes(route.cast::<u8>(), 0, size_of::<bpf_fib_lookup>());
         &mut *route
     };
-    let address = |address: &Address| u32::from_ne_bytes([address[0], address[1], address[2], address[3]]);
-    // `AF_INET`.
-    route.family = 2;
+    route.family = flow.family;
     route.l4_protocol = flow.protocol;
     route.ifindex = ifindex(ctx);
-    route.__bindgen_anon_3.ipv4_src = address(&flow.source);
-    route.__bindgen_anon_4.ipv4_dst = address(&flow.destination);
+    // The first word of what has room for IPv6 is IPv4's.
+    route.__bindgen_anon_3.ipv6_src = flow.source.words();
+    route.__bindgen_anon_4.ipv6_dst = flow.destination.words();
     // SAFETY: context and parameters are valid, and the size is the parameters' own.
     let found = unsafe { generated::bpf_fib_lookup(ctx.skb.skb.cast(), route, ROUTE_LEN, 0) };
     if found < 0 {

@@ -6,8 +6,11 @@ mod arp;
 mod conntrack;
 mod enforce;
 mod forward;
+mod fragment;
+mod icmp;
 mod identify;
 mod maps;
+mod neighbour;
 mod packet;
 mod parse;
 mod verdict;
@@ -15,6 +18,7 @@ mod verdict;
 use abi::{DropReason, Hook, Identity};
 use aya_ebpf::{macros::classifier, programs::TcContext};
 use forward::Action;
+use identify::Receiver;
 use packet::Flow;
 
 /// tc ingress of a pod's host veth: what the pod sends.
@@ -33,11 +37,16 @@ fn pod_sends(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReason> {
     if frame.ethertype == parse::ETHERTYPE_ARP {
         return arp::answer(ctx, &frame);
     }
-    parse::ipv4(ctx, &frame, flow)?;
+    parse::packet(ctx, &frame, flow)?;
+    if flow.link != 0 {
+        return neighbour::answer(ctx, &frame, flow);
+    }
     let sender = identify::sending_pod(ctx, &frame, flow)?;
-    let receiver = identify::receiver(ctx, flow)?;
+    fragment::track(flow)?;
+    let mut receiver = Receiver::new();
+    identify::receiver(ctx, flow, &mut receiver)?;
     enforce::admit(flow, &sender, &receiver.party)?;
-    forward::deliver(ctx, sender.identity, &receiver)
+    forward::deliver(ctx, flow, sender.identity, &receiver)
 }
 
 /// tc ingress of the vxlan device: what other nodes send.
@@ -54,11 +63,23 @@ pub fn from_overlay(ctx: TcContext) -> i32 {
 fn overlay_delivers(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReason> {
     let outer = identify::outer_source(ctx)?;
     let frame = parse::frame(ctx)?;
-    parse::ipv4(ctx, &frame, flow)?;
+    parse::packet(ctx, &frame, flow)?;
+    stays_on_the_link(flow)?;
     let sender = identify::remote_sender(flow, &outer)?;
+    fragment::track(flow)?;
     let receiver = identify::local_receiver(flow)?;
     enforce::admit(flow, &sender, &receiver.party)?;
     forward::from_overlay(ctx, &receiver)
+}
+
+/// What stays on a link has no business on another one.
+#[inline(always)]
+fn stays_on_the_link(flow: &Flow) -> Result<(), DropReason> {
+    if flow.link == 0 {
+        Ok(())
+    } else {
+        Err(DropReason::LinkControl)
+    }
 }
 
 /// tc egress of a pod's host veth: what the node's own stack sends or routes to the pod. What the programs deliver
@@ -78,8 +99,10 @@ fn node_sends(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReason> {
     if frame.ethertype == parse::ETHERTYPE_ARP {
         return Err(DropReason::UnexpectedArp);
     }
-    parse::ipv4(ctx, &frame, flow)?;
+    parse::packet(ctx, &frame, flow)?;
+    stays_on_the_link(flow)?;
     let sender = identify::node_or_outside(ctx, flow)?;
+    fragment::track(flow)?;
     let receiver = identify::local_receiver(flow)?;
     if receiver.ifindex != identify::ifindex(ctx) {
         return Err(DropReason::NotLocal);

@@ -2,8 +2,8 @@
 
 use crate::packet::Flow;
 use abi::{
-    AddressKey, ConntrackEntry, ConntrackKey, Endpoint, Event, IpcacheEntry, NetworkEntry, NodeConfig, NodeEntry,
-    PortSet,
+    AddressKey, ConntrackEntry, ConntrackKey, Endpoint, Event, FragmentEntry, FragmentKey, IpcacheEntry, NetworkEntry,
+    NodeConfig, NodeEntry, PortSet,
     drop::DROP_REASONS,
     event::{Counter, PATHS},
 };
@@ -31,6 +31,8 @@ pub static NODES: HashMap<AddressKey, NodeEntry, 8192, NO_PREALLOC> = HashMap::n
 pub static NETWORKS: LpmTrie<AddressKey, NetworkEntry, 16384> = LpmTrie::new();
 #[btf_map]
 pub static CONNTRACK: LruHashMap<ConntrackKey, ConntrackEntry, 131_072> = LruHashMap::new();
+#[btf_map]
+pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentEntry, 8192> = LruHashMap::new();
 /// What the stack of 512 bytes has no room for.
 #[repr(C)]
 pub struct Scratch {
@@ -39,6 +41,9 @@ pub struct Scratch {
     pub entry: ConntrackEntry,
     pub route: bpf_fib_lookup,
     pub network: Key<AddressKey>,
+    pub fragment_key: FragmentKey,
+    pub fragment: FragmentEntry,
+    pub icmp: crate::icmp::Message,
 }
 
 #[btf_map]

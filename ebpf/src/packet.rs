@@ -1,6 +1,19 @@
 //! What the stages learn of a packet, in the order in which they learn it.
 
-use abi::{Identity, address::Address};
+use abi::{DropReason, Identity, address::Address};
+
+/// Whether a packet is whole.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Fragment {
+    /// It is.
+    None,
+    /// The first piece of a packet.
+    First,
+    /// Another piece, which has no ports of its own.
+    Later,
+    /// Another piece, whose first one has not been here yet.
+    Ahead,
+}
 
 /// A packet's flow, and what is reported of it.
 #[derive(Clone, Copy)]
@@ -20,8 +33,18 @@ pub struct Flow {
     pub tcp_flags: u8,
     /// An ICMP error: it passes only with the flow that it is about.
     pub related: bool,
+    /// Whom the packet that an ICMP error quotes was for.
+    pub about: Address,
     /// An echo reply: it opens no flow.
     pub answer: bool,
+    /// Type of an ICMPv6 message that stays on the link, or zero.
+    pub link: u8,
+    /// Where the packet is one piece of a larger one.
+    pub fragment: Fragment,
+    /// Offset of the piece in the larger packet, its length, both in bytes, and the larger packet's identification.
+    pub fragment_offset: u32,
+    pub fragment_length: u32,
+    pub identification: u32,
     /// The packet opened a flow.
     pub opened: bool,
     pub from: Identity,
@@ -33,10 +56,7 @@ pub const TCP_SYN: u8 = 0x02;
 pub const TCP_RST: u8 = 0x04;
 pub const TCP_ACK: u8 = 0x10;
 
-pub use abi::policy::{ICMP, SCTP, TCP, UDP};
-
-/// Type of an ICMP echo request (RFC 792).
-pub const ICMP_ECHO: u8 = 8;
+pub use abi::policy::{SCTP, TCP, UDP};
 
 impl Flow {
     /// The flow of the packet that this CPU works on.
@@ -54,19 +74,48 @@ impl Flow {
     fn new() -> Self {
         Self {
             generation: crate::maps::generation(),
-            source: [0; 16],
-            destination: [0; 16],
+            source: Address::NONE,
+            destination: Address::NONE,
             source_port: 0,
             destination_port: 0,
             family: 0,
             protocol: 0,
             tcp_flags: 0,
             related: false,
+            about: Address::NONE,
             answer: false,
+            link: 0,
+            fragment: Fragment::None,
+            fragment_offset: 0,
+            fragment_length: 0,
+            identification: 0,
             opened: false,
             from: Identity::NONE,
             to: Identity::NONE,
         }
+    }
+
+    /// Notes which piece of a packet this is; `length` is of what the pieces are put together from. A packet in one
+    /// piece (RFC 6946) is whole.
+    #[inline(always)]
+    pub fn set_fragment(
+        &mut self,
+        identification: u32,
+        offset: u32,
+        more: bool,
+        length: u32,
+    ) -> Result<(), DropReason> {
+        if offset == 0 && !more {
+            return Ok(());
+        }
+        if length == 0 || (more && !length.is_multiple_of(8)) || offset + length > 0xffff {
+            return Err(DropReason::InvalidHeader);
+        }
+        self.fragment = if offset == 0 { Fragment::First } else { Fragment::Later };
+        self.identification = identification;
+        self.fragment_offset = offset;
+        self.fragment_length = length;
+        Ok(())
     }
 
     /// Which element of a pair is in force.

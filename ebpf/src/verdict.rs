@@ -2,7 +2,7 @@
 
 use crate::{
     forward::Action,
-    identify,
+    icmp, identify,
     maps::{self, DROPS, EVENTS, FORWARDED},
     packet::Flow,
 };
@@ -30,15 +30,21 @@ pub fn act(ctx: &TcContext, hook: Hook, flow: &Flow, outcome: Result<Action, Dro
         Ok(action) => {
             let path = path(action);
             count(FORWARDED.get_ptr_mut(path as u32), ctx.len());
-            if flow.opened {
-                report(ctx, hook, flow, REPORT_FLOWS, ALLOWED, path as u8);
+            if flow.opened && is_wanted(REPORT_FLOWS) {
+                report(ctx, hook, flow, ALLOWED, path as u8);
             }
             record(ctx, action);
             carry_out(action)
         }
         Err(reason) => {
             count(DROPS.get_ptr_mut(reason as u32), ctx.len());
-            report(ctx, hook, flow, REPORT_DROPS, reason as u8, 0);
+            if is_wanted(REPORT_DROPS) {
+                report(ctx, hook, flow, reason as u8, 0);
+            }
+            if matches!(hook, Hook::FromPod) && icmp::tell_sender(ctx, flow, reason).is_some() {
+                // SAFETY: as in `carry_out`.
+                return unsafe { bpf_redirect_peer(identify::ifindex(ctx), 0) } as i32;
+            }
             TC_ACT_SHOT
         }
     }
@@ -50,7 +56,10 @@ fn carry_out(action: Action) -> i32 {
     // SAFETY: the helpers only note the target; they have no preconditions.
     unsafe {
         match action {
-            Action::Local { ifindex } | Action::Overlay { ifindex } | Action::AnswerArp { ifindex } => {
+            Action::Local { ifindex }
+            | Action::Overlay { ifindex }
+            | Action::AnswerArp { ifindex }
+            | Action::AnswerNeighbour { ifindex } => {
                 bpf_redirect_peer(ifindex, 0) as i32
             }
             Action::Encap { ifindex, .. } => bpf_redirect(ifindex, 0) as i32,
@@ -65,6 +74,7 @@ fn path(action: Action) -> Path {
         Action::Local { .. } => Path::Local,
         Action::Overlay { .. } => Path::Overlay,
         Action::AnswerArp { .. } => Path::ArpReply,
+        Action::AnswerNeighbour { .. } => Path::NeighbourReply,
         Action::Encap { .. } => Path::Encap,
         Action::ToHost => Path::ToHost,
         Action::ToOutside => Path::ToOutside,
@@ -84,12 +94,15 @@ fn count(counter: Option<*mut Counter>, length: u32) {
     }
 }
 
-/// Reports to whoever watches. Where the ring buffer is full the report is lost; the counters are not.
+/// Whether anybody watches.
 #[inline(always)]
-fn report(ctx: &TcContext, hook: Hook, flow: &Flow, wanted: u32, reason: u8, path: u8) {
-    if maps::config().is_none_or(|config| config.report & wanted == 0) {
-        return;
-    }
+fn is_wanted(report: u32) -> bool {
+    maps::config().is_some_and(|config| config.report & report != 0)
+}
+
+/// Reports to whoever watches. Where the ring buffer is full the report is lost; the counters are not.
+#[inline(never)]
+fn report(ctx: &TcContext, hook: Hook, flow: &Flow, reason: u8, path: u8) {
     let Some(mut slot) = EVENTS.reserve(0) else { return };
     let event: *mut Event = slot.as_mut_ptr();
     // Field by field into the ring buffer: a whole event would not fit on the stack beside everything else.
@@ -128,7 +141,10 @@ fn record(ctx: &TcContext, action: Action) {
         return;
     }
     let (ifindex, vni, remote) = match action {
-        Action::Local { ifindex } | Action::Overlay { ifindex } | Action::AnswerArp { ifindex } => (ifindex, 0, 0),
+        Action::Local { ifindex }
+        | Action::Overlay { ifindex }
+        | Action::AnswerArp { ifindex }
+        | Action::AnswerNeighbour { ifindex } => (ifindex, 0, 0),
         Action::Encap { ifindex, vni, remote } => (ifindex, vni.0, remote),
         Action::ToHost | Action::ToOutside | Action::IntoPod | Action::FromOutside => (0, 0, 0),
     };

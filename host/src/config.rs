@@ -3,7 +3,7 @@
 use ipnet::IpNet;
 use serde::Deserialize;
 use std::{
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, Ipv6Addr},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -14,8 +14,8 @@ use std::{
 pub struct Config {
     /// Name of the node, unique in the cluster.
     pub node: String,
-    /// Address that other nodes reach this one at. It must be on one of the node's interfaces.
-    pub underlay: Ipv4Addr,
+    /// Address that other nodes reach this one at, of either family. It must be on one of the node's interfaces.
+    pub underlay: IpAddr,
     /// Where pods get their addresses from; every address is usable.
     pub pod_cidrs: Vec<IpNet>,
     /// Where the cluster's state is: `file:FOLDER`.
@@ -162,6 +162,8 @@ pub struct Maps {
     pub networks: u32,
     /// Tracked flows.
     pub conntrack: u32,
+    /// Packets whose later fragments are awaited.
+    pub fragments: u32,
 }
 
 impl Default for Maps {
@@ -175,6 +177,7 @@ impl Default for Maps {
             breakpoints: 16_384,
             networks: 16_384,
             conntrack: 131_072,
+            fragments: 8192,
         }
     }
 }
@@ -232,6 +235,12 @@ pub enum ConfigError {
 }
 
 impl Config {
+    /// Pods have IPv6 addresses.
+    #[must_use]
+    pub fn has_ipv6(&self) -> bool {
+        self.pod_cidrs.iter().any(|cidr| matches!(cidr, IpNet::V6(_)))
+    }
+
     /// Reads and checks a configuration file.
     ///
     /// # Errors
@@ -260,6 +269,11 @@ impl Config {
 
     fn check(&self) -> Result<(), (&'static str, String)> {
         crate::endpoint::check_name(&self.node).map_err(|problem| ("node", problem))?;
+        if let IpAddr::V6(v6) = self.underlay
+            && !is_global(v6)
+        {
+            return Err(("underlay", format!("{v6} is not a global or unique local address")));
+        }
         if self.underlay.is_unspecified() || self.underlay.is_loopback() || self.underlay.is_multicast() {
             return Err(("underlay", format!("{} is no address of a node", self.underlay)));
         }
@@ -285,6 +299,7 @@ impl Config {
             ("maps.breakpoints", self.maps.breakpoints, 16, 1 << 22),
             ("maps.networks", self.maps.networks, 64, 1 << 20),
             ("maps.conntrack", self.maps.conntrack, 1024, 1 << 24),
+            ("maps.fragments", self.maps.fragments, 1024, 1 << 20),
         ] {
             if !(least..=most).contains(&value) {
                 return Err((key, format!("{value} is not between {least} and {most}")));
@@ -298,10 +313,14 @@ impl Config {
     }
 
     fn check_cidr(&self, index: usize, cidr: &IpNet) -> Result<(), String> {
-        if matches!(cidr, IpNet::V6(_)) {
-            return Err(format!("{cidr}: IPv6 is not carried yet; give IPv4 CIDRs"));
+        if let IpNet::V6(v6) = cidr
+            && !is_global(v6.network())
+        {
+            return Err(format!(
+                "{cidr}: pods' addresses are global or unique local ones, as in fd00:10:1::/64"
+            ));
         }
-        if cidr.contains(&IpAddr::V4(self.underlay)) {
+        if cidr.contains(&self.underlay) {
             return Err(format!("{cidr} contains the node's own address {}", self.underlay));
         }
         let overlaps = |other: &&IpNet| other.contains(&cidr.network()) || cidr.contains(&other.network());
@@ -310,6 +329,11 @@ impl Config {
             None => Ok(()),
         }
     }
+}
+
+/// Neither link-local nor multicast, nor any of what begins with eight zero bits (RFC 4291, section 2.4).
+const fn is_global(address: Ipv6Addr) -> bool {
+    address.segments()[0] >> 8 != 0 && !address.is_multicast() && !address.is_unicast_link_local()
 }
 
 #[cfg(test)]
@@ -375,6 +399,7 @@ mod tests {
             "breakpoints",
             "networks",
             "conntrack",
+            "fragments",
             "collect_seconds",
         ] {
             assert!(
@@ -408,7 +433,8 @@ mod tests {
             ("192.0.2.1", "10.1.0.9", "contains the node's own address"),
             ("\"10.1.0.0/24\"", "\"10.1.0.0/24\", \"10.1.0.128/25\"", "overlaps"),
             ("\"10.1.0.0/24\"", "", "`pod_cidrs`: give at least one"),
-            ("\"10.1.0.0/24\"", "\"fd00::/64\"", "IPv6"),
+            ("\"10.1.0.0/24\"", "\"fe80::/64\"", "unique local"),
+            ("\"10.1.0.0/24\"", "\"::ffff:10.1.0.0/120\"", "unique local"),
             ("file:/", "etcd:/", "`store`"),
             ("node = \"a\"", "node = \"a/b\"", "`node`"),
         ] {

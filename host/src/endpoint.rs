@@ -141,6 +141,9 @@ pub enum AddressError {
         /// Whose it is.
         owner: String,
     },
+    /// Asked for two of one family.
+    #[error("{0} is the second address of its family: a pod has one of each")]
+    Twice(IpAddr),
     /// Nothing left.
     #[error("every address of this node's pod CIDRs ({cidrs}) is taken; add a CIDR or delete pods")]
     Full {
@@ -179,7 +182,41 @@ pub fn choose_address(
         .ok_or_else(|| AddressError::Full { cidrs: names() })
 }
 
-/// All addresses of a CIDR, the first and the last included: no broadcast domain gives them a meaning of their own.
+/// Finds a pod's addresses, one for each family that the CIDRs have; first that of the first CIDR.
+///
+/// # Errors
+///
+/// As [`choose_address`]; also where two are `asked` for in one family.
+pub fn choose_addresses(
+    cidrs: &[IpNet],
+    asked: &[IpAddr],
+    owner: impl Fn(IpAddr) -> Option<String>,
+) -> Result<(IpAddr, Option<IpAddr>), AddressError> {
+    for (index, address) in asked.iter().enumerate() {
+        if asked[..index].iter().any(|other| other.is_ipv4() == address.is_ipv4()) {
+            return Err(AddressError::Twice(*address));
+        }
+        // Also of a family that no CIDR has.
+        choose_address(cidrs, Some(*address), &owner)?;
+    }
+    let first_is_v4 = cidrs.first().is_some_and(|cidr| cidr.addr().is_ipv4());
+    let choose = |v4: bool| {
+        let its: Vec<IpNet> = cidrs
+            .iter()
+            .filter(|cidr| cidr.addr().is_ipv4() == v4)
+            .copied()
+            .collect();
+        let asked = asked.iter().find(|address| address.is_ipv4() == v4).copied();
+        (!its.is_empty())
+            .then(|| choose_address(&its, asked, &owner))
+            .transpose()
+    };
+    let first = choose(first_is_v4)?.ok_or_else(|| AddressError::Full { cidrs: String::new() })?;
+    Ok((first, choose(!first_is_v4)?))
+}
+
+/// All addresses of a CIDR, the first and the last included: no broadcast domain gives them a meaning of their own. But
+/// for the first one of IPv6, which is the anycast address of the subnet's routers (RFC 4291, section 2.6.1).
 fn every_address(cidr: &IpNet) -> Box<dyn Iterator<Item = IpAddr>> {
     match cidr {
         IpNet::V4(v4) => {
@@ -187,7 +224,8 @@ fn every_address(cidr: &IpNet) -> Box<dyn Iterator<Item = IpAddr>> {
             Box::new(range.map(|address| IpAddr::V4(address.into())))
         }
         IpNet::V6(v6) => {
-            let range = u128::from(v6.network())..=u128::from(v6.broadcast());
+            let first = u128::from(v6.network()) + u128::from(v6.prefix_len() < 127);
+            let range = first..=u128::from(v6.broadcast());
             Box::new(range.map(|address| IpAddr::V6(address.into())))
         }
     }
@@ -244,7 +282,9 @@ impl EndpointFile {
 
 #[cfg(test)]
 mod tests {
-    use super::{AddressError, check_labels, check_name, choose_address, interface_name, is_interface_name};
+    use super::{
+        AddressError, check_labels, check_name, choose_address, choose_addresses, interface_name, is_interface_name,
+    };
     use ipnet::IpNet;
     use std::{collections::BTreeMap, net::IpAddr};
 
@@ -273,6 +313,31 @@ mod tests {
         assert!(matches!(asked("10.0.0.2", None), Err(AddressError::Foreign { .. })));
         let error = asked("10.0.0.1", Some("red/a")).unwrap_err();
         assert_eq!(error.to_string(), "10.0.0.1 belongs to red/a already");
+    }
+
+    #[test]
+    fn a_pod_has_one_address_of_each_family_that_the_node_has() {
+        let both: Vec<IpNet> = ["fd00::/64", "10.0.0.0/24"].map(|cidr| cidr.parse().unwrap()).to_vec();
+        let address = |text: &str| text.parse::<IpAddr>().unwrap();
+        let choose = |cidrs: &[IpNet], asked: &[&str]| {
+            let asked: Vec<IpAddr> = asked.iter().map(|text| address(text)).collect();
+            choose_addresses(cidrs, &asked, |_| None)
+        };
+        assert_eq!(
+            choose(&both, &[]).unwrap(),
+            (address("fd00::1"), Some(address("10.0.0.0")))
+        );
+        let asked = choose(&both, &["10.0.0.7", "fd00::9"]).unwrap();
+        assert_eq!(asked, (address("fd00::9"), Some(address("10.0.0.7"))));
+        assert_eq!(choose(&both[..1], &[]).unwrap(), (address("fd00::1"), None));
+        assert!(matches!(
+            choose(&both[..1], &["10.0.0.7"]),
+            Err(AddressError::Foreign { .. })
+        ));
+        assert!(matches!(
+            choose(&both, &["10.0.0.7", "10.0.0.8"]),
+            Err(AddressError::Twice(_))
+        ));
     }
 
     #[test]

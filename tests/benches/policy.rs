@@ -10,9 +10,7 @@
 )]
 
 use abi::{
-    AddressKey, Endpoint, Family, Identity, IpcacheEntry, NodeConfig, map,
-    node::{GATEWAY_V4, TUNNEL_PORT},
-    policy::FIRST_POD_COLUMN,
+    AddressKey, Endpoint, Family, Identity, IpcacheEntry, NodeConfig, map, node::TUNNEL_PORT, policy::FIRST_POD_COLUMN,
 };
 use anyhow::{Context, ensure};
 use aya::{
@@ -317,6 +315,7 @@ fn in_hostd(identities: usize, local: usize) -> anyhow::Result<Value> {
             name: format!("pod-{number}"),
             labels: BTreeMap::from([("app".to_owned(), format!("app-{number}"))]),
             address,
+            second: None,
             node: "elsewhere".to_owned(),
             service_account: String::new(),
             ports: Vec::new(),
@@ -393,8 +392,9 @@ impl Packets {
             vxlan_ifindex: ifindex,
             report: 0,
             tunnel_port: TUNNEL_PORT,
+            underlay_family: Family::V4 as u8,
             zero: 0,
-            gateway: GATEWAY_V4,
+            tunnel_mtu: 1450,
         };
         Array::<_, NodeConfig>::try_from(ebpf.map_mut(map::CONFIG).context("no map")?)?.set(0, config, 0)?;
         let own = AddressKey::v4([10, 1, 0, 2]);

@@ -100,7 +100,7 @@ fn pods_of_a_stale_node_stay_reachable_until_it_is_deleted() {
     assert!(wait_until(LONG, || !addresses(&cluster, 0).contains(&b.address.to_string())));
     assert_eq!(
         tcp_exchange(a.netns.name(), b.address, 80, WAIT).unwrap(),
-        TcpOutcome::Silence
+        TcpOutcome::Unreachable
     );
     assert_eq!(
         cluster.nodes[0].json(&["node", "delete", "node2"]).unwrap()["deleted"],

@@ -73,8 +73,8 @@ pub struct EndpointAdd {
     pub service_account: String,
     /// Names of its ports, with IP protocol number and port.
     pub ports: Vec<(String, u8, u16)>,
-    /// Its address; chosen from the node's pod CIDRs where there is none.
-    pub address: Option<IpAddr>,
+    /// Its addresses, one of each family at the most; chosen from the node's pod CIDRs where none is given.
+    pub addresses: Vec<IpAddr>,
 }
 
 /// Change a pod's labels.

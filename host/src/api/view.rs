@@ -125,8 +125,8 @@ pub struct CounterView {
 pub struct EndpointView {
     /// The pod.
     pub pod: PodName,
-    /// Its address.
-    pub address: IpAddr,
+    /// Its address, or one of each family.
+    pub addresses: Vec<IpAddr>,
     /// Its labels.
     pub labels: BTreeMap<String, String>,
     /// Its service account; empty where it has none.

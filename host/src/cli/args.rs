@@ -202,9 +202,9 @@ pub enum EndpointCommand {
         /// The pod's service account.
         #[arg(long, value_name = "NAME", default_value = "")]
         service_account: String,
-        /// The pod's address, a free one of the node's pod CIDRs; without it, the first free one.
-        #[arg(long)]
-        address: Option<IpAddr>,
+        /// The pod's address, a free one of the node's pod CIDRs, once for each family; without it, the first free one.
+        #[arg(long = "address", value_name = "IP")]
+        addresses: Vec<IpAddr>,
     },
     /// Disconnect a pod. If it is not there, that is no error.
     Delete {

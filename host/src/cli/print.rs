@@ -185,11 +185,11 @@ fn counters(out: &mut impl Write, head: &str, counters: &[CounterView]) -> anyho
 }
 
 fn endpoints(out: &mut impl Write, endpoints: &[EndpointView]) -> anyhow::Result<()> {
-    let mut table = Table::new(["POD", "ADDRESS", "IDENTITY", "AS", "LABELS", "INTERFACE"]);
+    let mut table = Table::new(["POD", "ADDRESSES", "IDENTITY", "AS", "LABELS", "INTERFACE"]);
     for one in endpoints {
         table.row([
             one.pod.to_string(),
-            one.address.to_string(),
+            joined(&one.addresses),
             one.identity.to_string(),
             one.identity_name.clone(),
             labels(&one.labels),
@@ -197,6 +197,10 @@ fn endpoints(out: &mut impl Write, endpoints: &[EndpointView]) -> anyhow::Result
         ]);
     }
     Ok(table.print(out)?)
+}
+
+fn joined(addresses: &[IpAddr]) -> String {
+    addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
 fn identities(out: &mut impl Write, identities: &[IdentityView]) -> anyhow::Result<()> {

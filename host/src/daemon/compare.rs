@@ -7,10 +7,7 @@ use crate::{
     survey::{Survey, is_end},
 };
 use abi::{AddressKey, Identity, policy::port_key};
-use std::{
-    collections::{BTreeMap, BTreeSet, btree_map::Entry},
-    net::IpAddr,
-};
+use std::collections::{BTreeMap, BTreeSet, btree_map::Entry};
 use tokio::task::block_in_place;
 
 /// Pairs that a report lists at the most.
@@ -95,9 +92,12 @@ impl Daemon {
         let mut changed = BTreeMap::new();
         let mut rulings: BTreeMap<(Identity, Identity), Ruling> = BTreeMap::new();
         for flow in flows {
-            let identity = |address: &AddressKey| match next.get(address) {
-                Some(identity) => *identity,
-                None => self.outside_identity(side, address),
+            let identity = |address: &AddressKey| {
+                let pod = self.pods.find(address);
+                match pod.and_then(|(first, _)| next.get(&first)) {
+                    Some(identity) => *identity,
+                    None => self.outside_identity(side, address),
+                }
             };
             let (from, to) = (identity(&flow.from), identity(&flow.to));
             let ruling = match rulings.entry((from, to)) {
@@ -110,8 +110,8 @@ impl Daemon {
             if ruling.at(port_key(flow.protocol, flow.port)) {
                 continue;
             }
-            let name = |address: &AddressKey| match self.pods.get(address) {
-                Some(pod) => format!("{} ({})", pod.record.full_name(), address.ip()),
+            let name = |address: &AddressKey| match self.pods.find(address) {
+                Some((_, pod)) => format!("{} ({})", pod.record.full_name(), address.ip()),
                 None => address.ip().to_string(),
             };
             let view = FlowView {
@@ -132,9 +132,9 @@ impl Daemon {
     /// What one side makes of an address that is no pod's.
     fn outside_identity(&self, side: &Side, address: &AddressKey) -> Identity {
         let ip = address.ip();
-        if ip == IpAddr::V4(self.config.underlay) {
+        if ip == self.config.underlay {
             Identity::HOST
-        } else if self.nodes.values().any(|node| IpAddr::V4(node.record.underlay) == ip) {
+        } else if self.nodes.values().any(|node| node.record.underlay == ip) {
             Identity::REMOTE_NODE
         } else {
             let index = side.stack.networks().find(ip.into());

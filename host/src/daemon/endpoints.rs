@@ -11,7 +11,7 @@ use crate::{
     },
 };
 use abi::{AddressKey, Hook};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use tokio::task::block_in_place;
 
 fn pod_key(address: IpAddr) -> Key {
@@ -36,7 +36,7 @@ impl Daemon {
             labels,
             service_account,
             ports,
-            address,
+            addresses,
         } = request;
         let wrong = DaemonError::Request;
         endpoint::check_name(&pod.namespace).map_err(|problem| wrong(format!("namespace {problem}")))?;
@@ -48,12 +48,10 @@ impl Daemon {
         }
         self.check_unknown(&pod).await?;
         let netns = Netns::open(&netns)?;
-        let address = endpoint::choose_address(&self.config.pod_cidrs, address, |address| {
-            self.pods.get(&address.into()).map(|pod| pod.record.full_name())
+        let (address, second) = endpoint::choose_addresses(&self.config.pod_cidrs, &addresses, |address| {
+            let owner = self.pods.find(&address.into());
+            owner.map(|(_, pod)| pod.record.full_name())
         })?;
-        let IpAddr::V4(v4) = address else {
-            return Err(wrong(format!("{address}: IPv6 is not carried yet")));
-        };
         let endpoint = LocalEndpoint {
             interface: endpoint::interface_name(&pod.namespace, &pod.name),
             netns: netns.path().to_owned(),
@@ -64,18 +62,20 @@ impl Daemon {
                 service_account,
                 ports,
                 address,
+                second,
                 node: self.config.node.clone(),
                 incarnation: incarnation()?,
             },
         };
-        let connected = self.connect(&pod, endpoint, &netns, v4).await;
+        let connected = self.connect(&pod, endpoint, &netns).await;
         if connected.is_err()
             && let Err(error) = self.disconnect(&pod, address).await
         {
             tracing::error!("undoing what was done for {pod}: {error}");
         }
         connected?;
-        tracing::info!("connected {pod} at {address}");
+        let and = second.map_or(String::new(), |second| format!(" and {second}"));
+        tracing::info!("connected {pod} at {address}{and}");
         self.endpoint_view(&pod)
     }
 
@@ -97,23 +97,18 @@ impl Daemon {
         )))
     }
 
-    async fn connect(
-        &mut self,
-        pod: &PodName,
-        endpoint: LocalEndpoint,
-        netns: &Netns,
-        address: Ipv4Addr,
-    ) -> Result<(), DaemonError> {
+    async fn connect(&mut self, pod: &PodName, endpoint: LocalEndpoint, netns: &Netns) -> Result<(), DaemonError> {
         let name = endpoint.interface.clone();
         let record = endpoint.pod.clone();
-        let mtu = self.underlay_mtu;
-        let veth = block_in_place(|| net::make_pod_link(&name, netns, address, mtu))?;
+        let addresses: Vec<IpAddr> = record.addresses().collect();
+        let mtu = self.pod_mtu;
+        let veth = block_in_place(|| net::make_pod_link(&name, netns, &addresses, mtu))?;
         self.locals.insert(pod.clone(), Local { endpoint, veth });
         self.upsert_pod(record.clone()).await?;
         self.datapath.attach(Hook::FromPod, &name)?;
         self.datapath.attach(Hook::ToPod, &name)?;
         let underlay = self.config.underlay;
-        block_in_place(|| net::prepare_node(&name, &veth, address, underlay))?;
+        block_in_place(|| net::prepare_node(&name, &veth, &addresses, underlay, mtu))?;
         self.publish(&record).await?;
         self.save()
     }

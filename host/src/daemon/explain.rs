@@ -187,13 +187,13 @@ impl Daemon {
 
     fn resolve_address(&self, address: IpAddr) -> Result<Asked, DaemonError> {
         let key = AddressKey::from(address);
-        if let Some(pod) = self.pods.get(&key) {
+        if let Some((first, pod)) = self.pods.find(&key) {
             let name = format!("{} ({address})", pod.record.full_name());
-            return Ok(self.asked(name, self.active_identity(&key), Some(pod.record.node.clone())));
+            return Ok(self.asked(name, self.active_identity(&first), Some(pod.record.node.clone())));
         }
         // From what the kernel was given, as the programs would find it.
         let placed = self.datapath.placed().find(|(placed, _)| **placed == key);
-        let is_node = |node: &super::Node| IpAddr::V4(node.record.underlay) == address;
+        let is_node = |node: &super::Node| node.record.underlay == address;
         let identity = if placed.is_some() {
             Identity::HOST
         } else if self.nodes.values().any(is_node) {

@@ -4,6 +4,7 @@ mod audit;
 mod collect;
 mod compare;
 mod coordinate;
+mod directory;
 mod endpoints;
 mod evaluate;
 mod explain;
@@ -38,6 +39,7 @@ use crate::{
 use abi::AddressKey;
 use audit::Audit;
 use collect::Unused;
+use directory::Directory;
 use names::Names;
 use policy::Side;
 use std::{
@@ -117,7 +119,7 @@ struct Node {
     stale_since: Option<Instant>,
 }
 
-/// An address of the cluster.
+/// A pod of the cluster.
 struct Pod {
     record: PodRecord,
     epoch: u32,
@@ -149,7 +151,7 @@ struct Daemon {
     unplaced: BTreeSet<AddressKey>,
     made_up: Instant,
     nodes: BTreeMap<String, Node>,
-    pods: BTreeMap<AddressKey, Pod>,
+    pods: Directory,
     locals: BTreeMap<PodName, Local>,
     active: Side,
     /// During a load: the next side until the flip, the last one from there until all nodes have flipped.
@@ -158,7 +160,8 @@ struct Daemon {
     policy: Option<(PolicyRecord, u64)>,
     out_of_step: Option<String>,
     file: EndpointFile,
-    underlay_mtu: u32,
+    /// MTU of the pods, in bytes.
+    pod_mtu: u32,
     names: Arc<RwLock<Names>>,
     monitors: (i32, i32),
     /// Changes of the store that could not be taken in, to be tried again.

@@ -145,22 +145,25 @@ impl Daemon {
         if record.node == self.config.node {
             return Ok(()); // this node's own words
         }
-        let address = AddressKey::from(record.address);
-        if let Some(known) = self.pods.get(&address)
-            && known.record.node == self.config.node
-        {
-            return Err(DaemonError::Request(format!(
-                "node {} says that {} is {}'s, but it is {}'s here",
-                record.node,
-                record.address,
-                record.full_name(),
-                known.record.full_name()
-            )));
+        for address in record.addresses() {
+            if let Some((_, known)) = self.pods.find(&address.into())
+                && known.record.node == self.config.node
+            {
+                return Err(DaemonError::Request(format!(
+                    "node {} says that {address} is {}'s, but it is {}'s here",
+                    record.node,
+                    record.full_name(),
+                    known.record.full_name()
+                )));
+            }
         }
+        let addresses = record.addresses();
         let taken = self.upsert_pod(record).await;
         if taken.is_err() {
             // What it was is no longer true, and what it is can't be told: nothing passes until it can.
-            self.datapath.remove(&address)?;
+            for address in addresses {
+                self.datapath.remove(&address.into())?;
+            }
         }
         taken
     }

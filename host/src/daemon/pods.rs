@@ -27,7 +27,21 @@ impl Daemon {
         self.names.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Where an address is, as far as this node knows.
+    /// Notes whose addresses these are.
+    pub(super) fn name(&self, record: &PodRecord) {
+        let mut names = self.names_mut();
+        for address in record.addresses() {
+            names.set_address(address.into(), record.full_name());
+        }
+    }
+
+    fn forget_address(&mut self, address: AddressKey) -> Result<(), DaemonError> {
+        self.datapath.remove(&address)?;
+        self.names_mut().remove_address(&address);
+        Ok(())
+    }
+
+    /// Where a pod's addresses are, as far as this node knows.
     fn stance(&self, record: &PodRecord) -> Stance {
         if record.node == self.config.node {
             let its = |local: &&super::Local| local.endpoint.pod.address == record.address;
@@ -43,7 +57,7 @@ impl Daemon {
         }
         let node = self.nodes.get(&record.node);
         node.map_or(Stance::Nowhere, |node| {
-            Stance::Remote(AddressKey::v4(node.record.underlay.octets()))
+            Stance::Remote(AddressKey::from(node.record.underlay))
         })
     }
 
@@ -68,8 +82,14 @@ impl Daemon {
             }
             Some(pod) => pod.epoch + 1,
         };
-        self.names_mut().set_address(address, record.full_name());
+        self.name(&record);
+        let second = record.second;
         let before = self.pods.insert(address, Pod { record, epoch });
+        if let Some(gone) = before.as_ref().and_then(|pod| pod.record.second)
+            && second != Some(gone)
+        {
+            self.forget_address(gone.into())?;
+        }
         if let Err(error) = self.place(&address) {
             self.undo(address, before);
             return Err(error);
@@ -143,7 +163,9 @@ impl Daemon {
             let address = AddressKey::from(record.address);
             if let Err(error) = self.upsert_pod(record.clone()).await {
                 tracing::error!("{}: {error}", record.full_name());
-                self.datapath.remove(&address)?;
+                for address in record.addresses() {
+                    self.datapath.remove(&address.into())?;
+                }
                 self.unplaced.insert(address);
             }
         }
@@ -184,9 +206,9 @@ impl Daemon {
         }
     }
 
-    /// Makes the maps say of an address what both sides make of it.
-    pub(super) fn place(&mut self, address: &AddressKey) -> Result<(), DaemonError> {
-        let Some(pod) = self.pods.get(address) else {
+    /// Makes the maps say of a pod's addresses what both sides make of it.
+    pub(super) fn place(&mut self, first: &AddressKey) -> Result<(), DaemonError> {
+        let Some(pod) = self.pods.get(first) else {
             return Ok(());
         };
         let stance = self.stance(&pod.record);
@@ -197,10 +219,13 @@ impl Daemon {
         };
         let aside = self.aside.as_ref().map(|side| &side.generation);
         let parity = self.datapath.parity();
-        match plan::entry(address, &facts, parity, &self.active.generation, aside) {
-            Some(desired) => Ok(self.datapath.place(*address, desired)?),
-            None => Ok(self.datapath.remove(address)?),
+        for address in pod.record.addresses().map(AddressKey::from) {
+            match plan::entry(first, &address, &facts, parity, &self.active.generation, aside) {
+                Some(desired) => self.datapath.place(address, desired)?,
+                None => self.datapath.remove(&address)?,
+            }
         }
+        Ok(())
     }
 
     /// The same for all addresses.
@@ -213,15 +238,17 @@ impl Daemon {
     }
 
     /// Prefixes that nothing is routed to or from: the cluster's pod CIDRs, in which only pods count, the pods' gateway,
-    /// and what is no unicast address (IANA's special-purpose registries: "this network", loopback, multicast and
-    /// what is reserved behind it; for IPv6 loopback and multicast).
+    /// and what is no unicast address of its own (IANA's special-purpose registries: "this network", loopback,
+    /// multicast and what is reserved behind it; for IPv6 unspecified, loopback, IPv4 in its form, link-local, and multicast).
     pub(super) fn unrouted(&self) -> BTreeSet<IpNet> {
         let special = [
             "0.0.0.0/8",
             "127.0.0.0/8",
             "169.254.1.1/32",
             "224.0.0.0/3",
-            "::1/128",
+            "::/96",
+            "::ffff:0:0/96",
+            "fe80::/10",
             "ff00::/8",
         ];
         let special = special.iter().filter_map(|text| text.parse().ok());
@@ -237,10 +264,12 @@ impl Daemon {
         Ok(self.datapath.place_networks(desired)?)
     }
 
-    /// Makes an address unknown.
+    /// Makes a pod unknown, by its first address.
     pub(super) fn remove_pod(&mut self, address: &AddressKey) -> Result<(), DaemonError> {
-        self.datapath.remove(address)?;
-        self.names_mut().remove_address(address);
+        self.forget_address(*address)?;
+        if let Some(second) = self.pods.get(address).and_then(|pod| pod.record.second) {
+            self.forget_address(second.into())?;
+        }
         self.pods.remove(address);
         self.active.generation.remove(address);
         if let Some(aside) = &mut self.aside {

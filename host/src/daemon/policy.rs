@@ -90,7 +90,7 @@ impl Daemon {
             labels: record.labels.clone(),
             namespace_labels: self.namespace_labels(&record.namespace),
             service_account: record.service_account.clone(),
-            addresses: vec![record.address],
+            addresses: record.addresses().collect(),
             ports: record.ports.clone(),
         }
     }

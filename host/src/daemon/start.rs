@@ -6,6 +6,7 @@ use super::{
     audit::Audit,
     collect::Unused,
     coordinate::Coordinator,
+    directory::Directory,
     policy::Side,
     serve::{self, Front},
 };
@@ -26,7 +27,6 @@ use crate::{
 };
 use abi::{AddressKey, Hook, Identity};
 use anyhow::Context;
-use ipnet::IpNet;
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fs::{self, File},
@@ -122,9 +122,7 @@ pub async fn cleanup(config: &Config) -> anyhow::Result<()> {
     }
     note(net::delete_link(VXLAN_DEVICE).map_err(|error| error.to_string()));
     for cidr in &config.pod_cidrs {
-        if let IpNet::V4(cidr) = cidr {
-            note(net::make_reachable(*cidr).map_err(|error| error.to_string()));
-        }
+        note(net::make_reachable(*cidr).map_err(|error| error.to_string()));
     }
     note(datapath::cleanup(&config.bpffs).map_err(|error| error.to_string()));
     for key in [
@@ -159,7 +157,7 @@ struct Started {
 }
 
 async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>) -> anyhow::Result<Started> {
-    let underlay_mtu = net::underlay_mtu(config.underlay)?;
+    let pod_mtu = net::pod_mtu(config.underlay, config.has_ipv6())?;
     let record = NodeRecord {
         name: config.node.clone(),
         underlay: config.underlay,
@@ -203,18 +201,18 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
         unplaced: BTreeSet::new(),
         made_up: Instant::now(),
         nodes: BTreeMap::new(),
-        pods: BTreeMap::new(),
+        pods: Directory::default(),
         locals: BTreeMap::new(),
         policy: None,
         out_of_step: None,
         file,
-        underlay_mtu,
+        pod_mtu,
         names,
         monitors: (0, 0),
         missed: Vec::new(),
     };
-    let vxlan = block_in_place(|| net::ensure_vxlan(abi::node::TUNNEL_PORT, underlay_mtu))?;
-    daemon.datapath.set_vxlan(vxlan)?;
+    let vxlan = block_in_place(|| net::ensure_vxlan(abi::node::TUNNEL_PORT, pod_mtu))?;
+    daemon.datapath.set_vxlan(vxlan, pod_mtu, daemon.config.underlay)?;
     daemon.restore()?;
     let key = Key::new(Collection::Nodes, &record.name);
     records::put(&*daemon.store, &key, &record, Expect::Any).await?;
@@ -270,6 +268,12 @@ async fn check_against_others(store: &dyn Store, record: &NodeRecord) -> anyhow:
             continue;
         }
         anyhow::ensure!(
+            other.underlay.is_ipv4() == record.underlay.is_ipv4(),
+            "node {} has the underlay address {}: all nodes of a cluster have theirs in one family",
+            other.name,
+            other.underlay
+        );
+        anyhow::ensure!(
             other.underlay != record.underlay,
             "node {} has the underlay address {} already",
             other.name,
@@ -277,7 +281,7 @@ async fn check_against_others(store: &dyn Store, record: &NodeRecord) -> anyhow:
         );
         for ours in &record.pod_cidrs {
             anyhow::ensure!(
-                !ours.contains(&IpAddr::V4(other.underlay)),
+                !ours.contains(&other.underlay),
                 "pod CIDR {ours} contains the underlay address {} of node {}",
                 other.underlay,
                 other.name
@@ -322,9 +326,8 @@ impl Daemon {
         for local in self.locals.values() {
             let record = local.endpoint.pod.clone();
             let pod = Pod { epoch: 1, record };
-            let name = pod.record.full_name();
             let address = AddressKey::from(pod.record.address);
-            self.names_mut().set_address(address, name);
+            self.name(&pod.record);
             self.pods.insert(address, pod);
         }
         Ok(())
@@ -377,20 +380,20 @@ impl Daemon {
     async fn stock_pod(&mut self, key: &Key, record: PodRecord) -> Result<(), DaemonError> {
         let address = AddressKey::from(record.address);
         if record.node == self.config.node {
-            if !self.pods.contains_key(&address) {
+            if self.pods.get(&address).is_none() {
                 // A pod of this node that is not here any more.
                 self.store.delete(key, Expect::Any).await?;
             }
             return Ok(());
         }
-        self.names_mut().set_address(address, record.full_name());
+        self.name(&record);
         self.pods.insert(address, Pod { record, epoch: 1 });
         Ok(())
     }
 
     /// The node's own address is in the ipcache, whatever the policy.
     fn place_host(&mut self) -> Result<(), DaemonError> {
-        let address = AddressKey::v4(self.config.underlay.octets());
+        let address = AddressKey::from(self.config.underlay);
         let facts = Facts {
             owner: 0,
             epoch: Identity::HOST.0,
@@ -398,7 +401,7 @@ impl Daemon {
         };
         self.names_mut().set_address(address, "host".to_owned());
         let parity = self.datapath.parity();
-        match plan::entry(&address, &facts, parity, &self.active.generation, None) {
+        match plan::entry(&address, &address, &facts, parity, &self.active.generation, None) {
             Some(desired) => Ok(self.datapath.place(address, desired)?),
             None => Ok(()),
         }
@@ -421,10 +424,9 @@ impl Daemon {
             self.datapath.attach(Hook::ToPod, name)?;
         }
         for local in self.locals.values() {
-            if let IpAddr::V4(address) = local.endpoint.pod.address {
-                let underlay = self.config.underlay;
-                block_in_place(|| net::prepare_node(&local.endpoint.interface, &local.veth, address, underlay))?;
-            }
+            let addresses: Vec<IpAddr> = local.endpoint.pod.addresses().collect();
+            let (underlay, mtu) = (self.config.underlay, self.pod_mtu);
+            block_in_place(|| net::prepare_node(&local.endpoint.interface, &local.veth, &addresses, underlay, mtu))?;
         }
         let mut known: Vec<&str> = names.iter().map(String::as_str).collect();
         known.push(VXLAN_DEVICE);
@@ -435,12 +437,10 @@ impl Daemon {
     /// from; what pods send to the outside, and what is answered, is let through.
     fn route(&self) -> Result<(), DaemonError> {
         for cidr in &self.config.pod_cidrs {
-            if let IpNet::V4(cidr) = cidr {
-                block_in_place(|| net::make_unreachable(*cidr))?;
-            }
+            block_in_place(|| net::make_unreachable(*cidr))?;
         }
         if self.config.forwarding {
-            block_in_place(net::enable_forwarding)?;
+            block_in_place(|| net::enable_forwarding(self.config.has_ipv6()))?;
         }
         Ok(())
     }

@@ -89,7 +89,7 @@ impl Daemon {
                 });
             }
         }
-        for (address, pod) in &self.pods {
+        for (address, pod) in self.pods.iter() {
             let Some(identity) = identities.get(address) else {
                 continue;
             };
@@ -100,7 +100,11 @@ impl Daemon {
                 identity: *identity,
                 pod: Some((tenant, pod.record.namespace.clone())),
                 labels: pod.record.labels.clone(),
-                networks: side.stack.networks().holding(pod.record.address).clone(),
+                networks: pod
+                    .record
+                    .addresses()
+                    .flat_map(|address| side.stack.networks().holding(address).clone())
+                    .collect(),
             });
         }
         ends

@@ -6,12 +6,11 @@ use crate::{
         CounterView, EndpointView, IdentityView, IpcacheView, ModuleView, ModulesView, NamespaceView, NodeView,
         PairView, PodName, PolicyView, RevisionView, Status, Usage,
     },
-    net::VXLAN_OVERHEAD,
     plan::protocol_name,
     survey::{Survey, is_end},
 };
 use abi::{AddressKey, Identity, event::Counter};
-use std::{collections::BTreeSet, net::IpAddr};
+use std::collections::BTreeSet;
 use tokio::task::block_in_place;
 
 /// Identities whose pairs `policy show` lists, at the most.
@@ -48,7 +47,7 @@ impl Daemon {
             node: self.config.node.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             attach: self.datapath.attach_mode().to_owned(),
-            pod_mtu: self.underlay_mtu - VXLAN_OVERHEAD,
+            pod_mtu: self.pod_mtu,
             generation: self.datapath.generation(),
             modules: self.active.revision.modules.clone(),
             failures: self
@@ -86,7 +85,7 @@ impl Daemon {
     fn node_list(&self) -> Vec<NodeView> {
         let view = |(name, node): (&String, &super::Node)| NodeView {
             name: name.clone(),
-            underlay: IpAddr::V4(node.record.underlay),
+            underlay: node.record.underlay,
             pod_cidrs: node.record.pod_cidrs.iter().map(ToString::to_string).collect(),
             pods: self.pods.values().filter(|pod| pod.record.node == *name).count(),
             state: if node.stale_since.is_some() { "stale" } else { "alive" }.to_owned(),
@@ -109,7 +108,7 @@ impl Daemon {
         let identity = self.identity_of(&record.address.into());
         Ok(EndpointView {
             pod: pod.clone(),
-            address: record.address,
+            addresses: record.addresses().collect(),
             labels: record.labels.clone(),
             service_account: record.service_account.clone(),
             ports: record

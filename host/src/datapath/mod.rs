@@ -28,7 +28,7 @@ use crate::{
     plan::{Change, Desired, Ruling, Shape},
 };
 use abi::{
-    AddressKey, Endpoint, IpcacheEntry, NetworkEntry, NodeConfig, NodeEntry, PortSet,
+    AddressKey, Endpoint, Family, IpcacheEntry, NetworkEntry, NodeConfig, NodeEntry, PortSet,
     event::Counter,
     map,
     policy::{CELL_ALLOW, CELL_DENY, CELL_PORT_SET},
@@ -43,7 +43,7 @@ use error::chain;
 use ipnet::IpNet;
 use std::{
     collections::BTreeMap,
-    net::Ipv4Addr,
+    net::IpAddr,
     path::{Path, PathBuf},
 };
 
@@ -180,8 +180,9 @@ impl Datapath {
                 vxlan_ifindex: 0,
                 report: 0,
                 tunnel_port: abi::node::TUNNEL_PORT,
+                underlay_family: Family::V4 as u8,
                 zero: 0,
-                gateway: abi::node::GATEWAY_V4,
+                tunnel_mtu: 0,
             },
             bpffs: settings.bpffs.clone(),
         })
@@ -214,13 +215,15 @@ impl Datapath {
         (self.generation() & 1) as usize
     }
 
-    /// Tells the programs of the vxlan device.
+    /// Tells the programs of the vxlan device: its index, the largest packet that it takes, and what underlay it is on.
     ///
     /// # Errors
     ///
     /// Where the map can't be written.
-    pub fn set_vxlan(&mut self, ifindex: u32) -> Result<(), DatapathError> {
+    pub fn set_vxlan(&mut self, ifindex: u32, mtu: u32, underlay: IpAddr) -> Result<(), DatapathError> {
         self.node_config.vxlan_ifindex = ifindex;
+        self.node_config.tunnel_mtu = mtu;
+        self.node_config.underlay_family = AddressKey::from(underlay).family;
         self.write_config()
     }
 
@@ -245,12 +248,12 @@ impl Datapath {
     /// # Errors
     ///
     /// Where the map is full.
-    pub fn add_node(&mut self, underlay: Ipv4Addr, local: bool) -> Result<(), DatapathError> {
+    pub fn add_node(&mut self, underlay: IpAddr, local: bool) -> Result<(), DatapathError> {
         let entry = NodeEntry {
             local: u32::from(local),
         };
         self.nodes
-            .insert(AddressKey::v4(underlay.octets()), entry, 0)
+            .insert(AddressKey::from(underlay), entry, 0)
             .map_err(DatapathError::map(map::NODES))
     }
 
@@ -259,8 +262,8 @@ impl Datapath {
     /// # Errors
     ///
     /// Where the map can't be written.
-    pub fn remove_node(&mut self, underlay: Ipv4Addr) -> Result<(), DatapathError> {
-        gone(self.nodes.remove(&AddressKey::v4(underlay.octets())), map::NODES)
+    pub fn remove_node(&mut self, underlay: IpAddr) -> Result<(), DatapathError> {
+        gone(self.nodes.remove(&AddressKey::from(underlay)), map::NODES)
     }
 
     /// Writes port sets and cells of one side of the policy matrix.

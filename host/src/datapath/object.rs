@@ -54,7 +54,8 @@ pub fn load_programs(maps: &Maps, constants: &Constants, conntrack: Option<&Path
         .map_max_entries(map::NETWORKS, 2 * maps.networks + 1)
         .map_max_entries(map::ENDPOINTS, maps.endpoints)
         .map_max_entries(map::IPCACHE, maps.addresses)
-        .map_max_entries(map::CONNTRACK, maps.conntrack);
+        .map_max_entries(map::CONNTRACK, maps.conntrack)
+        .map_max_entries(map::FRAGMENTS, maps.fragments);
     if let Some(pin) = conntrack {
         loader.map_pin_path(map::CONNTRACK, pin.to_owned());
     }

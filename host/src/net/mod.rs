@@ -10,15 +10,21 @@ pub use netlink::{bring_up, delete_link};
 pub use netns::{Netns, in_netns};
 pub use route::{make_reachable, make_unreachable};
 pub use veth::{Veth, find_pod_link, make_pod_link, pod_links, prepare_node};
-pub use vxlan::{ensure_vxlan, underlay_mtu};
+pub use vxlan::{ensure_vxlan, pod_mtu};
 
-use std::{net::IpAddr, path::PathBuf};
+use std::{
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
 
 /// The vxlan device.
 pub const VXLAN_DEVICE: &str = "wasmgate_vxlan";
 
-/// What VXLAN over IPv4 adds to a packet, in bytes: ethernet 14, VXLAN 8, UDP 8, IPv4 20 (RFC 7348, section 5).
-pub const VXLAN_OVERHEAD: u32 = 50;
+/// What VXLAN adds to a packet, in bytes: ethernet 14, VXLAN 8, UDP 8, and IPv4 20 or IPv6 40 (RFC 7348, section 5).
+#[must_use]
+pub const fn vxlan_overhead(underlay: IpAddr) -> u32 {
+    14 + 8 + 8 + if underlay.is_ipv4() { 20 } else { 40 }
+}
 
 /// The interface inside a pod.
 pub const POD_INTERFACE: &str = "eth0";
@@ -41,8 +47,13 @@ pub enum NetError {
     #[error("no interface of this node has the address {0} (`underlay` in the configuration)")]
     NoUnderlay(IpAddr),
     /// The underlay's packets are too small.
-    #[error("the underlay's MTU of {0} leaves no room for a tunnel")]
-    SmallMtu(u32),
+    #[error("the underlay's MTU of {underlay} leaves no room for packets of {least} bytes in a tunnel")]
+    SmallMtu {
+        /// Its MTU.
+        underlay: u32,
+        /// What pods need.
+        least: u32,
+    },
     /// The kernel refused.
     #[error("{what}: {problem}")]
     Kernel {
@@ -53,23 +64,52 @@ pub enum NetError {
     },
 }
 
-/// Lets this node route between its pods and addresses that are no pods' (`ip_forward` in
+/// Lets this node route between its pods and addresses that are no pods' (`ip_forward` and `conf/all/forwarding` in
 /// `Documentation/networking/ip-sysctl.rst`). It stays on: others may rely on it by then.
+///
+/// An interface that learns its routes from router advertisements goes on doing so: forwarding alone would end that.
 ///
 /// # Errors
 ///
 /// Where the kernel refuses.
-pub fn enable_forwarding() -> Result<(), NetError> {
-    const SETTING: &str = "/proc/sys/net/ipv4/ip_forward";
-    let failed = NetError::kernel("turning on IPv4 forwarding");
-    let set = || {
-        if std::fs::read_to_string(SETTING)?.trim() == "0" {
-            tracing::info!("turning on IPv4 forwarding (net.ipv4.ip_forward), for what pods send to the outside");
-            std::fs::write(SETTING, "1")?;
+pub fn enable_forwarding(ipv6: bool) -> Result<(), NetError> {
+    turn_on("net/ipv4/ip_forward").map_err(NetError::kernel("turning on IPv4 forwarding"))?;
+    if ipv6 {
+        keep_router_advertisements()
+            .and_then(|()| turn_on("net/ipv6/conf/all/forwarding"))
+            .map_err(NetError::kernel("turning on IPv6 forwarding"))?;
+    }
+    Ok(())
+}
+
+fn turn_on(setting: &str) -> std::io::Result<()> {
+    let path = Path::new("/proc/sys").join(setting);
+    if std::fs::read_to_string(&path)?.trim() == "0" {
+        tracing::info!("turning on {setting}, for what pods send to the outside");
+        std::fs::write(&path, "1")?;
+    }
+    Ok(())
+}
+
+/// `accept_ra` 2: also with forwarding.
+fn keep_router_advertisements() -> std::io::Result<()> {
+    if std::fs::read_to_string("/proc/sys/net/ipv6/conf/all/forwarding")?.trim() != "0" {
+        return Ok(());
+    }
+    for entry in std::fs::read_dir("/proc/sys/net/ipv6/conf")? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let setting = entry.path().join("accept_ra");
+        if matches!(name.as_str(), "all" | "default" | "lo" | VXLAN_DEVICE) || crate::endpoint::is_interface_name(&name)
+        {
+            continue;
         }
-        Ok::<(), std::io::Error>(())
-    };
-    set().map_err(failed)
+        if std::fs::read_to_string(&setting)?.trim() == "1" {
+            tracing::info!("{name} goes on accepting router advertisements (accept_ra = 2)");
+            std::fs::write(&setting, "2")?;
+        }
+    }
+    Ok(())
 }
 
 impl NetError {

@@ -118,12 +118,20 @@ pub fn delete_link(name: &str) -> Result<(), NetError> {
     })
 }
 
-/// The datapath carries no IPv6 yet, and the kernel's own chatter on our interfaces would only be counted as drops.
-pub(super) fn disable_ipv6(interface: &str) -> Result<(), NetError> {
-    let path = format!("/proc/sys/net/ipv6/conf/{interface}/disable_ipv6");
-    match fs::write(&path, "1") {
-        // A kernel without IPv6.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other.map_err(NetError::kernel(format!("writing {path}"))),
+/// Settings of an interface for IPv6 (`conf/INTERFACE` in `Documentation/networking/ip-sysctl.rst`).
+pub(super) fn set_ipv6(interface: &str, settings: &[(&str, &str)]) -> Result<(), NetError> {
+    for (setting, value) in settings {
+        let path = format!("/proc/sys/net/ipv6/conf/{interface}/{setting}");
+        fs::write(&path, value).map_err(NetError::kernel(format!("writing {path}")))?;
     }
+    Ok(())
+}
+
+/// The kernel's own traffic on an interface that carries no IPv6 would only be counted as drops.
+pub(super) fn disable_ipv6(interface: &str) -> Result<(), NetError> {
+    // Otherwise a kernel without IPv6.
+    if fs::exists("/proc/sys/net/ipv6").unwrap_or(false) {
+        set_ipv6(interface, &[("disable_ipv6", "1")])?;
+    }
+    Ok(())
 }

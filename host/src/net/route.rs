@@ -2,22 +2,30 @@
 
 use super::{NetError, netlink::netlink_here};
 use futures::FutureExt;
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use rtnetlink::{
     RouteMessageBuilder,
     packet_route::route::{RouteMessage, RouteType},
 };
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 /// Metric of the route to a pod CIDR as a whole: any other route is better.
 const LAST_RESORT: u32 = u32::MAX;
 
-fn unreachable_route(cidr: Ipv4Net) -> RouteMessage {
-    RouteMessageBuilder::<Ipv4Addr>::new()
-        .destination_prefix(cidr.network(), cidr.prefix_len())
-        .kind(RouteType::Unreachable)
-        .priority(LAST_RESORT)
-        .build()
+fn unreachable_route(cidr: IpNet) -> RouteMessage {
+    macro_rules! route {
+        ($family:ty, $cidr:expr) => {
+            RouteMessageBuilder::<$family>::new()
+                .destination_prefix($cidr.network(), $cidr.prefix_len())
+                .kind(RouteType::Unreachable)
+                .priority(LAST_RESORT)
+                .build()
+        };
+    }
+    match cidr {
+        IpNet::V4(cidr) => route!(Ipv4Addr, cidr),
+        IpNet::V6(cidr) => route!(Ipv6Addr, cidr),
+    }
 }
 
 /// Makes the node refuse what is for an address of a pod CIDR that no pod has, where it has no better route.
@@ -25,7 +33,7 @@ fn unreachable_route(cidr: Ipv4Net) -> RouteMessage {
 /// # Errors
 ///
 /// Where the kernel refuses.
-pub fn make_unreachable(cidr: Ipv4Net) -> Result<(), NetError> {
+pub fn make_unreachable(cidr: IpNet) -> Result<(), NetError> {
     netlink_here(move |handle| {
         async move {
             let added = handle.route().add(unreachable_route(cidr)).replace().execute().await;
@@ -40,7 +48,7 @@ pub fn make_unreachable(cidr: Ipv4Net) -> Result<(), NetError> {
 /// # Errors
 ///
 /// Where the kernel refuses.
-pub fn make_reachable(cidr: Ipv4Net) -> Result<(), NetError> {
+pub fn make_reachable(cidr: IpNet) -> Result<(), NetError> {
     netlink_here(move |handle| {
         async move {
             match handle.route().del(unreachable_route(cidr)).execute().await {

@@ -2,16 +2,19 @@
 
 use super::{
     NetError, Netns, POD_INTERFACE, in_netns,
-    netlink::{delete_link, disable_ipv6, find, get, mac, netlink, netlink_here},
-    vxlan::pod_mtu,
+    netlink::{delete_link, disable_ipv6, find, get, mac, netlink, netlink_here, set_ipv6},
 };
 use futures::{FutureExt, TryStreamExt};
 use rtnetlink::{
     Handle, LinkUnspec, LinkVeth, RouteMessageBuilder,
-    packet_route::{link::LinkAttribute, neighbour::NeighbourState, route::RouteScope},
+    packet_route::{
+        link::LinkAttribute,
+        neighbour::NeighbourState,
+        route::{RouteAttribute, RouteMetric, RouteScope},
+    },
 };
 use std::{
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::AsRawFd,
 };
 
@@ -48,14 +51,13 @@ pub fn pod_links() -> Result<Vec<String>, NetError> {
     })
 }
 
-/// Makes a pod's veth pair and moves one end into its namespace, as `eth0`, with its address and routes. Everything
+/// Makes a pod's veth pair and moves one end into its namespace, as `eth0`, with its addresses and routes. Everything
 /// is down until [`prepare_node`] says otherwise. On an error nothing is left.
 ///
 /// # Errors
 ///
 /// Where the namespace has an `eth0`, or the kernel refuses.
-pub fn make_pod_link(name: &str, netns: &Netns, address: Ipv4Addr, underlay_mtu: u32) -> Result<Veth, NetError> {
-    let mtu = pod_mtu(underlay_mtu)?;
+pub fn make_pod_link(name: &str, netns: &Netns, addresses: &[IpAddr], mtu: u32) -> Result<Veth, NetError> {
     if in_netns(netns, || {
         netlink(|handle| async move { find(&handle, POD_INTERFACE).await }.boxed())
     })??
@@ -63,10 +65,12 @@ pub fn make_pod_link(name: &str, netns: &Netns, address: Ipv4Addr, underlay_mtu:
     {
         return Err(NetError::Occupied(netns.path().to_owned()));
     }
-    let made = make_pair(name, netns, mtu).and_then(|veth| {
+    let ipv6 = addresses.iter().any(IpAddr::is_ipv6);
+    let made = make_pair(name, netns, mtu, ipv6).and_then(|veth| {
         let peer = peer_name(name);
+        let addresses = addresses.to_vec();
         in_netns(netns, || {
-            netlink(move |handle| configure_pod(handle, peer, address).boxed())
+            netlink(move |handle| configure_pod(handle, peer, addresses, veth.host_mac).boxed())
         })??;
         Ok(veth)
     });
@@ -83,7 +87,7 @@ fn peer_name(name: &str) -> String {
     name.replacen("wg-", "wp-", 1)
 }
 
-fn make_pair(name: &str, netns: &Netns, mtu: u32) -> Result<Veth, NetError> {
+fn make_pair(name: &str, netns: &Netns, mtu: u32, ipv6: bool) -> Result<Veth, NetError> {
     let (name, peer, netns) = (name.to_owned(), peer_name(name), netns.file().as_raw_fd());
     netlink_here(move |handle| {
         async move {
@@ -113,15 +117,17 @@ fn make_pair(name: &str, netns: &Netns, mtu: u32) -> Result<Veth, NetError> {
                 pod_mac: mac(&pod),
                 host_mac: mac(&host),
             };
-            disable_ipv6(&name)?;
-            for index in [host.header.index, pod.header.index] {
-                handle
-                    .link()
-                    .set(LinkUnspec::new_with_index(index).mtu(mtu).build())
-                    .execute()
-                    .await
-                    .map_err(NetError::kernel(format!("setting the MTU of {name} to {mtu}")))?;
+            if ipv6 {
+                set_ipv6(&name, &NODE_SIDE)?;
+            } else {
+                disable_ipv6(&name)?;
             }
+            handle
+                .link()
+                .set(LinkUnspec::new_with_index(pod.header.index).mtu(mtu).build())
+                .execute()
+                .await
+                .map_err(NetError::kernel(format!("setting the MTU of {peer} to {mtu}")))?;
             handle
                 .link()
                 .set(LinkUnspec::new_with_index(pod.header.index).setns_by_fd(netns).build())
@@ -134,11 +140,45 @@ fn make_pair(name: &str, netns: &Netns, mtu: u32) -> Result<Veth, NetError> {
     })
 }
 
-/// Inside the pod: its name, its address, and everything by way of the link-local gateway.
-async fn configure_pod(handle: Handle, peer: String, address: Ipv4Addr) -> Result<(), NetError> {
-    let gateway = Ipv4Addr::from(abi::node::GATEWAY_V4);
+/// The node's end of the pair: it needs no address of its own, and asks nobody.
+const NODE_SIDE: [(&str, &str); 4] = [
+    ("disable_ipv6", "0"),
+    ("addr_gen_mode", "1"),
+    ("accept_ra", "0"),
+    ("accept_dad", "0"),
+];
+/// The pod's end: hostd has chosen its address, which nobody else has, and its routes.
+const POD_SIDE: [(&str, &str); 4] = [
+    ("disable_ipv6", "0"),
+    ("accept_ra", "0"),
+    ("accept_dad", "0"),
+    ("router_solicitations", "0"),
+];
+
+fn gateway(of: IpAddr) -> IpAddr {
+    match of {
+        IpAddr::V4(_) => abi::node::GATEWAY_V4.into(),
+        IpAddr::V6(_) => abi::node::GATEWAY_V6.0.into(),
+    }
+}
+
+const fn whole(address: IpAddr) -> u8 {
+    if address.is_ipv4() { 32 } else { 128 }
+}
+
+/// Inside the pod: its name, its addresses, and everything by way of the link-local gateway.
+async fn configure_pod(
+    handle: Handle,
+    peer: String,
+    addresses: Vec<IpAddr>,
+    gateway_mac: [u8; 6],
+) -> Result<(), NetError> {
     let index = get(&handle, &peer).await?.header.index;
-    disable_ipv6(&peer)?;
+    if addresses.iter().any(IpAddr::is_ipv6) {
+        set_ipv6(&peer, &POD_SIDE)?;
+    } else {
+        disable_ipv6(&peer)?;
+    }
     let link = LinkUnspec::new_with_index(index).name(POD_INTERFACE).up().build();
     handle
         .link()
@@ -153,72 +193,123 @@ async fn configure_pod(handle: Handle, peer: String, address: Ipv4Addr) -> Resul
         .execute()
         .await
         .map_err(NetError::kernel("bringing the pod's loopback up"))?;
-    handle
-        .address()
-        .add(index, IpAddr::V4(address), 32)
-        .execute()
-        .await
-        .map_err(NetError::kernel(format!("giving the pod the address {address}")))?;
-    let to_gateway = RouteMessageBuilder::<Ipv4Addr>::new()
-        .destination_prefix(gateway, 32)
-        .output_interface(index)
-        .scope(RouteScope::Link)
-        .build();
-    let to_all = RouteMessageBuilder::<Ipv4Addr>::new()
-        .gateway(gateway)
-        .output_interface(index)
-        .build();
-    for route in [to_gateway, to_all] {
+    for address in addresses {
         handle
-            .route()
-            .add(route)
+            .address()
+            .add(index, address, whole(address))
             .execute()
             .await
-            .map_err(NetError::kernel("setting the pod's routes"))?;
+            .map_err(NetError::kernel(format!("giving the pod the address {address}")))?;
+        add_gateway(&handle, index, gateway(address), gateway_mac).await?;
     }
     Ok(())
 }
 
-/// The node's side: the interface up, and the node's own route and neighbour entry for the pod.
+/// Makes everything go by way of the gateway. Its IPv6 neighbour entry stays: to see whether a neighbour is still there
+/// the kernel would ask from a link-local address, which is no pod's own.
+async fn add_gateway(handle: &Handle, index: u32, gateway: IpAddr, mac: [u8; 6]) -> Result<(), NetError> {
+    const ROUTES: &str = "setting the pod's routes";
+    let to_gateway = RouteMessageBuilder::<IpAddr>::new()
+        .destination_prefix(gateway, whole(gateway))
+        .map_err(NetError::kernel(ROUTES))?
+        .output_interface(index)
+        .scope(RouteScope::Link)
+        .build();
+    handle
+        .route()
+        .add(to_gateway)
+        .execute()
+        .await
+        .map_err(NetError::kernel(ROUTES))?;
+    let everything: IpAddr = match gateway {
+        IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let to_all = RouteMessageBuilder::<IpAddr>::new()
+        .destination_prefix(everything, 0)
+        .map_err(NetError::kernel(ROUTES))?
+        .gateway(gateway)
+        .map_err(NetError::kernel(ROUTES))?
+        .output_interface(index)
+        .build();
+    handle
+        .route()
+        .add(to_all)
+        .execute()
+        .await
+        .map_err(NetError::kernel(ROUTES))?;
+    if gateway.is_ipv6() {
+        handle
+            .neighbours()
+            .add(index, gateway)
+            .link_layer_address(&mac)
+            .state(NeighbourState::Permanent)
+            .replace()
+            .execute()
+            .await
+            .map_err(NetError::kernel("entering the gateway as the pod's neighbour"))?;
+    }
+    Ok(())
+}
+
+/// MTU of the node's end, the most that a veth takes: whatever a pod sends reaches the programs, which tell it of what
+/// is too big. What goes to the pod is bounded by its route.
+const NODE_MTU: u32 = 65535;
+
+/// The node's side: the interface up, and the node's own routes and neighbour entries for the pod, whose MTU this is.
 ///
 /// # Errors
 ///
 /// Where the kernel refuses.
-pub fn prepare_node(name: &str, veth: &Veth, address: Ipv4Addr, underlay: Ipv4Addr) -> Result<(), NetError> {
-    let (name, veth) = (name.to_owned(), *veth);
+pub fn prepare_node(name: &str, veth: &Veth, addresses: &[IpAddr], underlay: IpAddr, mtu: u32) -> Result<(), NetError> {
+    let (name, veth, addresses) = (name.to_owned(), *veth, addresses.to_vec());
     netlink_here(move |handle| {
         async move {
             handle
                 .link()
-                .set(LinkUnspec::new_with_index(veth.ifindex).up().build())
+                .set(LinkUnspec::new_with_index(veth.ifindex).mtu(NODE_MTU).up().build())
                 .execute()
                 .await
                 .map_err(NetError::kernel(format!("bringing {name} up")))?;
-            handle
-                .neighbours()
-                .add(veth.ifindex, IpAddr::V4(address))
-                .link_layer_address(&veth.pod_mac)
-                .state(NeighbourState::Permanent)
-                .replace()
-                .execute()
-                .await
-                .map_err(NetError::kernel(format!("entering {address} as a neighbour")))?;
-            let route = RouteMessageBuilder::<Ipv4Addr>::new()
-                .destination_prefix(address, 32)
-                .output_interface(veth.ifindex)
-                .scope(RouteScope::Link)
-                .pref_source(underlay)
-                .build();
-            handle
-                .route()
-                .add(route)
-                .replace()
-                .execute()
-                .await
-                .map_err(NetError::kernel(format!("setting the node's route to {address}")))
+            for address in addresses {
+                route_to_pod(&handle, &veth, address, underlay, mtu).await?;
+            }
+            Ok(())
         }
         .boxed()
     })
+}
+
+async fn route_to_pod(
+    handle: &Handle,
+    veth: &Veth,
+    address: IpAddr,
+    underlay: IpAddr,
+    mtu: u32,
+) -> Result<(), NetError> {
+    handle
+        .neighbours()
+        .add(veth.ifindex, address)
+        .link_layer_address(&veth.pod_mac)
+        .state(NeighbourState::Permanent)
+        .replace()
+        .execute()
+        .await
+        .map_err(NetError::kernel(format!("entering {address} as a neighbour")))?;
+    let what = format!("setting the node's route to {address}");
+    let mut route = RouteMessageBuilder::<IpAddr>::new()
+        .destination_prefix(address, whole(address))
+        .map_err(NetError::kernel(what.as_str()))?
+        .output_interface(veth.ifindex)
+        .scope(RouteScope::Link);
+    // The node speaks to its pods from the address that they know it by, where that is of their family.
+    if underlay.is_ipv4() == address.is_ipv4() {
+        route = route.pref_source(underlay).map_err(NetError::kernel(what.as_str()))?;
+    }
+    let metrics = RouteAttribute::Metrics(vec![RouteMetric::Mtu(mtu)]);
+    route.get_mut().attributes.push(metrics);
+    let added = handle.route().add(route.build()).replace().execute().await;
+    added.map_err(NetError::kernel(what.as_str()))
 }
 
 /// The veth pair of a pod that an earlier hostd made, if it is there.

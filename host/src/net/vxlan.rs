@@ -1,8 +1,9 @@
 //! The underlay, and the vxlan device on it.
 
 use super::{
-    NetError, VXLAN_DEVICE, VXLAN_OVERHEAD,
+    NetError, VXLAN_DEVICE,
     netlink::{disable_ipv6, find, get, mtu, netlink_here},
+    vxlan_overhead,
 };
 use futures::{FutureExt, TryStreamExt};
 use rtnetlink::{
@@ -12,15 +13,14 @@ use rtnetlink::{
         link::{InfoData, InfoVxlan, LinkAttribute, LinkInfo, LinkMessage},
     },
 };
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 
 /// MTU of the interface that has the underlay address.
 ///
 /// # Errors
 ///
 /// Where no interface has it.
-pub fn underlay_mtu(underlay: Ipv4Addr) -> Result<u32, NetError> {
-    let wanted = IpAddr::V4(underlay);
+fn underlay_mtu(wanted: IpAddr) -> Result<u32, NetError> {
     netlink_here(move |handle| {
         async move {
             let mut addresses = handle.address().get().execute();
@@ -32,7 +32,7 @@ pub fn underlay_mtu(underlay: Ipv4Addr) -> Result<u32, NetError> {
                 let has_it = message
                     .attributes
                     .iter()
-                    .any(|attribute| matches!(attribute, AddressAttribute::Local(address) if *address == wanted));
+                    .any(|attribute| matches!(attribute, AddressAttribute::Local(address) | AddressAttribute::Address(address) if *address == wanted));
                 if has_it {
                     let link = handle
                         .link()
@@ -51,14 +51,18 @@ pub fn underlay_mtu(underlay: Ipv4Addr) -> Result<u32, NetError> {
     })
 }
 
-/// MTU of the pods over an underlay of this MTU.
-pub(super) fn pod_mtu(underlay: u32) -> Result<u32, NetError> {
-    // The least that IPv4 demands of a link (RFC 791).
-    const LEAST: u32 = 68;
-    underlay
-        .checked_sub(VXLAN_OVERHEAD)
-        .filter(|mtu| *mtu >= LEAST)
-        .ok_or(NetError::SmallMtu(underlay))
+/// MTU of the pods on a node with this underlay address: what fits into the tunnel.
+///
+/// # Errors
+///
+/// Where no interface has the address, or its packets are too small: IPv4 demands 68 bytes of a link (RFC 791), IPv6 1280
+/// (RFC 8200, section 5).
+pub fn pod_mtu(underlay: IpAddr, ipv6: bool) -> Result<u32, NetError> {
+    let least = if ipv6 { 1280 } else { 68 };
+    let mtu = underlay_mtu(underlay)?;
+    mtu.checked_sub(vxlan_overhead(underlay))
+        .filter(|mtu| *mtu >= least)
+        .ok_or(NetError::SmallMtu { underlay: mtu, least })
 }
 
 /// Makes the one vxlan device, whose tunnel keys come from the programs; it is down until [`bring_up`]. One with the wrong
@@ -67,8 +71,7 @@ pub(super) fn pod_mtu(underlay: u32) -> Result<u32, NetError> {
 /// # Errors
 ///
 /// Where it can't be made.
-pub fn ensure_vxlan(port: u16, underlay_mtu: u32) -> Result<u32, NetError> {
-    let mtu = pod_mtu(underlay_mtu)?;
+pub fn ensure_vxlan(port: u16, mtu: u32) -> Result<u32, NetError> {
     netlink_here(move |handle| {
         async move {
             if let Some(link) = find(&handle, VXLAN_DEVICE).await?
@@ -97,6 +100,7 @@ pub fn ensure_vxlan(port: u16, underlay_mtu: u32) -> Result<u32, NetError> {
                     )))?;
             }
             let index = get(&handle, VXLAN_DEVICE).await?.header.index;
+            // The programs alone move packets in and out of it: the kernel's own chatter would only be counted as drops.
             disable_ipv6(VXLAN_DEVICE)?;
             handle
                 .link()

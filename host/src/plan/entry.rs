@@ -48,11 +48,12 @@ pub struct Desired {
     pub endpoint: Option<Endpoint>,
 }
 
-/// The entries of an address, but for their stamps, which whoever writes them gives. `parity` is that of the generation
-/// in force. An address that the generation in force does not know has no entry. Where there is no generation aside, its half repeats the identity in force, so that no
+/// The entries of an address of the pod that is known by its address `pod`, but for their stamps, which whoever writes
+/// them gives. `parity` is that of the generation in force. A pod that it does not know has no entry. Where there is no generation aside, its half repeats the identity in force, so that no
 /// other is accepted from the tunnel, and stands nowhere in the matrix.
 #[must_use]
 pub fn entry(
+    pod: &AddressKey,
     address: &AddressKey,
     facts: &Facts,
     parity: usize,
@@ -66,17 +67,17 @@ pub fn entry(
         identity = [Identity::HOST; 2];
         column = [Identity::HOST.0; 2];
     } else {
-        let now = active.place(address)?;
+        let now = active.place(pod)?;
         (identity[parity], row[parity], column[parity]) = (now.identity, now.row, now.column);
         identity[1 - parity] = now.identity;
-        if let Some(next) = aside.and_then(|aside| aside.place(address)) {
+        if let Some(next) = aside.and_then(|aside| aside.place(pod)) {
             (identity[1 - parity], row[1 - parity], column[1 - parity]) = (next.identity, next.row, next.column);
         }
     }
     let Facts { owner, epoch, stance } = *facts;
     let (tunnel_endpoint, tunnel_family): (Address, u8) = match stance {
         Stance::Remote(node) => (node.address, node.family),
-        Stance::Local { .. } | Stance::Host | Stance::Nowhere => ([0; 16], 0),
+        Stance::Local { .. } | Stance::Host | Stance::Nowhere => (Address::NONE, 0),
     };
     let ipcache = IpcacheEntry {
         first_stamp: 0,
@@ -162,4 +163,67 @@ pub fn network_entries(
             (prefix, entry)
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{NetworkSide, network_entries};
+    use crate::plan::{Generation, Network, Partition, Shape};
+    use abi::{Identity, network::UNROUTED};
+    use ipnet::IpNet;
+    use std::collections::BTreeSet;
+
+    const SHAPE: Shape = Shape {
+        rows: 2,
+        columns: 32,
+        port_sets: 1,
+        breakpoints: 16,
+    };
+
+    fn net(text: &str) -> IpNet {
+        text.parse().unwrap()
+    }
+
+    fn partition(cidr: &str) -> Partition {
+        let network = Network {
+            module: "m".to_owned(),
+            name: "n".to_owned(),
+            blocks: vec![(net(cidr), Vec::new())],
+        };
+        Partition::new(&[network]).unwrap()
+    }
+
+    #[test]
+    fn each_side_of_a_prefix_is_what_that_side_says_and_pod_cidrs_stay_closed() {
+        let generation = Generation::new(SHAPE);
+        let (now, next) = (partition("203.0.113.0/24"), partition("203.0.113.128/25"));
+        let (now_ids, next_ids) = ([Identity::WORLD, Identity(20)], [Identity::WORLD, Identity(21)]);
+        let side = |partition, identities| NetworkSide {
+            partition,
+            identities,
+            generation: &generation,
+        };
+        let unrouted: BTreeSet<IpNet> = [net("10.1.0.0/16"), net("203.0.113.0/28")].into();
+        for parity in 0..2 {
+            let entries = network_entries(parity, side(&now, &now_ids), Some(side(&next, &next_ids)), &unrouted);
+            let of = |prefix: &str| {
+                let entry = entries[&net(prefix)];
+                (entry.identity[parity], entry.identity[1 - parity], entry.flags)
+            };
+            assert_eq!(of("203.0.113.0/24"), (Identity(20), Identity::WORLD, 0));
+            assert_eq!(
+                of("203.0.113.128/25"),
+                (Identity(20), Identity(21), 0),
+                "the longer one, for both"
+            );
+            assert_eq!(of("10.1.0.0/16"), (Identity::WORLD, Identity::WORLD, UNROUTED));
+            assert_eq!(of("203.0.113.0/28"), (Identity(20), Identity::WORLD, UNROUTED));
+            let alone = network_entries(parity, side(&now, &now_ids), None, &unrouted);
+            assert_eq!(alone[&net("203.0.113.0/24")].identity, [Identity(20); 2]);
+        }
+        // A network that a policy names inside a pod CIDR opens nothing there.
+        let inside = partition("10.1.7.0/24");
+        let entries = network_entries(0, side(&inside, &now_ids), None, &unrouted);
+        assert_eq!(entries[&net("10.1.7.0/24")].flags, UNROUTED);
+    }
 }

@@ -8,10 +8,7 @@ use crate::{
 };
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use std::{
-    collections::BTreeMap,
-    net::{IpAddr, Ipv4Addr},
-};
+use std::{collections::BTreeMap, net::IpAddr};
 
 /// What all nodes must agree on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,7 +23,7 @@ pub struct NodeRecord {
     /// Its name.
     pub name: String,
     /// Its underlay address.
-    pub underlay: Ipv4Addr,
+    pub underlay: IpAddr,
     /// Its pod CIDRs.
     pub pod_cidrs: Vec<IpNet>,
 }
@@ -40,8 +37,10 @@ pub struct PodRecord {
     pub name: String,
     /// Its labels.
     pub labels: BTreeMap<String, String>,
-    /// Its address.
+    /// Its address, the first where it has two: where it is found in the store.
     pub address: IpAddr,
+    /// Its address of the other family, where it has one.
+    pub second: Option<IpAddr>,
     /// The node that it is on.
     pub node: String,
     /// Its service account; empty where it has none.
@@ -57,6 +56,11 @@ impl PodRecord {
     #[must_use]
     pub fn full_name(&self) -> String {
         format!("{}/{}", self.namespace, self.name)
+    }
+
+    /// One address, or one of each family.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> + use<> {
+        [Some(self.address), self.second].into_iter().flatten()
     }
 }
 

@@ -14,8 +14,10 @@ pub struct Options {
     pub keys: String,
     /// Tables for the end of every node's configuration.
     pub tables: String,
-    /// Pod CIDR of node `n`, from 1, with `{n}` for the number.
+    /// Pod CIDRs of node `n`, from 1, with `{n}` for the number and a comma between them.
     pub pod_cidr: String,
+    /// The tunnel is IPv6.
+    pub ipv6_underlay: bool,
     /// Pod CIDRs of each node, in place of that.
     pub pod_cidrs: Vec<Vec<String>>,
     /// Addresses of a host on the underlay that is no node. It routes to the pods by way of their nodes.
@@ -29,6 +31,7 @@ impl Default for Options {
             keys: String::new(),
             tables: String::new(),
             pod_cidr: "10.{n}.0.0/24".to_owned(),
+            ipv6_underlay: false,
             pod_cidrs: Vec::new(),
             externals: Vec::new(),
         }
@@ -42,8 +45,10 @@ pub struct Pod {
     pub netns: Namespace,
     /// `NAMESPACE/NAME`.
     pub name: String,
-    /// Its address.
+    /// Its address, or the first of them.
     pub address: IpAddr,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
     /// Index of its node.
     pub node: usize,
 }
@@ -61,8 +66,22 @@ pub struct Cluster {
     folder: tempfile::TempDir,
 }
 
-/// The network between the nodes: TEST-NET-1 (RFC 5737).
-const UNDERLAY: &str = "192.0.2";
+/// The network between the nodes: TEST-NET-1 (RFC 5737), and IPv6's for documentation (RFC 3849).
+const UNDERLAY: &str = "192.0.2.";
+const UNDERLAY6: &str = "2001:db8:0:2::";
+/// Number of the host that is no node.
+const EXTERNAL: u8 = 254;
+
+/// Gives an interface its addresses on the underlay, all of which are there at once.
+fn address(netns: &Namespace, number: u8) -> anyhow::Result<()> {
+    netns.ip(&["link", "set", "underlay", "addrgenmode", "none"])?;
+    netns.ip(&["addr", "add", &format!("{UNDERLAY}{number}/24"), "dev", "underlay"])?;
+    for v6 in [format!("{UNDERLAY6}{number}/64"), format!("fe80::{number}/64")] {
+        netns.ip(&["addr", "add", &v6, "dev", "underlay", "nodad"])?;
+    }
+    netns.ip(&["link", "set", "underlay", "up"])?;
+    Ok(())
+}
 
 impl Cluster {
     /// Two nodes with hostd on them.
@@ -106,9 +125,10 @@ impl Cluster {
         let mut nodes = Vec::new();
         for number in 1..=options.nodes {
             let name = format!("node{number}");
+            let prefix = if options.ipv6_underlay { UNDERLAY6 } else { UNDERLAY };
             let node = Node {
                 netns: Namespace::new(&name)?,
-                underlay: format!("{UNDERLAY}.{number}").parse()?,
+                underlay: format!("{prefix}{number}").parse()?,
                 folder: folder.path().join(&name),
                 hostd: None,
                 name,
@@ -123,10 +143,8 @@ impl Cluster {
             Some(Namespace::new("external")?)
         };
         let underlay = join(&nodes, external.as_ref())?;
-        for node in &nodes {
-            node.netns
-                .ip(&["addr", "add", &format!("{}/24", node.underlay), "dev", "underlay"])?;
-            node.netns.ip(&["link", "set", "underlay", "up"])?;
+        for (number, node) in (1..).zip(&nodes) {
+            address(&node.netns, number)?;
         }
         if let Some(external) = &external {
             connect_external(external, &nodes, options)?;
@@ -178,11 +196,17 @@ impl Cluster {
         ];
         arguments.extend(more.iter().map(String::as_str));
         let added = self.nodes[node].json(&arguments)?;
-        let address = added["address"].as_str().context("hostd names no address")?.parse()?;
+        let addresses = added["addresses"].as_array().context("hostd names no addresses")?;
+        let addresses = addresses
+            .iter()
+            .map(|address| Ok(address.as_str().context("an address that is no text")?.parse()?))
+            .collect::<anyhow::Result<Vec<IpAddr>>>()?;
+        let address = *addresses.first().context("hostd names no address")?;
         self.pods.push(Pod {
             netns,
             name: name.to_owned(),
             address,
+            addresses,
             node,
         });
         Ok(self.pods.len() - 1)
@@ -223,7 +247,7 @@ impl Cluster {
     ///
     /// Where they do not in time.
     pub fn settle(&self) -> anyhow::Result<()> {
-        let expected = self.pods.len() + 1;
+        let expected = self.addresses() + 1;
         for node in &self.nodes {
             let settled = wait_until(START, || {
                 node.json(&["ipcache", "list"])
@@ -232,6 +256,10 @@ impl Cluster {
             ensure!(settled, "node {} does not know all pods: {}", node.name, node.log());
         }
         Ok(())
+    }
+
+    fn addresses(&self) -> usize {
+        self.pods.iter().map(|pod| pod.addresses.len()).sum()
     }
 
     /// Waits until all nodes say the same of every address: what one node does others learn a moment later.
@@ -259,7 +287,7 @@ impl Cluster {
         let agreed = wait_until(START, || {
             let all: Result<Vec<_>, _> = self.nodes.iter().map(identities).collect();
             match all {
-                Ok(all) => all[0].len() == self.pods.len() && all.iter().all(|one| *one == all[0]),
+                Ok(all) => all[0].len() == self.addresses() && all.iter().all(|one| *one == all[0]),
                 Err(error) => {
                     problem = Some(error);
                     false
@@ -283,29 +311,44 @@ impl Cluster {
 
 /// Gives the external host its addresses and everybody the routes that they need.
 fn connect_external(external: &Namespace, nodes: &[Node], options: &Options) -> anyhow::Result<()> {
-    let own = format!("{UNDERLAY}.254");
-    external.ip(&["addr", "add", &format!("{own}/24"), "dev", "underlay"])?;
-    external.ip(&["link", "set", "underlay", "up"])?;
+    address(external, EXTERNAL)?;
+    let underlay = |v4: bool, number: u8| {
+        let prefix = if v4 { UNDERLAY } else { UNDERLAY6 };
+        format!("{prefix}{number}")
+    };
     for address in &options.externals {
-        external.ip(&["addr", "add", &format!("{address}/32"), "dev", "lo"])?;
+        let length = if address.is_ipv4() { 32 } else { 128 };
+        external.ip(&["addr", "add", &format!("{address}/{length}"), "dev", "lo"])?;
+        let via = underlay(address.is_ipv4(), EXTERNAL);
         for node in nodes {
-            node.netns.ip(&["route", "add", &address.to_string(), "via", &own])?;
+            node.netns.ip(&["route", "add", &address.to_string(), "via", &via])?;
         }
     }
-    for (number, node) in (1..).zip(nodes) {
+    for (number, _) in (1..).zip(nodes) {
         for cidr in options.cidrs_of(number) {
-            external.ip(&["route", "add", &cidr, "via", &node.underlay.to_string()])?;
+            let via = underlay(!cidr.contains(':'), number);
+            external.ip(&["route", "add", &cidr, "via", &via])?;
         }
     }
     Ok(())
 }
 
 impl Options {
-    pub(crate) fn cidrs_of(&self, number: u8) -> Vec<String> {
-        match self.pod_cidrs.get(usize::from(number) - 1) {
-            Some(cidrs) => cidrs.clone(),
-            None => vec![self.pod_cidr.replace("{n}", &number.to_string())],
+    /// Pods have an address of each family.
+    #[must_use]
+    pub fn dual_stack() -> Self {
+        Self {
+            pod_cidr: "10.{n}.0.0/24,fd00:10:{n}::/64".to_owned(),
+            ..Self::default()
         }
+    }
+
+    pub(crate) fn cidrs_of(&self, number: u8) -> Vec<String> {
+        if let Some(cidrs) = self.pod_cidrs.get(usize::from(number) - 1) {
+            return cidrs.clone();
+        }
+        let cidrs = self.pod_cidr.replace("{n}", &number.to_string());
+        cidrs.split(',').map(str::to_owned).collect()
     }
 }
 

@@ -1,10 +1,10 @@
 //! Real connections between namespaces.
 
 use crate::in_netns;
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use std::{
     io::{self, ErrorKind, Read, Write},
-    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -22,6 +22,8 @@ pub enum TcpOutcome {
     Silence,
     /// A reset: nobody listens.
     Refused,
+    /// A router says that there is no way.
+    Unreachable,
 }
 
 /// Opens a TCP connection from a namespace, sends a line and waits for it to come back.
@@ -49,6 +51,7 @@ fn outcome(error: &io::Error) -> Option<TcpOutcome> {
     match error.kind() {
         ErrorKind::TimedOut | ErrorKind::WouldBlock => Some(TcpOutcome::Silence),
         ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset => Some(TcpOutcome::Refused),
+        ErrorKind::NetworkUnreachable | ErrorKind::HostUnreachable => Some(TcpOutcome::Unreachable),
         _ => None,
     }
 }
@@ -93,14 +96,31 @@ impl Stream {
 ///
 /// Where it can't be sent.
 pub fn udp_exchange(namespace: &str, to: IpAddr, port: u16, wait: Duration) -> anyhow::Result<bool> {
+    udp_exchange_of(namespace, to, port, 5, wait)
+}
+
+/// The same with a datagram of so many bytes, which must come back as it was.
+///
+/// # Errors
+///
+/// Where it can't be sent, or comes back as another one.
+pub fn udp_exchange_of(namespace: &str, to: IpAddr, port: u16, size: usize, wait: Duration) -> anyhow::Result<bool> {
     in_netns(namespace, || -> anyhow::Result<bool> {
-        let socket = UdpSocket::bind("0.0.0.0:0")?;
+        let any: IpAddr = match to {
+            IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let socket = UdpSocket::bind((any, 0))?;
         socket.connect(SocketAddr::new(to, port))?;
         socket.set_read_timeout(Some(wait))?;
-        socket.send(b"hello")?;
-        let mut answer = [0; 16];
+        let datagram: Vec<u8> = (0..=u8::MAX).cycle().take(size).collect();
+        socket.send(&datagram)?;
+        let mut answer = vec![0; 65536];
         match socket.recv(&mut answer) {
-            Ok(_) => Ok(true),
+            Ok(length) => {
+                ensure!(answer[..length] == datagram, "{to}:{port} sends something else back");
+                Ok(true)
+            }
             Err(error) if outcome(&error).is_some() => Ok(false),
             Err(error) => Err(error.into()),
         }
@@ -125,8 +145,9 @@ impl Listener {
     pub fn new(namespace: &str, port: u16) -> anyhow::Result<Self> {
         let (tcp, udp) = in_netns(namespace, || -> io::Result<_> {
             Ok((
-                TcpListener::bind(("0.0.0.0", port))?,
-                UdpSocket::bind(("0.0.0.0", port))?,
+                // Both families.
+                TcpListener::bind(("::", port))?,
+                UdpSocket::bind(("::", port))?,
             ))
         })?
         .with_context(|| format!("listening on port {port} in {namespace}"))?;

@@ -1,14 +1,17 @@
 //! A bench for the programs: loaded for real, their maps filled by hand, in a namespace of its own.
 
-use super::frame::{Frame, GATEWAY_A, GATEWAY_B, NODE, OTHER_NODE, POD_A, POD_A_MAC, POD_B, POD_B_MAC, REMOTE};
+use super::frame::{
+    Frame, GATEWAY_A, GATEWAY_B, NODE, OTHER_NODE, POD_A, POD_A_MAC, POD_A6, POD_B, POD_B_MAC, POD_B6, REMOTE, REMOTE6,
+};
 use abi::{
-    AddressKey, Direction, DropReason, Endpoint, Event, Hook, Identity, IpcacheEntry, NetworkEntry, NodeConfig,
+    AddressKey, Direction, DropReason, Endpoint, Event, Family, Hook, Identity, IpcacheEntry, NetworkEntry, NodeConfig,
     NodeEntry, Path, PortSet,
+    address::Address,
     event::Counter,
     ipcache::IPCACHE_HOST,
     map,
     network::{NETWORK_KEY_BITS, UNROUTED},
-    node::{GATEWAY_V4, REPORT_DROPS, REPORT_FLOWS, TUNNEL_PORT},
+    node::{REPORT_DROPS, REPORT_FLOWS, TUNNEL_PORT},
     policy::{CELL_ALLOW, CELLS_PER_ELEMENT, cell_index},
 };
 use aya::{
@@ -25,6 +28,7 @@ use hostd::{
     datapath::{Constants, load_programs},
     plan::{Action, Decision, Ports, Rule, Shape},
 };
+use std::net::IpAddr;
 
 pub const RED: Identity = Identity(0x01_0001);
 pub const BLUE: Identity = Identity(0x02_0001);
@@ -34,6 +38,9 @@ pub const GREEN: Identity = Identity(0x03_0001);
 pub const RED_PLACE: (u32, u32) = (1, 16);
 pub const BLUE_PLACE: (u32, u32) = (2, 17);
 pub const GREEN_COLUMN: u32 = 18;
+
+/// MTU of the tunnel.
+pub const TUNNEL_MTU: u32 = 1450;
 
 const SHAPE: Shape = Shape {
     rows: 4,
@@ -46,6 +53,8 @@ const SHAPE: Shape = Shape {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
     Dropped(DropReason),
+    /// Dropped, and the sender was told with this.
+    Told(DropReason, Frame),
     Sent {
         path: Path,
         /// Interface that it was redirected to; 0 where it went on by itself.
@@ -132,8 +141,9 @@ impl Bench {
             vxlan_ifindex: self.vxlan,
             report: REPORT_DROPS | REPORT_FLOWS,
             tunnel_port: TUNNEL_PORT,
+            underlay_family: Family::V4 as u8,
             zero: 0,
-            gateway: GATEWAY_V4,
+            tunnel_mtu: TUNNEL_MTU,
         };
         self.array::<NodeConfig>(map::CONFIG).set(0, config, 0).unwrap();
         let generation = self.generation;
@@ -148,7 +158,10 @@ impl Bench {
         self.put_pod(POD_A, [RED; 2], RED_PLACE, 1, a);
         self.put_pod(POD_B, [BLUE; 2], BLUE_PLACE, 2, b);
         self.put_remote(REMOTE, [GREEN; 2], OTHER_NODE);
-        self.put_ipcache(NODE, [Identity::HOST; 2], Identity::HOST.0, None, IPCACHE_HOST);
+        self.put_pod(POD_A6, [RED; 2], RED_PLACE, 1, a);
+        self.put_pod(POD_B6, [BLUE; 2], BLUE_PLACE, 2, b);
+        self.put_remote(REMOTE6, [GREEN; 2], OTHER_NODE);
+        self.put_ipcache(NODE.into(), [Identity::HOST; 2], Identity::HOST.0, None, IPCACHE_HOST);
         let none = [Identity::WORLD; 2];
         for (address, length) in [([10, 0, 0, 0], 8), ([224, 0, 0, 0], 3)] {
             self.put_network(address, length, none, [Identity::WORLD.0; 2], UNROUTED);
@@ -165,15 +178,23 @@ impl Bench {
         self.ebpf.map_mut(name).unwrap().try_into().unwrap()
     }
 
-    pub fn put_pod(&mut self, address: [u8; 4], identity: [Identity; 2], place: (u32, u32), epoch: u32, ifindex: u32) {
-        let (mac, gateway_mac) = if address == POD_B {
+    pub fn put_pod(
+        &mut self,
+        address: impl Into<IpAddr>,
+        identity: [Identity; 2],
+        place: (u32, u32),
+        epoch: u32,
+        ifindex: u32,
+    ) {
+        let key = AddressKey::from(address.into());
+        let (mac, gateway_mac) = if ifindex == self.pod_b {
             (POD_B_MAC, GATEWAY_B)
         } else {
             (POD_A_MAC, GATEWAY_A)
         };
         let endpoint = Endpoint {
             first_stamp: 1,
-            address: AddressKey::v4(address).address,
+            address: key.address,
             identity,
             row: [place.0; 2],
             column: [place.1; 2],
@@ -184,41 +205,31 @@ impl Bench {
             gateway_mac,
             last_stamp: 1,
         };
-        self.hash(map::ENDPOINTS)
-            .insert(AddressKey::v4(address), endpoint, 0)
-            .unwrap();
+        self.hash(map::ENDPOINTS).insert(key, endpoint, 0).unwrap();
     }
 
-    pub fn put_remote(&mut self, address: [u8; 4], identity: [Identity; 2], node: [u8; 4]) {
-        self.put_ipcache(address, identity, GREEN_COLUMN, Some(node), 0);
+    pub fn put_remote(&mut self, address: impl Into<IpAddr>, identity: [Identity; 2], node: impl Into<IpAddr>) {
+        self.put_ipcache(address.into(), identity, GREEN_COLUMN, Some(node.into()), 0);
     }
 
-    fn put_ipcache(
-        &mut self,
-        address: [u8; 4],
-        identity: [Identity; 2],
-        column: u32,
-        node: Option<[u8; 4]>,
-        flags: u8,
-    ) {
-        let tunnel = node.map(AddressKey::v4);
+    fn put_ipcache(&mut self, address: IpAddr, identity: [Identity; 2], column: u32, node: Option<IpAddr>, flags: u8) {
+        let key = AddressKey::from(address);
+        let tunnel = node.map(AddressKey::from);
         let entry = IpcacheEntry {
             first_stamp: 1,
-            address: AddressKey::v4(address).address,
+            address: key.address,
             identity,
             column: [column; 2],
             // The node itself is nobody's pod.
             owner: if flags & IPCACHE_HOST == 0 { 100 } else { 0 },
             epoch: 1,
-            tunnel_endpoint: tunnel.map_or([0; 16], |key| key.address),
+            tunnel_endpoint: tunnel.map_or(Address::NONE, |key| key.address),
             tunnel_family: tunnel.map_or(0, |key| key.family),
             flags,
             zero: [0; 6],
             last_stamp: 1,
         };
-        self.hash(map::IPCACHE)
-            .insert(AddressKey::v4(address), entry, 0)
-            .unwrap();
+        self.hash(map::IPCACHE).insert(key, entry, 0).unwrap();
     }
 
     pub fn allow_everything(&mut self, parity: usize) {
@@ -284,7 +295,7 @@ impl Bench {
     /// What the trie says of a prefix, by parity.
     pub fn put_network(
         &mut self,
-        address: [u8; 4],
+        address: impl Into<IpAddr>,
         length: u32,
         identity: [Identity; 2],
         column: [u32; 2],
@@ -292,7 +303,7 @@ impl Bench {
     ) {
         let mut trie: LpmTrie<_, AddressKey, NetworkEntry> =
             self.ebpf.map_mut(map::NETWORKS).unwrap().try_into().unwrap();
-        let key = Key::new(NETWORK_KEY_BITS + length, AddressKey::v4(address));
+        let key = Key::new(NETWORK_KEY_BITS + length, AddressKey::from(address.into()));
         let entry = NetworkEntry {
             identity,
             column,
@@ -305,7 +316,8 @@ impl Bench {
     /// Lets the node route: without it everything that is no pod's ends at the node itself.
     pub fn forward(&self) {
         in_netns(self.netns.name(), || {
-            std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")
+            std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")?;
+            std::fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1")
         })
         .unwrap()
         .unwrap();
@@ -313,6 +325,7 @@ impl Bench {
         self.netns.ip(&["link", "set", "vb", "up"]).unwrap();
         self.netns.ip(&["link", "set", "va", "up"]).unwrap();
         self.netns.ip(&route).unwrap();
+        self.netns.ip(&["-6", "route", "add", "default", "dev", "vb"]).unwrap();
     }
 
     /// Puts the next generation in force.
@@ -400,7 +413,7 @@ impl Bench {
         self.last_event();
 
         let entry: &SchedClassifier = self.entry.program("packet_table").unwrap().try_into().unwrap();
-        let mut out = vec![0; 2048];
+        let mut out = vec![0; 4096];
         let mut ctx_out = [0; SK_BUFF];
         let result = in_netns(self.netns.name(), || {
             entry.test_run(TestRunOptions {
@@ -425,7 +438,7 @@ impl Bench {
         let dropped = moved(&drops, &self.drops());
         let forwarded = moved(&paths, &self.counts(map::FORWARDED, abi::event::PATHS));
         let event = self.last_event();
-        if result.return_value == SHOT {
+        if !dropped.is_empty() {
             assert_eq!(
                 (dropped.len(), forwarded.len()),
                 (1, 0),
@@ -435,6 +448,10 @@ impl Bench {
             let event = event.expect("a drop is reported");
             assert_eq!((event.reason, event.hook), (reason as u8, hook as u8));
             assert_eq!(event.length as usize, frame.0.len());
+            if result.return_value == REDIRECT {
+                return Outcome::Told(reason, Frame(out));
+            }
+            assert_eq!(result.return_value, SHOT);
             return Outcome::Dropped(reason);
         }
         assert_eq!(
@@ -461,14 +478,14 @@ impl Outcome {
     pub fn path(&self) -> Path {
         match self {
             Self::Sent { path, .. } => *path,
-            Self::Dropped(reason) => panic!("dropped: {}", reason.name()),
+            Self::Dropped(reason) | Self::Told(reason, _) => panic!("dropped: {}", reason.name()),
         }
     }
 
     /// The reason of a packet that was dropped.
     pub fn reason(&self) -> DropReason {
         match self {
-            Self::Dropped(reason) => *reason,
+            Self::Dropped(reason) | Self::Told(reason, _) => *reason,
             Self::Sent { path, .. } => panic!("sent: {}", path.name()),
         }
     }

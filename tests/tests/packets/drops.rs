@@ -4,7 +4,7 @@ use super::{
     bench::{BLUE_PLACE, Bench, GREEN, Outcome, RED, RED_PLACE},
     frame::{ACK, Frame, GATEWAY_B, NOBODY, NODE, OTHER_NODE, POD_A, POD_A_MAC, POD_B, POD_B_MAC, REMOTE, SYN},
 };
-use abi::{Direction, DropReason, Identity};
+use abi::{Direction, DropReason, Identity, Path, policy::CELL_PORT_SET};
 use harness::kernel_test;
 use std::collections::BTreeSet;
 
@@ -22,6 +22,14 @@ type Run = fn(&mut Bench) -> Outcome;
 
 fn syn() -> Frame {
     Frame::tcp(POD_A, 40000, POD_B, 80, SYN)
+}
+
+/// The first 16 bytes of a longer UDP datagram.
+fn long_udp(port: u16) -> Vec<u8> {
+    let mut bytes = vec![0, 1];
+    bytes.extend(port.to_be_bytes());
+    bytes.extend([0; 12]);
+    bytes
 }
 
 /// From the overlay: a SYN of the green pod for pod A.
@@ -58,8 +66,8 @@ const TABLE: &[(DropReason, &str, Run)] = &[
     (DropReason::UnknownEthertype, "ARP from the overlay", |b| {
         b.from_overlay(&Frame::arp(1, POD_A_MAC, REMOTE, POD_A), OTHER_NODE, GREEN)
     }),
-    (DropReason::Ipv6, "IPv6", |b| {
-        b.from_pod_a(&syn().with(12, &[0x86, 0xdd]))
+    (DropReason::InvalidHeader, "IPv4 called IPv6", |b| {
+        b.from_pod_a(&Frame::tcp(POD_A, 1, POD_B, 2, SYN).with(12, &[0x86, 0xdd]))
     }),
     (DropReason::VlanTag, "802.1Q", |b| {
         b.from_pod_a(&syn().with(12, &[0x81, 0]))
@@ -79,14 +87,62 @@ const TABLE: &[(DropReason, &str, Run)] = &[
     (DropReason::IpOptions, "a header of six words", |b| {
         b.from_pod_a(&syn().with(14, &[0x46]))
     }),
-    (DropReason::Fragment, "a first fragment", |b| {
-        b.from_pod_a(&syn().with(20, &[0x20, 0]))
+    (DropReason::TunnelPort, "a fragment to a tunnel port", |b| {
+        b.from_pod_a(&Frame::ipv4(POD_A, OTHER_NODE, 17, &long_udp(8472)).piece(1, 0, true))
     }),
-    (DropReason::Fragment, "a later fragment", |b| {
-        b.from_pod_a(&syn().with(20, &[0, 1]))
+    (DropReason::TunnelPort, "the rest of a packet to a tunnel port", |b| {
+        b.from_pod_a(&Frame::ipv4(POD_A, OTHER_NODE, 17, &long_udp(8472)).piece(1, 0, true));
+        b.from_pod_a(&Frame::ipv4(POD_A, OTHER_NODE, 17, &[0; 8]).piece(1, 16, false))
     }),
-    (DropReason::Fragment, "a fragment to a tunnel port", |b| {
-        b.from_pod_a(&Frame::udp(POD_A, 1, OTHER_NODE, 8472).with(20, &[0x20, 0]))
+    (
+        DropReason::FragmentUnknown,
+        "a later fragment to one who may not be spoken to",
+        |b| {
+            b.deny_egress(RED_PLACE.0, BLUE_PLACE.1);
+            b.set_cell(Direction::Egress, BLUE_PLACE.0, RED_PLACE.1, 0);
+            b.from_pod_a(&Frame::ipv4(POD_A, POD_B, 17, &[0; 8]).piece(1, 16, false))
+        },
+    ),
+    (
+        DropReason::EgressDenied,
+        "the rest of a packet whose beginning was denied",
+        |b| {
+            b.set_port_set(1, &[(Some(17), 53, 53)]);
+            b.set_cell(Direction::Egress, RED_PLACE.0, BLUE_PLACE.1, CELL_PORT_SET + 1);
+            b.from_pod_a(&Frame::ipv4(POD_A, POD_B, 17, &long_udp(54)).piece(1, 0, true));
+            b.from_pod_a(&Frame::ipv4(POD_A, POD_B, 17, &[0; 8]).piece(1, 16, false))
+        },
+    ),
+    (
+        DropReason::FragmentTiny,
+        "a first fragment with half a TCP header",
+        |b| b.from_pod_a(&Frame::ipv4(POD_A, POD_B, 6, &[0; 16]).piece(1, 0, true)),
+    ),
+    (
+        DropReason::FragmentTiny,
+        "a fragment that begins inside the TCP header",
+        |b| b.from_pod_a(&Frame::ipv4(POD_A, POD_B, 6, &[0; 16]).piece(1, 8, false)),
+    ),
+    (
+        DropReason::FragmentOverlap,
+        "a fragment that begins inside the first one",
+        |b| {
+            b.from_pod_a(&Frame::ipv4(POD_A, POD_B, 17, &long_udp(53)).piece(1, 0, true));
+            b.from_pod_a(&Frame::ipv4(POD_A, POD_B, 17, &[0; 16]).piece(1, 8, false))
+        },
+    ),
+    (
+        DropReason::InvalidHeader,
+        "a fragment of 9 bytes that is not the last one",
+        |b| b.from_pod_a(&Frame::ipv4(POD_A, POD_B, 17, &[0; 9]).piece(1, 0, true)),
+    ),
+    (
+        DropReason::InvalidHeader,
+        "a fragment that ends beyond the longest packet",
+        |b| b.from_pod_a(&Frame::ipv4(POD_A, POD_B, 17, &[0; 16]).piece(1, 65528, false)),
+    ),
+    (DropReason::InvalidHeader, "a TCP header of four words", |b| {
+        b.from_pod_a(&syn().with(46, &[0x40]))
     }),
     (DropReason::UnknownProtocol, "GRE", |b| {
         b.from_pod_a(&Frame::ipv4(POD_A, POD_B, 47, &[0; 20]))
@@ -190,16 +246,19 @@ const TABLE: &[(DropReason, &str, Run)] = &[
     (DropReason::IcmpUnrelated, "an echo reply that nobody asked for", |b| {
         b.from_pod_a(&Frame::echo(POD_A, POD_B, true, 1))
     }),
-    (DropReason::TtlExceeded, "TTL 1 to a pod of the node", |b| {
-        b.from_pod_a(&syn().ttl(1))
+    (DropReason::TtlExceeded, "an ICMP error with TTL 1", |b| {
+        let flow = Frame::udp(POD_B, 1, POD_A, 2);
+        assert_eq!(b.from_pod_b(&flow).path(), Path::Local);
+        b.from_pod_a(&Frame::unreachable(POD_A, &flow).ttl(1))
     }),
-    (DropReason::TtlExceeded, "TTL 0", |b| b.from_pod_a(&syn().ttl(0))),
-    (DropReason::TtlExceeded, "TTL 1 to another node", |b| {
-        b.from_pod_a(&Frame::tcp(POD_A, 1, REMOTE, 2, SYN).ttl(1))
-    }),
-    (DropReason::TtlExceeded, "TTL 1 from the overlay", |b| {
-        b.from_overlay(&green().ttl(1), OTHER_NODE, GREEN)
-    }),
+    (
+        DropReason::TooBig,
+        "a later fragment that does not fit into the tunnel",
+        |b| {
+            let piece = Frame::ipv4(POD_A, REMOTE, 17, &[0; 1440]).piece(1, 16, false);
+            b.from_pod_a(&piece.with(20, &[0x40, 2]))
+        },
+    ),
     (DropReason::EgressDenied, "the sender's policy", |b| {
         b.deny_egress(RED_PLACE.0, BLUE_PLACE.1);
         b.from_pod_a(&syn())
@@ -289,7 +348,8 @@ fn every_bad_packet_is_dropped_for_its_own_reason() {
 
 #[test]
 fn the_table_has_every_reason() {
-    let covered: BTreeSet<_> = TABLE.iter().map(|(reason, ..)| *reason).chain(OUT_OF_REACH).collect();
+    let tables = TABLE.iter().chain(super::ipv6::TABLE);
+    let covered: BTreeSet<_> = tables.map(|(reason, ..)| *reason).chain(OUT_OF_REACH).collect();
     let missing: Vec<_> = DropReason::ALL
         .iter()
         .filter(|reason| !covered.contains(reason))

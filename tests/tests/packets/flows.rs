@@ -188,7 +188,7 @@ fn an_entry_that_is_another_ones_or_half_written_is_not_believed() {
     kernel_test!();
     for damage in [
         |endpoint: &mut Endpoint| endpoint.last_stamp += 1,
-        |endpoint: &mut Endpoint| endpoint.address[3] += 1,
+        |endpoint: &mut Endpoint| endpoint.address.0[3] += 1,
     ] {
         let mut bench = Bench::new();
         let key = AddressKey::v4(POD_B);
@@ -267,7 +267,7 @@ fn each_half_of_a_pair_of_identities_serves_its_own_generation() {
     bench.put_pod(POD_A, [RED, BLUE], RED_PLACE, 1, va);
     let tunnel = |bench: &mut Bench, port| match bench.from_pod_a(&Frame::udp(POD_A, port, REMOTE, 53)) {
         super::bench::Outcome::Sent { tunnel, .. } => tunnel.map(|(vni, _)| vni),
-        super::bench::Outcome::Dropped(reason) => panic!("{}", reason.name()),
+        other => panic!("{}", other.reason().name()),
     };
     assert_eq!(tunnel(&mut bench, 1), Some(RED));
     bench.flip();

@@ -46,7 +46,8 @@ fn from_the_overlay() {
         path: Path::Overlay,
         ifindex: bench.pod_a,
         tunnel: None,
-        frame: frame.clone().after_hop(POD_A_MAC, GATEWAY_A),
+        // The hop was counted where it went into the tunnel.
+        frame: frame.clone().delivered(POD_A_MAC, GATEWAY_A),
     };
     assert_eq!(bench.from_overlay(&frame, OTHER_NODE, GREEN), expected);
 }

@@ -8,3 +8,6 @@ mod frame;
 mod drops;
 mod flows;
 mod forwarding;
+mod fragments;
+mod ipv6;
+mod told;

@@ -2,7 +2,10 @@
 
 use crate::{LONG, cluster_identities};
 use harness::{Cluster, Options, kernel_test, wait_until};
-use std::{fs, time::Duration};
+use std::{
+    fs,
+    time::{Duration, SystemTime},
+};
 
 #[test]
 fn identities_that_nobody_uses_are_collected_and_others_are_not() {
@@ -32,6 +35,24 @@ fn identities_that_nobody_uses_are_collected_and_others_are_not() {
     assert!(collected, "{:?}", listed(0));
     assert_eq!(listed(1), listed(0));
     assert_eq!(listed(0).len(), 2, "those in use stay: {:?}", listed(0));
+    // And nobody so much as marks them.
+    let written = || -> Vec<(String, SystemTime)> {
+        let files = fs::read_dir(cluster.folder().join("store/identities")).unwrap();
+        let mut written: Vec<(String, SystemTime)> = files
+            .map(|file| file.unwrap())
+            .map(|file| {
+                (
+                    file.file_name().display().to_string(),
+                    file.metadata().unwrap().modified().unwrap(),
+                )
+            })
+            .collect();
+        written.sort();
+        written
+    };
+    let before = written();
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(written(), before);
     // The same labels get the same number again: it was free.
     cluster.nodes[1]
         .json(&[&["endpoint", "label"][..], &pod, &["app=goes"]].concat())

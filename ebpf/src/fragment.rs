@@ -1,0 +1,93 @@
+//! Fragments: the later ones go where the first one went, and no farther.
+//!
+//! The programs do not put packets together. They remember the ports of a first fragment, so that the others of its
+//! packet are judged as it was. One that arrives before its first passes where policy lets the two talk at all: without
+//! the first, which is judged by its ports, nobody can make a packet of it.
+
+use crate::{
+    conntrack, maps,
+    packet::{Flow, Fragment},
+};
+use abi::{
+    DropReason, Family, FragmentKey,
+    address::SHARED_SCOPE,
+    fragment::REASSEMBLY_NS,
+};
+use aya_ebpf::bindings::BPF_ANY;
+
+/// Remembers a first fragment, or gives a later one the ports of its first. The sender must be known to be who it says.
+#[inline(never)]
+pub fn track(flow: &mut Flow) -> Result<(), DropReason> {
+    match flow.fragment {
+        Fragment::None => Ok(()),
+        Fragment::First => remember(flow),
+        Fragment::Later | Fragment::Ahead => recall(flow),
+    }
+}
+
+#[inline(always)]
+fn fill(key: &mut FragmentKey, flow: &Flow) {
+    key.source = flow.source;
+    key.destination = flow.destination;
+    key.identification = flow.identification;
+    key.scope = SHARED_SCOPE;
+    key.family = flow.family;
+    key.protocol = if flow.family == Family::V6 as u8 { 0 } else { flow.protocol };
+}
+
+#[inline(always)]
+fn cookie(key: &FragmentKey) -> u64 {
+    let rest = u64::from(key.identification) << 16 | u64::from(key.family) << 8 | u64::from(key.protocol);
+    conntrack::hash(&key.source, &key.destination, rest)
+}
+
+#[inline(always)]
+fn remember(flow: &Flow) -> Result<(), DropReason> {
+    let scratch = maps::scratch().ok_or(DropReason::Internal)?;
+    // SAFETY: as in `Flow::begin`; these parts are taken once a packet, here or in `recall`.
+    let (key, entry) = unsafe { (&mut (*scratch).fragment_key, &mut (*scratch).fragment) };
+    fill(key, flow);
+    entry.cookie = cookie(key);
+    entry.expires = conntrack::now() + REASSEMBLY_NS;
+    entry.length = flow.fragment_length;
+    entry.source_port = flow.source_port;
+    entry.destination_port = flow.destination_port;
+    entry.protocol = flow.protocol;
+    entry.answer = u8::from(flow.answer);
+    entry.zero = [0; 6];
+    // Where the map takes no entry the others are taken for ones that came ahead.
+    let _ = maps::FRAGMENTS.insert(&*key, &*entry, u64::from(BPF_ANY));
+    Ok(())
+}
+
+#[inline(always)]
+fn recall(flow: &mut Flow) -> Result<(), DropReason> {
+    let scratch = maps::scratch().ok_or(DropReason::Internal)?;
+    // SAFETY: as in `remember`.
+    let key = unsafe { &mut (*scratch).fragment_key };
+    fill(key, flow);
+    let found = maps::FRAGMENTS.get_ptr(&*key).map(|pointer| {
+        // SAFETY: as in `conntrack::find`.
+        unsafe {
+            (
+                core::ptr::read_volatile(&raw const (*pointer).cookie),
+                core::ptr::read_volatile(pointer),
+                core::ptr::read_volatile(&raw const (*pointer).cookie),
+            )
+        }
+    });
+    let cookie = cookie(key);
+    match found {
+        Some((before, first, after)) if before == cookie && after == cookie && first.expires > conntrack::now() => {
+            if flow.fragment_offset < first.length {
+                return Err(DropReason::FragmentOverlap);
+            }
+            flow.protocol = first.protocol;
+            flow.source_port = first.source_port;
+            flow.destination_port = first.destination_port;
+            flow.answer = first.answer != 0;
+        }
+        _ => flow.fragment = Fragment::Ahead,
+    }
+    Ok(())
+}
