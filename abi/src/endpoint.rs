@@ -31,12 +31,21 @@ pub struct Endpoint {
     pub epoch: u32,
     /// Interface index of the host's end of the veth pair.
     pub ifindex: u32,
-    /// MAC address of the pod's end.
-    pub mac: [u8; 6],
-    /// MAC address of the host's end, which the pod sees as its gateway's.
-    pub gateway_mac: [u8; 6],
+    /// MAC addresses of both ends.
+    pub macs: Macs,
     /// Number of the write, as in `first_stamp`.
     pub last_stamp: u32,
 }
 
+/// Both ends of a pod's veth pair: the beginning of a frame that goes into the pod.
+#[repr(C, align(4))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Macs {
+    /// MAC address of the pod's end.
+    pub pod: [u8; 6],
+    /// MAC address of the host's end, which the pod sees as its gateway's.
+    pub gateway: [u8; 6],
+}
+
+const _: () = assert!(size_of::<Macs>() == 12);
 const _: () = assert!(size_of::<Endpoint>() == 72);

@@ -24,7 +24,7 @@ pub mod policy;
 pub use address::{Address, AddressKey, Family};
 pub use conntrack::{ConntrackEntry, ConntrackKey};
 pub use drop::DropReason;
-pub use endpoint::Endpoint;
+pub use endpoint::{Endpoint, Macs};
 pub use event::{Event, Hook, Path};
 pub use fragment::{FragmentEntry, FragmentKey};
 pub use identity::Identity;

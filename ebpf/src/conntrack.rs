@@ -63,7 +63,10 @@ pub fn place(flow: &Flow) -> Option<Place> {
 /// Whether (source, port) is above (destination, port).
 #[inline(always)]
 fn is_above(flow: &Flow) -> bool {
-    let (source, destination) = (u128::from_ne_bytes(flow.source.0), u128::from_ne_bytes(flow.destination.0));
+    let (source, destination) = (
+        u128::from_ne_bytes(flow.source.0),
+        u128::from_ne_bytes(flow.destination.0),
+    );
     if source == destination {
         flow.source_port > flow.destination_port
     } else {

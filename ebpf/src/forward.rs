@@ -41,12 +41,7 @@ pub enum Action {
 
 /// Sends a pod's packet on its way. That is the one hop between any two pods: what comes out of the tunnel counts none.
 #[inline(never)]
-pub fn deliver(
-    ctx: &TcContext,
-    flow: &Flow,
-    sender: Identity,
-    receiver: &Receiver,
-) -> Result<Action, DropReason> {
+pub fn deliver(ctx: &TcContext, flow: &Flow, sender: Identity, receiver: &Receiver) -> Result<Action, DropReason> {
     let place = &receiver.place;
     match place.way {
         Way::Pod => {

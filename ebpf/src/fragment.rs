@@ -8,11 +8,7 @@ use crate::{
     conntrack, maps,
     packet::{Flow, Fragment},
 };
-use abi::{
-    DropReason, Family, FragmentKey,
-    address::SHARED_SCOPE,
-    fragment::REASSEMBLY_NS,
-};
+use abi::{DropReason, Family, FragmentKey, address::SHARED_SCOPE, fragment::REASSEMBLY_NS};
 use aya_ebpf::bindings::BPF_ANY;
 
 /// Remembers a first fragment, or gives a later one the ports of its first. The sender must be known to be who it says.
@@ -32,7 +28,11 @@ fn fill(key: &mut FragmentKey, flow: &Flow) {
     key.identification = flow.identification;
     key.scope = SHARED_SCOPE;
     key.family = flow.family;
-    key.protocol = if flow.family == Family::V6 as u8 { 0 } else { flow.protocol };
+    key.protocol = if flow.family == Family::V6 as u8 {
+        0
+    } else {
+        flow.protocol
+    };
 }
 
 #[inline(always)]

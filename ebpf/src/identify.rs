@@ -44,14 +44,14 @@ pub struct Pod {
 impl Pod {
     #[inline(always)]
     pub fn mac(&self) -> [u8; 6] {
-        let [[a, b, c, d], [e, f, ..], _] = self.macs.map(u32::to_ne_bytes);
-        [a, b, c, d, e, f]
+        let [first, middle, _] = self.macs.map(u32::to_ne_bytes);
+        [first[0], first[1], first[2], first[3], middle[0], middle[1]]
     }
 
     #[inline(always)]
     pub fn gateway_mac(&self) -> [u8; 6] {
-        let [_, [.., a, b], [c, d, e, f]] = self.macs.map(u32::to_ne_bytes);
-        [a, b, c, d, e, f]
+        let [_, middle, last] = self.macs.map(u32::to_ne_bytes);
+        [middle[2], middle[3], last[0], last[1], last[2], last[3]]
     }
 }
 
@@ -155,7 +155,7 @@ macro_rules! volatile {
 /// The same for what is read word by word: an array would be copied through the stack.
 macro_rules! volatile_words {
     ($pointer:expr, $field:ident) => {{
-        // SAFETY: as in `volatile`; the field begins at a multiple of four.
+        // SAFETY: as in `volatile`.
         unsafe {
             let words = (&raw const (*$pointer).$field).cast::<u32>();
             core::array::from_fn(|index| core::ptr::read_volatile(words.add(index)))
@@ -202,7 +202,7 @@ fn look_at_endpoint(key: &AddressKey, parity: usize, pod: &mut Pod) -> Look {
         pod.party.peer.owner = volatile!(entry, owner);
         pod.party.peer.epoch = volatile!(entry, epoch);
         pod.ifindex = volatile!(entry, ifindex);
-        pod.macs = volatile_words!(entry, mac);
+        pod.macs = volatile_words!(entry, macs);
     })
 }
 
@@ -400,7 +400,11 @@ pub fn node_or_outside(ctx: &TcContext, flow: &mut Flow) -> Result<Party, DropRe
     let router = flow.related && flow.about != flow.source;
     if came_in_by == 0 {
         flow.from = Identity::HOST;
-        return if router { addressee(flow) } else { Ok(reserved(Identity::HOST)) };
+        return if router {
+            addressee(flow)
+        } else {
+            Ok(reserved(Identity::HOST))
+        };
     }
     let key = key(flow, flow.source);
     if maps::IPCACHE.get_ptr(&key).is_some() || maps::ENDPOINTS.get_ptr(&key).is_some() {

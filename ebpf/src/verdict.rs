@@ -59,9 +59,7 @@ fn carry_out(action: Action) -> i32 {
             Action::Local { ifindex }
             | Action::Overlay { ifindex }
             | Action::AnswerArp { ifindex }
-            | Action::AnswerNeighbour { ifindex } => {
-                bpf_redirect_peer(ifindex, 0) as i32
-            }
+            | Action::AnswerNeighbour { ifindex } => bpf_redirect_peer(ifindex, 0) as i32,
             Action::Encap { ifindex, .. } => bpf_redirect(ifindex, 0) as i32,
             Action::ToHost | Action::ToOutside | Action::IntoPod | Action::FromOutside => TC_ACT_UNSPEC,
         }

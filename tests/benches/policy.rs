@@ -407,8 +407,10 @@ impl Packets {
             owner: 1,
             epoch: 1,
             ifindex,
-            mac: [2, 0, 0, 0, 0, 1],
-            gateway_mac: [2, 0, 0, 0, 0, 2],
+            macs: abi::Macs {
+                pod: [2, 0, 0, 0, 0, 1],
+                gateway: [2, 0, 0, 0, 0, 2],
+            },
             last_stamp: 1,
         };
         HashMap::<_, AddressKey, Endpoint>::try_from(ebpf.map_mut(map::ENDPOINTS).context("no map")?)?

@@ -51,8 +51,10 @@ impl Daemon {
                 .find(its)
                 .map_or(Stance::Nowhere, |local| Stance::Local {
                     ifindex: local.veth.ifindex,
-                    mac: local.veth.pod_mac,
-                    gateway_mac: local.veth.host_mac,
+                    macs: abi::Macs {
+                        pod: local.veth.pod_mac,
+                        gateway: local.veth.host_mac,
+                    },
                 });
         }
         let node = self.nodes.get(&record.node);

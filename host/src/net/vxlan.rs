@@ -65,7 +65,7 @@ pub fn pod_mtu(underlay: IpAddr, ipv6: bool) -> Result<u32, NetError> {
         .ok_or(NetError::SmallMtu { underlay: mtu, least })
 }
 
-/// Makes the one vxlan device, whose tunnel keys come from the programs; it is down until [`bring_up`]. One with the wrong
+/// Makes the one vxlan device, whose tunnel keys come from the programs; it is down until [`super::bring_up`]. One with the wrong
 /// settings is replaced. The answer is its index.
 ///
 /// # Errors

@@ -2,7 +2,7 @@
 
 use super::{Generation, Partition};
 use abi::{
-    AddressKey, Endpoint, Identity, IpcacheEntry, NetworkEntry, address::Address, ipcache::IPCACHE_HOST,
+    AddressKey, Endpoint, Identity, IpcacheEntry, Macs, NetworkEntry, address::Address, ipcache::IPCACHE_HOST,
     network::UNROUTED, policy::UNPLACED,
 };
 use ipnet::IpNet;
@@ -26,10 +26,8 @@ pub enum Stance {
     Local {
         /// Index of the host's end of the veth pair.
         ifindex: u32,
-        /// MAC address of the pod's end.
-        mac: [u8; 6],
-        /// MAC address of the host's end.
-        gateway_mac: [u8; 6],
+        /// MAC addresses of both ends.
+        macs: Macs,
     },
     /// A pod of the node with this underlay address.
     Remote(AddressKey),
@@ -93,11 +91,7 @@ pub fn entry(
         last_stamp: 0,
     };
     let endpoint = match stance {
-        Stance::Local {
-            ifindex,
-            mac,
-            gateway_mac,
-        } => Some(Endpoint {
+        Stance::Local { ifindex, macs } => Some(Endpoint {
             first_stamp: 0,
             address: address.address,
             identity,
@@ -106,8 +100,7 @@ pub fn entry(
             owner,
             epoch,
             ifindex,
-            mac,
-            gateway_mac,
+            macs,
             last_stamp: 0,
         }),
         Stance::Remote(_) | Stance::Host | Stance::Nowhere => None,

@@ -201,8 +201,10 @@ impl Bench {
             owner: self.owner,
             epoch,
             ifindex,
-            mac,
-            gateway_mac,
+            macs: abi::Macs {
+                pod: mac,
+                gateway: gateway_mac,
+            },
             last_stamp: 1,
         };
         self.hash(map::ENDPOINTS).insert(key, endpoint, 0).unwrap();

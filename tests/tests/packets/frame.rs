@@ -66,7 +66,7 @@ pub fn piece6(next: u8, identification: u32, offset: u16, more: bool, payload: &
     bytes
 }
 
-/// The checksum of an `ICMPv6` packet, as it should be: zero when the one in it is right.
+/// The checksum of an ICMPv6 packet, as it should be: zero when the one in it is right.
 pub fn checksum6(frame: &Frame) -> u16 {
     let payload = &frame.0[54..];
     let mut bytes = frame.0[22..54].to_vec();
@@ -123,7 +123,7 @@ impl Frame {
         Self::ipv6(source, destination, 58, &[kind, 0, 0, 0, high, low, 0, 1])
     }
 
-    /// An `ICMPv6` error of this type from `source`, about `quoted`, to whoever sent that.
+    /// An ICMPv6 error of this type from `source`, about `quoted`, to whoever sent that.
     pub fn error6(source: [u8; 16], kind: u8, quoted: &Self) -> Self {
         let to = quoted.0[22..38].try_into().unwrap();
         let mut payload = vec![kind, 0, 0, 0, 0, 0, 0, 0];
