@@ -1,7 +1,7 @@
 //! Forwarding: rewrites the packet for where it goes, and names the action. Nothing is redirected here.
 
 use crate::{
-    identify::{Pod, Receiver, Way},
+    identify::{Receiver, Way},
     maps,
     packet::Flow,
     parse::{self, ETHERNET_LEN, L3},
@@ -65,13 +65,16 @@ pub fn deliver(ctx: &TcContext, flow: &Flow, sender: Identity, receiver: &Receiv
     }
 }
 
-/// Sends a packet from the tunnel into its pod.
+/// Sends a packet from the tunnel into its pod, or up the node's stack.
 #[inline(always)]
-pub fn from_overlay(ctx: &TcContext, receiver: &Pod) -> Result<Action, DropReason> {
-    into_pod(ctx, receiver.macs)?;
+pub fn from_overlay(ctx: &TcContext, receiver: &Receiver) -> Result<Action, DropReason> {
     for_host(ctx)?;
+    if receiver.place.way == Way::Host {
+        return Ok(Action::ToHost);
+    }
+    into_pod(ctx, receiver.place.macs)?;
     Ok(Action::Overlay {
-        ifindex: receiver.ifindex,
+        ifindex: receiver.place.ifindex,
     })
 }
 

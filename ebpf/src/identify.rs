@@ -306,10 +306,14 @@ pub fn receiver(ctx: &TcContext, flow: &mut Flow, receiver: &mut Receiver) -> Re
             return Err(DropReason::TunnelPort);
         }
         receiver.party = outside(flow, &key).ok_or(DropReason::UnknownDestination)?;
-        place.way = Way::Outside;
-        if receiver.party.identity != Identity::REMOTE_NODE && is_for_this_node(ctx, flow)? {
+        if receiver.party.identity == Identity::REMOTE_NODE {
+            place.way = Way::Remote;
+            place.tunnel = flow.destination.words();
+        } else if is_for_this_node(ctx, flow)? {
             receiver.party = reserved(Identity::HOST);
             place.way = Way::Host;
+        } else {
+            place.way = Way::Outside;
         }
         flow.to = receiver.party.identity;
         return Ok(());
@@ -331,7 +335,28 @@ pub fn receiver(ctx: &TcContext, flow: &mut Flow, receiver: &mut Receiver) -> Re
     Ok(())
 }
 
-/// The pod of this node that a packet from outside is for.
+/// Whom a packet from the tunnel is for: a pod of this node, or the node itself, which only pods write to this way.
+#[inline(never)]
+pub fn overlay_receiver(flow: &mut Flow, sender: &Party, receiver: &mut Receiver) -> Result<(), DropReason> {
+    let key = key(flow, flow.destination);
+    if let Some(pod) = endpoint(&key, flow.parity()) {
+        receiver.party = pod.party;
+        receiver.place.way = Way::Pod;
+        receiver.place.ifindex = pod.ifindex;
+        receiver.place.macs = pod.macs;
+    } else {
+        let known = ipcache(&key, flow.parity()).ok_or(DropReason::NotLocal)?;
+        if !known.is_host() || sender.identity == Identity::REMOTE_NODE {
+            return Err(DropReason::NotLocal);
+        }
+        receiver.party = known.party;
+        receiver.place.way = Way::Host;
+    }
+    flow.to = receiver.party.identity;
+    Ok(())
+}
+
+/// The pod of this node that a packet from the node's stack is for.
 #[inline(always)]
 pub fn local_receiver(flow: &mut Flow) -> Result<Pod, DropReason> {
     let pod = endpoint(&key(flow, flow.destination), flow.parity()).ok_or(DropReason::NotLocal)?;
@@ -370,12 +395,19 @@ pub fn outer_source(ctx: &TcContext) -> Result<Outer, DropReason> {
     })
 }
 
-/// The pod of another node that sent a packet. The VNI is believed only where the ipcache says that the inner source
+/// The pod of another node that sent a packet, or that node itself, from its underlay address. A pod's VNI is believed only where the ipcache says that the inner source
 /// lives behind the outer one with that identity. While a policy is changed it may be the old one or the new one, for
 /// nodes do not switch at the same instant; what is enforced is always this node's own generation.
 #[inline(never)]
 pub fn remote_sender(flow: &mut Flow, outer: &Outer) -> Result<Party, DropReason> {
     flow.from = outer.vni;
+    if outer.vni == Identity::REMOTE_NODE {
+        if key(flow, flow.source) != outer.node {
+            return Err(DropReason::WrongNode);
+        }
+        is_about_sender(flow)?;
+        return Ok(reserved(Identity::REMOTE_NODE));
+    }
     if !outer.vni.is_allocated() {
         return Err(DropReason::ReservedVni);
     }

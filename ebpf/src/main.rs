@@ -67,7 +67,8 @@ fn overlay_delivers(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReas
     stays_on_the_link(flow)?;
     let sender = identify::remote_sender(flow, &outer)?;
     fragment::track(flow)?;
-    let receiver = identify::local_receiver(flow)?;
+    let mut receiver = Receiver::new();
+    identify::overlay_receiver(flow, &sender, &mut receiver)?;
     enforce::admit(flow, &sender, &receiver.party)?;
     forward::from_overlay(ctx, &receiver)
 }

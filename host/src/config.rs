@@ -35,6 +35,12 @@ pub struct Config {
     /// Turn on IPv4 forwarding, which traffic between pods and hosts that are no pods needs.
     #[serde(default = "defaults::forwarding")]
     pub forwarding: bool,
+    /// What pods send to the outside leaves with the node's address.
+    #[serde(default = "defaults::masquerade")]
+    pub masquerade: bool,
+    /// Destinations that see the pods' own addresses all the same.
+    #[serde(default)]
+    pub masquerade_except: Vec<IpNet>,
     /// A file of invariants, as for `hostd policy verify`: a policy that breaks one is refused by this node.
     #[serde(default)]
     pub invariants: Option<PathBuf>,
@@ -186,6 +192,10 @@ mod defaults {
     use std::path::PathBuf;
 
     pub const fn forwarding() -> bool {
+        true
+    }
+
+    pub const fn masquerade() -> bool {
         true
     }
 
@@ -382,6 +392,8 @@ mod tests {
             "bpffs",
             "attach",
             "forwarding",
+            "masquerade",
+            "masquerade_except",
             "tenant_bits",
             "ttl_seconds",
             "grace_seconds",

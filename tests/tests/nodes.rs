@@ -214,6 +214,8 @@ fn cleanup_takes_everything_away() {
     let node = &cluster.nodes[1];
     let links = node.netns.ip(&["-o", "link", "show"]).unwrap();
     assert!(!links.contains("wg-") && !links.contains("vxlan"), "{links}");
+    let tables = node.netns.command("nft").args(["list", "tables"]).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&tables.stdout), "", "nftables");
     // What is left is the kernel's own.
     let pins = run(
         "find",

@@ -8,7 +8,7 @@ use std::{
 use toolchain::{BPF_LINKER_VERSION, DISTRO_LLVM, Error, find_bpf, find_program, find_wasm};
 
 /// A program that is needed, and Debian's package that has it.
-const PROGRAMS: [(&str, &str); 7] = [
+const PROGRAMS: [(&str, &str); 8] = [
     ("ip", "iproute2"),
     ("tc", "iproute2"),
     ("nsenter", "util-linux"),
@@ -16,6 +16,7 @@ const PROGRAMS: [(&str, &str); 7] = [
     ("tcpdump", "tcpdump"),
     ("bpftool", "bpftool"),
     ("ping", "iputils-ping"),
+    ("nft", "nftables"),
 ];
 
 /// Debian's second Rust, for the targets that rustup would have to download.

@@ -1,16 +1,23 @@
 //! Following the cluster: nodes come and go, pods of other nodes come and go, leases expire.
 
 use super::{Daemon, DaemonError, Node};
-use crate::store::{
-    Change, Collection, Expect, Key, StoreError,
-    records::{self, AliveRecord, IdentityRecord, NamespaceRecord, NodeRecord, PodRecord, PolicyRecord, TenantRecord},
+use crate::{
+    net,
+    store::{
+        Change, Collection, Expect, Key, StoreError,
+        records::{
+            self, AliveRecord, IdentityRecord, NamespaceRecord, NodeRecord, PodRecord, PolicyRecord, TenantRecord,
+        },
+    },
 };
 use abi::{AddressKey, Identity};
+use ipnet::IpNet;
 use std::{
     collections::BTreeMap,
     net::IpAddr,
     time::{Duration, Instant},
 };
+use tokio::task::block_in_place;
 
 impl Daemon {
     /// Takes in a change of the store. What can't be taken in is reported, and tried again.
@@ -110,7 +117,24 @@ impl Daemon {
         for address in its {
             self.place(&address)?;
         }
+        self.route_to_nodes()?;
         self.place_networks()
+    }
+
+    /// The node's own way to the pods of other nodes.
+    pub(super) fn route_to_nodes(&self) -> Result<(), DaemonError> {
+        let own = self.config.underlay;
+        let others = self.nodes.values().filter(|node| node.record.name != self.config.node);
+        let wanted: BTreeMap<IpNet, IpAddr> = others
+            .flat_map(|node| {
+                node.record
+                    .pod_cidrs
+                    .iter()
+                    .map(|cidr| (cidr.trunc(), node.record.underlay))
+            })
+            .filter(|(cidr, node)| cidr.addr().is_ipv4() == own.is_ipv4() && node.is_ipv4() == own.is_ipv4())
+            .collect();
+        Ok(block_in_place(|| net::set_tunnel_routes(&wanted, own))?)
     }
 
     fn pods_of(&self, node: &str) -> Vec<AddressKey> {
@@ -126,6 +150,7 @@ impl Daemon {
         for address in self.pods_of(name) {
             self.place(&address)?;
         }
+        self.route_to_nodes()?;
         self.place_networks()
     }
 

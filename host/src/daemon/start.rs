@@ -120,6 +120,9 @@ pub async fn cleanup(config: &Config) -> anyhow::Result<()> {
         let key = Key::new(Collection::Pods, endpoint.pod.address);
         note(store.delete(&key, Expect::Any).await.map_err(|error| error.to_string()));
     }
+    if config.masquerade {
+        note(net::no_masquerade().map_err(|error| error.to_string()));
+    }
     note(net::delete_link(VXLAN_DEVICE).map_err(|error| error.to_string()));
     for cidr in &config.pod_cidrs {
         note(net::make_reachable(*cidr).map_err(|error| error.to_string()));
@@ -211,7 +214,7 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
         monitors: (0, 0),
         missed: Vec::new(),
     };
-    let vxlan = block_in_place(|| net::ensure_vxlan(abi::node::TUNNEL_PORT, pod_mtu))?;
+    let vxlan = block_in_place(|| net::ensure_vxlan(abi::node::TUNNEL_PORT, pod_mtu, daemon.config.underlay))?;
     daemon.datapath.set_vxlan(vxlan, pod_mtu, daemon.config.underlay)?;
     daemon.restore()?;
     let key = Key::new(Collection::Nodes, &record.name);
@@ -438,6 +441,13 @@ impl Daemon {
     fn route(&self) -> Result<(), DaemonError> {
         for cidr in &self.config.pod_cidrs {
             block_in_place(|| net::make_unreachable(*cidr))?;
+        }
+        self.route_to_nodes()?;
+        let config = &self.config;
+        if config.masquerade {
+            block_in_place(|| net::masquerade(&config.pod_cidrs, &config.masquerade_except))?;
+        } else {
+            block_in_place(net::no_masquerade)?;
         }
         if self.config.forwarding {
             block_in_place(|| net::enable_forwarding(self.config.has_ipv6()))?;

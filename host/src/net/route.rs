@@ -1,13 +1,23 @@
-//! Routes of the node to its pod CIDRs.
+//! Routes of the node to pod CIDRs: its own, and those of other nodes.
 
-use super::{NetError, netlink::netlink_here};
-use futures::FutureExt;
+use super::{
+    NetError, VXLAN_DEVICE,
+    netlink::{get, netlink_here},
+};
+use abi::Identity;
+use futures::{FutureExt, TryStreamExt};
 use ipnet::IpNet;
 use rtnetlink::{
-    RouteMessageBuilder,
-    packet_route::route::{RouteMessage, RouteType},
+    Handle, RouteMessageBuilder,
+    packet_route::route::{
+        RouteAddress, RouteAttribute, RouteIp6Tunnel, RouteIp6TunnelFlags, RouteIpTunnel, RouteMessage, RouteScope,
+        RouteType,
+    },
 };
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 /// Metric of the route to a pod CIDR as a whole: any other route is better.
 const LAST_RESORT: u32 = u32::MAX;
@@ -62,3 +72,90 @@ pub fn make_reachable(cidr: IpNet) -> Result<(), NetError> {
 
 /// `ESRCH`: what the kernel answers where there is no such route.
 const NO_SUCH_PROCESS: i32 = 3;
+
+/// Hop limit of what the node itself sends into the tunnel.
+const TUNNEL_TTL: u8 = 64;
+
+/// Makes the node reach the pods of other nodes through the tunnel, as the remote node that it is to them: CIDRs, each
+/// with the underlay address of its node, all of the family of this node's own address. Other routes into the tunnel go.
+///
+/// # Errors
+///
+/// Where the kernel refuses.
+pub fn set_tunnel_routes(wanted: &BTreeMap<IpNet, IpAddr>, own: IpAddr) -> Result<(), NetError> {
+    let wanted = wanted.clone();
+    netlink_here(move |handle| {
+        async move {
+            let device = get(&handle, VXLAN_DEVICE).await?.header.index;
+            for (cidr, route) in tunnel_routes(&handle, device, own).await? {
+                if !wanted.contains_key(&cidr) {
+                    let deleted = handle.route().del(route).execute().await;
+                    deleted.map_err(NetError::kernel(format!("removing the node's route to {cidr}")))?;
+                }
+            }
+            for (cidr, node) in wanted {
+                let what = format!("setting the node's route to {cidr}");
+                let route = RouteMessageBuilder::<IpAddr>::new()
+                    .destination_prefix(cidr.network(), cidr.prefix_len())
+                    .and_then(|route| route.pref_source(own))
+                    .map_err(NetError::kernel(what.as_str()))?;
+                let route = into_tunnel(route, node, device).build();
+                let added = handle.route().add(route).replace().execute().await;
+                added.map_err(NetError::kernel(what.as_str()))?;
+            }
+            Ok(())
+        }
+        .boxed()
+    })
+}
+
+fn into_tunnel(route: RouteMessageBuilder<IpAddr>, node: IpAddr, device: u32) -> RouteMessageBuilder<IpAddr> {
+    let id = u64::from(Identity::REMOTE_NODE.0);
+    let route = route.output_interface(device).scope(RouteScope::Link);
+    match node {
+        IpAddr::V4(node) => route.encap_ip(vec![
+            RouteIpTunnel::Id(id),
+            RouteIpTunnel::Destination(node),
+            RouteIpTunnel::Ttl(TUNNEL_TTL),
+        ]),
+        IpAddr::V6(node) => route.encap_ip6(vec![
+            RouteIp6Tunnel::Id(id),
+            RouteIp6Tunnel::Destination(node),
+            RouteIp6Tunnel::Hoplimit(TUNNEL_TTL),
+            // A receiver drops what has none (RFC 6935).
+            RouteIp6Tunnel::Flags(RouteIp6TunnelFlags::Checksum),
+        ]),
+    }
+}
+
+/// The routes into the tunnel that are there, of one family.
+async fn tunnel_routes(handle: &Handle, device: u32, family: IpAddr) -> Result<Vec<(IpNet, RouteMessage)>, NetError> {
+    let query = if family.is_ipv4() {
+        RouteMessageBuilder::<Ipv4Addr>::new().build()
+    } else {
+        RouteMessageBuilder::<Ipv6Addr>::new().build()
+    };
+    let mut listed = handle.route().get(query).execute();
+    let mut routes = Vec::new();
+    while let Some(route) = listed.try_next().await.map_err(NetError::kernel("listing routes"))? {
+        let ours = route.header.kind == RouteType::Unicast && route.attributes.contains(&RouteAttribute::Oif(device));
+        let destination = route.attributes.iter().find_map(|attribute| match attribute {
+            RouteAttribute::Destination(RouteAddress::Inet(address)) => Some(IpAddr::V4(*address)),
+            RouteAttribute::Destination(RouteAddress::Inet6(address)) => Some(IpAddr::V6(*address)),
+            _ => None,
+        });
+        let cidr = destination.and_then(|address| IpNet::new(address, route.header.destination_prefix_length).ok());
+        // What the kernel keeps for a link by itself stays.
+        if let Some(cidr) = cidr.filter(|cidr| ours && !is_the_links(cidr)) {
+            routes.push((cidr, route));
+        }
+    }
+    Ok(routes)
+}
+
+fn is_the_links(cidr: &IpNet) -> bool {
+    match cidr {
+        IpNet::V4(_) => false,
+        IpNet::V6(v6) => v6.network().is_unicast_link_local() || v6.network().is_multicast(),
+    }
+}

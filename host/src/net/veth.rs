@@ -2,7 +2,7 @@
 
 use super::{
     NetError, Netns, POD_INTERFACE, in_netns,
-    netlink::{delete_link, disable_ipv6, find, get, mac, netlink, netlink_here, set_ipv6},
+    netlink::{NODE_SIDE, delete_link, disable_ipv6, find, get, mac, netlink, netlink_here, set_ipv6},
 };
 use futures::{FutureExt, TryStreamExt};
 use rtnetlink::{
@@ -140,13 +140,6 @@ fn make_pair(name: &str, netns: &Netns, mtu: u32, ipv6: bool) -> Result<Veth, Ne
     })
 }
 
-/// The node's end of the pair: it needs no address of its own, and asks nobody.
-const NODE_SIDE: [(&str, &str); 4] = [
-    ("disable_ipv6", "0"),
-    ("addr_gen_mode", "1"),
-    ("accept_ra", "0"),
-    ("accept_dad", "0"),
-];
 /// The pod's end: hostd has chosen its address, which nobody else has, and its routes.
 const POD_SIDE: [(&str, &str); 4] = [
     ("disable_ipv6", "0"),

@@ -2,7 +2,7 @@
 
 use super::{
     NetError, VXLAN_DEVICE,
-    netlink::{disable_ipv6, find, get, mtu, netlink_here},
+    netlink::{NODE_SIDE, disable_ipv6, find, get, mtu, netlink_here, set_ipv6},
     vxlan_overhead,
 };
 use futures::{FutureExt, TryStreamExt};
@@ -71,7 +71,7 @@ pub fn pod_mtu(underlay: IpAddr, ipv6: bool) -> Result<u32, NetError> {
 /// # Errors
 ///
 /// Where it can't be made.
-pub fn ensure_vxlan(port: u16, mtu: u32) -> Result<u32, NetError> {
+pub fn ensure_vxlan(port: u16, mtu: u32, underlay: IpAddr) -> Result<u32, NetError> {
     netlink_here(move |handle| {
         async move {
             if let Some(link) = find(&handle, VXLAN_DEVICE).await?
@@ -100,11 +100,16 @@ pub fn ensure_vxlan(port: u16, mtu: u32) -> Result<u32, NetError> {
                     )))?;
             }
             let index = get(&handle, VXLAN_DEVICE).await?.header.index;
-            // The programs alone move packets in and out of it: the kernel's own chatter would only be counted as drops.
-            disable_ipv6(VXLAN_DEVICE)?;
+            // What the node itself sends to pods of other nodes, in the family of its address.
+            if underlay.is_ipv6() {
+                set_ipv6(VXLAN_DEVICE, &NODE_SIDE)?;
+            } else {
+                disable_ipv6(VXLAN_DEVICE)?;
+            }
+            // Whoever is behind the tunnel has no neighbours: the outer address says where a packet goes.
             handle
                 .link()
-                .set(LinkUnspec::new_with_index(index).mtu(mtu).build())
+                .set(LinkUnspec::new_with_index(index).mtu(mtu).arp(false).build())
                 .execute()
                 .await
                 .map_err(NetError::kernel(format!("setting the MTU of {VXLAN_DEVICE} to {mtu}")))?;

@@ -40,6 +40,7 @@ impl Capture {
                 interface,
                 "-nn",
                 "-l",
+                "--immediate-mode",
                 "-Z",
                 "root",
                 "-T",

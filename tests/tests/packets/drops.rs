@@ -331,9 +331,27 @@ const TABLE: &[(DropReason, &str, Run)] = &[
     (DropReason::NotLocal, "an inner destination that is not here", |b| {
         b.from_overlay(&Frame::tcp(REMOTE, 1, [10, 1, 0, 99], 2, SYN), OTHER_NODE, GREEN)
     }),
-    (DropReason::NotLocal, "the node's own address, from the overlay", |b| {
-        b.from_overlay(&Frame::tcp(REMOTE, 1, NODE, 22, SYN), OTHER_NODE, GREEN)
-    }),
+    (
+        DropReason::NotLocal,
+        "from one node to another, through the tunnel",
+        |b| {
+            b.from_overlay(
+                &Frame::tcp(OTHER_NODE, 1, NODE, 22, SYN),
+                OTHER_NODE,
+                Identity::REMOTE_NODE,
+            )
+        },
+    ),
+    (
+        DropReason::WrongNode,
+        "another node's identity from an address that is not its own",
+        |b| b.from_overlay(&Frame::tcp(NOBODY, 1, POD_A, 2, SYN), OTHER_NODE, Identity::REMOTE_NODE),
+    ),
+    (
+        DropReason::WrongNode,
+        "a pod's address with another node's identity",
+        |b| b.from_overlay(&green(), OTHER_NODE, Identity::REMOTE_NODE),
+    ),
 ];
 
 #[test]

@@ -234,12 +234,29 @@ fn another_node_is_a_peer_of_its_own() {
     let vb = bench.pod_b;
     let out = Frame::tcp(POD_A, 40000, OTHER_NODE, 80, SYN);
     let into = Frame::tcp(OTHER_NODE, 40000, POD_A, 80, SYN);
-    assert_eq!(bench.from_pod_a(&out).path(), Path::ToOutside);
+    let expected = Outcome::Sent {
+        path: Path::Encap,
+        ifindex: bench.vxlan,
+        tunnel: Some((RED, OTHER_NODE)),
+        frame: out.clone().ttl(63),
+    };
+    assert_eq!(bench.from_pod_a(&out), expected);
+    assert_eq!(
+        bench.from_overlay(&into, OTHER_NODE, Identity::REMOTE_NODE).path(),
+        Path::Overlay
+    );
+    // A pod of it reaches this node itself.
+    let to_node = Frame::tcp(REMOTE, 40000, NODE, 22, SYN);
+    assert_eq!(bench.from_overlay(&to_node, OTHER_NODE, GREEN).path(), Path::ToHost);
     bench.flip();
     bench.deny_egress(RED_PLACE.0, Identity::REMOTE_NODE.0);
     bench.set_cell(Direction::Ingress, RED_PLACE.0, Identity::REMOTE_NODE.0, 0);
     assert_eq!(bench.from_pod_a(&out).reason(), DropReason::EgressDenied);
     assert_eq!(bench.to_pod(&into, vb).reason(), DropReason::IngressDenied);
+    assert_eq!(
+        bench.from_overlay(&into, OTHER_NODE, Identity::REMOTE_NODE).reason(),
+        DropReason::IngressDenied
+    );
 }
 
 #[test]
