@@ -28,8 +28,10 @@ pub const SEEN_REPLY: u32 = 1;
 pub const FIN_ORIGINAL: u32 = 1 << 1;
 /// The other end has sent a FIN.
 pub const FIN_REPLY: u32 = 1 << 2;
-/// Either end has sent a RST.
+/// Either end has sent a RST, and nothing has come after it.
 pub const RESET: u32 = 1 << 3;
+/// The originator has sent something since the first reply: the handshake is done.
+pub const CONFIRMED: u32 = 1 << 4;
 
 /// What the address of one end meant when the flow was judged.
 #[repr(C)]
@@ -52,28 +54,46 @@ pub struct ConntrackEntry {
     pub expires: u64,
     /// Generation that the verdict was given under.
     pub generation: u32,
-    /// [`SEEN_REPLY`], [`FIN_ORIGINAL`], [`FIN_REPLY`], [`RESET`].
+    /// [`SEEN_REPLY`], [`FIN_ORIGINAL`], [`FIN_REPLY`], [`RESET`], [`CONFIRMED`].
     pub state: u32,
     /// Lower and upper end, as they were when the flow was judged.
     pub peers: [Peer; 2],
     /// 0 where the lower end opened the flow, 1 where the upper one did.
     pub originator: u32,
-    /// Zero.
-    pub zero: u32,
+    /// Owner of the address of the pod of this node whose share of the map the entry takes: of the one that opened the
+    /// flow, or else of the one it was opened to.
+    pub account: u32,
 }
 
 /// Nanoseconds in a second.
 pub const SECOND: u64 = 1_000_000_000;
-/// A TCP flow that both ends have spoken in lives this long without a packet. Cilium's default.
-pub const TCP_ESTABLISHED_NS: u64 = 8000 * SECOND;
-/// A TCP flow with no reply yet. Cilium's default.
-pub const TCP_SYN_NS: u64 = 60 * SECOND;
-/// A TCP flow that was closed or reset. Cilium's default.
-pub const TCP_CLOSING_NS: u64 = 10 * SECOND;
-/// A flow of another protocol that both ends have spoken in. The kernel's `nf_conntrack_udp_timeout_stream`.
-pub const OTHER_ASSURED_NS: u64 = 120 * SECOND;
-/// A flow of another protocol with no reply yet. The kernel's `nf_conntrack_udp_timeout`.
-pub const OTHER_UNREPLIED_NS: u64 = 30 * SECOND;
+/// How long flows live without a packet, in seconds.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeouts {
+    /// TCP, until the handshake is done.
+    pub tcp_syn: u32,
+    /// TCP, from then on.
+    pub tcp_established: u32,
+    /// TCP, once one end has sent a FIN.
+    pub tcp_half_closed: u32,
+    /// TCP, once both have, or one has sent a RST.
+    pub tcp_closed: u32,
+    /// Other protocols, without a reply yet.
+    pub unreplied: u32,
+    /// Other protocols, with replies.
+    pub assured: u32,
+}
 
+/// What one pod has of the map.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Account {
+    /// Entries, about: the programs count those that they enter and forget, hostd counts them all from time to time.
+    pub flows: u64,
+}
+
+const _: () = assert!(size_of::<Timeouts>() == 24);
+const _: () = assert!(size_of::<Account>() == 8);
 const _: () = assert!(size_of::<ConntrackKey>() == 40);
 const _: () = assert!(size_of::<ConntrackEntry>() == 48);

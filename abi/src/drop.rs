@@ -66,10 +66,11 @@ reasons! {
     35 FragmentTiny "fragment_tiny" "A first fragment without its whole transport header, or one that begins inside it.";
     36 FragmentOverlap "fragment_overlap" "A fragment that overlaps the first one of its packet.";
     37 TooBig "too_big" "The packet is larger than the path to the other node takes; the sender was told, where it can be.";
+    38 ConntrackShare "conntrack_share" "The conntrack map is nearly full, and the pod has used up its share of it.";
 }
 
 /// Elements of the counter map: one more than the highest number.
-pub const DROP_REASONS: u32 = 38;
+pub const DROP_REASONS: u32 = 39;
 
 impl DropReason {
     /// The reason with this number.

@@ -46,6 +46,10 @@ pub mod map {
     pub const NODES: &str = "NODES";
     /// LRU hash: [`ConntrackKey`](crate::ConntrackKey) to [`ConntrackEntry`](crate::ConntrackEntry).
     pub const CONNTRACK: &str = "CONNTRACK";
+    /// Hash: owner of a pod of this node to [`Account`](crate::conntrack::Account).
+    pub const ACCOUNTS: &str = "ACCOUNTS";
+    /// Array of one `u64`: entries of the conntrack map, counted as in [`Account`](crate::conntrack::Account).
+    pub const TRACKED: &str = "TRACKED";
     /// LRU hash: [`FragmentKey`](crate::FragmentKey) to [`FragmentEntry`](crate::FragmentEntry).
     pub const FRAGMENTS: &str = "FRAGMENTS";
     /// Array of one `u64`: the generation word (see [`policy`](crate::policy)).
@@ -95,6 +99,7 @@ mod pod {
         crate::NodeConfig,
         crate::NodeEntry,
         crate::PortSet,
+        crate::conntrack::Account,
         crate::event::Counter,
     );
 }

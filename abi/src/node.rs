@@ -1,6 +1,6 @@
 //! What the programs know of the nodes: their underlay addresses, and this node's own settings.
 
-use crate::address::Address;
+use crate::{address::Address, conntrack::Timeouts};
 
 /// Value of the node map: its presence says that an underlay address belongs to a node of the cluster.
 #[repr(C)]
@@ -31,6 +31,12 @@ pub struct NodeConfig {
     pub zero: u8,
     /// Bytes of the largest packet, without its ethernet header, that fits into the tunnel.
     pub tunnel_mtu: u32,
+    /// Time-outs of flows.
+    pub timeouts: Timeouts,
+    /// Entries of the conntrack map from which on a pod gets no more than its share.
+    pub conntrack_limit: u32,
+    /// Entries that every pod may have then.
+    pub conntrack_share: u32,
 }
 
 /// The gateway that every pod sees. Link-local, so that every address of a pod CIDR is free for pods.
@@ -42,4 +48,4 @@ pub const GATEWAY_V6: Address = Address([0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 
 pub const TUNNEL_PORT: u16 = 8472;
 
 const _: () = assert!(size_of::<NodeEntry>() == 4);
-const _: () = assert!(size_of::<NodeConfig>() == 16);
+const _: () = assert!(size_of::<NodeConfig>() == 48);

@@ -6,14 +6,12 @@ use crate::{
     packet::{Flow, TCP, TCP_FIN, TCP_RST},
 };
 use abi::{
-    ConntrackEntry, ConntrackKey,
+    ConntrackEntry, ConntrackKey, DropReason,
     address::{Address, SHARED_SCOPE},
-    conntrack::{
-        FIN_ORIGINAL, FIN_REPLY, OTHER_ASSURED_NS, OTHER_UNREPLIED_NS, Peer, RESET, SECOND, SEEN_REPLY, TCP_CLOSING_NS,
-        TCP_ESTABLISHED_NS, TCP_SYN_NS,
-    },
+    conntrack::{Account, CONFIRMED, FIN_ORIGINAL, FIN_REPLY, Peer, RESET, SECOND, SEEN_REPLY, Timeouts},
 };
 use aya_ebpf::{bindings::BPF_ANY, helpers::generated::bpf_ktime_get_ns};
+use core::arch::asm;
 
 /// Where a packet's flow is found, and which way the packet travels in it.
 pub struct Place {
@@ -154,7 +152,7 @@ pub fn peers(place: &Place, from: &Party, to: &Party) -> [Peer; 2] {
 /// Notes a packet of a flow whose verdict holds.
 #[inline(always)]
 pub fn touch(place: &Place, tracked: &Tracked, flow: &Flow, now: u64) {
-    let state = tracked.entry.state | seen(flow, tracked.reply);
+    let state = next_state(flow, tracked.reply, tracked.entry.state);
     let expires = now + lifetime(flow.protocol, state);
     // A flow at full rate would write the same cache line from every CPU; a second's precision is enough. A packet
     // that is about the flow (an ICMP error) does not keep it alive.
@@ -172,11 +170,58 @@ pub fn touch(place: &Place, tracked: &Tracked, flow: &Flow, now: u64) {
     }
 }
 
-/// Enters a flow that policy lets open, or renews one that it lets go on. False where the map took no entry.
+/// Enters a flow that policy lets open, on this account. Where the map is nearly full each pod has its share of it, so
+/// that none pushes out another's flows.
 #[inline(always)]
-pub fn enter(place: &mut Place, known: Option<&Tracked>, flow: &Flow, peers: [Peer; 2], now: u64) -> bool {
+pub fn open(place: &mut Place, flow: &Flow, peers: [Peer; 2], account: u32, now: u64) -> Result<(), DropReason> {
+    let config = maps::config().ok_or(DropReason::Internal)?;
+    let all = maps::TRACKED.get_ptr_mut(0).ok_or(DropReason::Internal)?;
+    let own = maps::ACCOUNTS.get_ptr_mut(&account);
+    // SAFETY: as in `find`; hostd may set either number meanwhile.
+    unsafe {
+        let is_full = core::ptr::read_volatile(all) >= u64::from(config.conntrack_limit);
+        let is_spent = own
+            .is_none_or(|own| core::ptr::read_volatile(&raw const (*own).flows) >= u64::from(config.conntrack_share));
+        if is_full && is_spent {
+            return Err(DropReason::ConntrackShare);
+        }
+    }
+    if !enter(place, None, flow, peers, account, now) {
+        return Err(DropReason::ConntrackFull);
+    }
+    count(1, all, own);
+    Ok(())
+}
+
+/// Adds to a number that other CPUs add to as well.
+#[inline(always)]
+fn add(number: *mut u64, by: i64) {
+    // SAFETY: the number is a field of a map's element, aligned, and valid as long as the program runs. The instruction is
+    // BPF's `BPF_ATOMIC | BPF_ADD` (RFC 9669, section 5.3), for which this target's `core` has no name.
+    unsafe { asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) number, in(reg) by, options(nostack)) };
+}
+
+/// Adds to the numbers of entries: of all, and of a pod's.
+#[inline(always)]
+fn count(by: i64, all: *mut u64, own: Option<*mut Account>) {
+    add(all, by);
+    if let Some(own) = own {
+        // SAFETY: only the field's address is taken.
+        add(unsafe { &raw mut (*own).flows }, by);
+    }
+}
+
+/// Renews a flow that policy lets go on. Where the map takes no entry the next packet is judged as this one was.
+#[inline(always)]
+pub fn renew(place: &mut Place, known: &Tracked, flow: &Flow, peers: [Peer; 2], now: u64) {
+    enter(place, Some(known), flow, peers, known.entry.account, now);
+}
+
+/// False where the map took no entry.
+#[inline(always)]
+fn enter(place: &mut Place, known: Option<&Tracked>, flow: &Flow, peers: [Peer; 2], account: u32, now: u64) -> bool {
     let (reply, state) = known.map_or((false, 0), |tracked| (tracked.reply, tracked.entry.state));
-    let state = state | seen(flow, reply);
+    let state = next_state(flow, reply, state);
     let entry = &mut *place.entry;
     entry.cookie = cookie(place.key);
     entry.expires = now + lifetime(flow.protocol, state);
@@ -184,15 +229,19 @@ pub fn enter(place: &mut Place, known: Option<&Tracked>, flow: &Flow, peers: [Pe
     entry.state = state;
     entry.peers = peers;
     entry.originator = if reply { 1 - place.sender } else { place.sender };
-    entry.zero = 0;
+    entry.account = account;
     maps::CONNTRACK.insert(place.key, &*entry, u64::from(BPF_ANY)).is_ok()
 }
 
 /// Forgets a flow that policy lets go on no longer.
 #[inline(always)]
-pub fn forget(place: &Place) {
+pub fn forget(place: &Place, known: &Tracked) {
     // Already gone is as good.
-    let _ = maps::CONNTRACK.remove(place.key);
+    if maps::CONNTRACK.remove(place.key).is_ok()
+        && let Some(all) = maps::TRACKED.get_ptr_mut(0)
+    {
+        count(-1, all, maps::ACCOUNTS.get_ptr_mut(&known.entry.account));
+    }
 }
 
 /// Time, in nanoseconds of `CLOCK_MONOTONIC`.
@@ -202,29 +251,56 @@ pub fn now() -> u64 {
     unsafe { bpf_ktime_get_ns() }
 }
 
+/// What is known of a flow after this packet of it.
 #[inline(always)]
-fn seen(flow: &Flow, reply: bool) -> u32 {
+fn next_state(flow: &Flow, reply: bool, before: u32) -> u32 {
     if flow.related {
-        return 0;
+        return before;
     }
-    let mut state = if reply { SEEN_REPLY } else { 0 };
-    if flow.protocol == TCP && flow.tcp_flags & TCP_FIN != 0 {
+    let mut state = before;
+    if reply {
+        state |= SEEN_REPLY;
+    } else if before & SEEN_REPLY != 0 && !flow.is_syn() {
+        state |= CONFIRMED;
+    }
+    if flow.protocol != TCP {
+        return state;
+    }
+    if flow.tcp_flags & TCP_FIN != 0 {
         state |= if reply { FIN_REPLY } else { FIN_ORIGINAL };
     }
-    if flow.protocol == TCP && flow.tcp_flags & TCP_RST != 0 {
-        state |= RESET;
+    // One that somebody has made up ends nothing: a flow that goes on is none that was reset.
+    if flow.tcp_flags & TCP_RST != 0 {
+        state | RESET
+    } else {
+        state & !RESET
     }
-    state
 }
 
+/// Nanoseconds that a flow lives without another packet.
 #[inline(always)]
 fn lifetime(protocol: u8, state: u32) -> u64 {
-    let fins = FIN_ORIGINAL | FIN_REPLY;
-    match (protocol == TCP, state & SEEN_REPLY != 0) {
-        (true, _) if state & RESET != 0 || state & fins == fins => TCP_CLOSING_NS,
-        (true, true) => TCP_ESTABLISHED_NS,
-        (true, false) => TCP_SYN_NS,
-        (false, true) => OTHER_ASSURED_NS,
-        (false, false) => OTHER_UNREPLIED_NS,
-    }
+    // Without a configuration nothing gets here.
+    let Some(config) = maps::config() else { return 0 };
+    let Timeouts {
+        tcp_syn,
+        tcp_established,
+        tcp_half_closed,
+        tcp_closed,
+        unreplied,
+        assured,
+    } = config.timeouts;
+    let fins = state & (FIN_ORIGINAL | FIN_REPLY);
+    let seconds = if protocol != TCP {
+        if state & SEEN_REPLY != 0 { assured } else { unreplied }
+    } else if state & RESET != 0 || fins == FIN_ORIGINAL | FIN_REPLY {
+        tcp_closed
+    } else if fins != 0 {
+        tcp_half_closed
+    } else if state & CONFIRMED != 0 {
+        tcp_established
+    } else {
+        tcp_syn
+    };
+    u64::from(seconds) * SECOND
 }

@@ -52,10 +52,9 @@ pub fn admit(flow: &mut Flow, from: &Party, to: &Party) -> Result<(), DropReason
             if flow.related {
                 // About the flow, not of it: that is for the flow's own packets to settle.
             } else if verdict.is_err() {
-                conntrack::forget(&place);
+                conntrack::forget(&place, &tracked);
             } else {
-                // Where the map takes no entry the next packet is judged as this one was.
-                conntrack::enter(&mut place, Some(&tracked), flow, peers, now);
+                conntrack::renew(&mut place, &tracked, flow, peers, now);
             }
             return verdict;
         }
@@ -67,11 +66,19 @@ pub fn admit(flow: &mut Flow, from: &Party, to: &Party) -> Result<(), DropReason
     if flow.protocol == TCP && !flow.is_syn() {
         judge(flow, to, from, flow.source_port).map_err(|_| DropReason::MidStream)?;
     }
-    if !conntrack::enter(&mut place, None, flow, peers, now) {
-        return Err(DropReason::ConntrackFull);
-    }
+    conntrack::open(&mut place, flow, peers, account(from, to), now)?;
     flow.opened = true;
     Ok(())
+}
+
+/// Whose flow it is: the pod's of this node that opens it, or else the one's that it is opened to.
+#[inline(always)]
+fn account(from: &Party, to: &Party) -> u32 {
+    if from.row == NOT_ENFORCED {
+        to.peer.owner
+    } else {
+        from.peer.owner
+    }
 }
 
 #[inline(always)]

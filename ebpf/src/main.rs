@@ -1,6 +1,8 @@
 //! The tc programs. Entry points only dispatch: each runs its stages in order and hands the outcome to [`verdict`].
 #![no_std]
 #![no_main]
+// Every compiler that has this target takes features: it is one of nightly's, or told to do as if.
+#![feature(asm_experimental_arch)]
 
 mod arp;
 mod conntrack;

@@ -4,6 +4,7 @@ use crate::packet::Flow;
 use abi::{
     AddressKey, ConntrackEntry, ConntrackKey, Endpoint, Event, FragmentEntry, FragmentKey, IpcacheEntry, NetworkEntry,
     NodeConfig, NodeEntry, PortSet,
+    conntrack::Account,
     drop::DROP_REASONS,
     event::{Counter, PATHS},
 };
@@ -31,6 +32,10 @@ pub static NODES: HashMap<AddressKey, NodeEntry, 8192, NO_PREALLOC> = HashMap::n
 pub static NETWORKS: LpmTrie<AddressKey, NetworkEntry, 16384> = LpmTrie::new();
 #[btf_map]
 pub static CONNTRACK: LruHashMap<ConntrackKey, ConntrackEntry, 131_072> = LruHashMap::new();
+#[btf_map]
+pub static ACCOUNTS: HashMap<u32, Account, 1024> = HashMap::new();
+#[btf_map]
+pub static TRACKED: Array<u64, 1> = Array::new();
 #[btf_map]
 pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentEntry, 8192> = LruHashMap::new();
 /// What the stack of 512 bytes has no room for.

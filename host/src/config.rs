@@ -1,5 +1,6 @@
 //! The node's configuration: a TOML file, every key of which is documented in `node.example.toml`.
 
+use abi::conntrack::Timeouts;
 use ipnet::IpNet;
 use serde::Deserialize;
 use std::{
@@ -50,6 +51,9 @@ pub struct Config {
     /// When a node is stale, and when it is gone.
     #[serde(default)]
     pub lease: Lease,
+    /// How long flows are remembered.
+    #[serde(default)]
+    pub conntrack: Conntrack,
     /// Limits of policy modules.
     #[serde(default)]
     pub wasm: Wasm,
@@ -114,6 +118,58 @@ impl Lease {
     #[must_use]
     pub const fn ttl(&self) -> Duration {
         Duration::from_secs(self.ttl_seconds)
+    }
+}
+
+/// How long flows are remembered without a packet, in seconds.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields, default)]
+pub struct Conntrack {
+    /// TCP, until the handshake is done. Cilium's default.
+    pub tcp_syn: u32,
+    /// TCP, from then on. Cilium's default.
+    pub tcp_established: u32,
+    /// TCP, once one end has sent a FIN (RFC 5382, section 5: 4 minutes at least).
+    pub tcp_half_closed: u32,
+    /// TCP, once both have, or one has sent a RST. Cilium's default.
+    pub tcp_closed: u32,
+    /// Other protocols, without a reply yet. The kernel's `nf_conntrack_udp_timeout`.
+    pub unreplied: u32,
+    /// Other protocols, with replies. The kernel's `nf_conntrack_udp_timeout_stream`.
+    pub assured: u32,
+}
+
+impl Default for Conntrack {
+    fn default() -> Self {
+        Self {
+            tcp_syn: 60,
+            tcp_established: 8000,
+            tcp_half_closed: 240,
+            tcp_closed: 10,
+            unreplied: 30,
+            assured: 120,
+        }
+    }
+}
+
+impl From<Conntrack> for Timeouts {
+    fn from(conntrack: Conntrack) -> Self {
+        let Conntrack {
+            tcp_syn,
+            tcp_established,
+            tcp_half_closed,
+            tcp_closed,
+            unreplied,
+            assured,
+        } = conntrack;
+        Self {
+            tcp_syn,
+            tcp_established,
+            tcp_half_closed,
+            tcp_closed,
+            unreplied,
+            assured,
+        }
     }
 }
 
@@ -301,6 +357,12 @@ impl Config {
             return Err(("lease.ttl_seconds", "must be 1 or more".into()));
         }
         for (key, value, least, most) in [
+            ("conntrack.tcp_syn", self.conntrack.tcp_syn, 1, 1 << 20),
+            ("conntrack.tcp_established", self.conntrack.tcp_established, 1, 1 << 20),
+            ("conntrack.tcp_half_closed", self.conntrack.tcp_half_closed, 1, 1 << 20),
+            ("conntrack.tcp_closed", self.conntrack.tcp_closed, 1, 1 << 20),
+            ("conntrack.unreplied", self.conntrack.unreplied, 1, 1 << 20),
+            ("conntrack.assured", self.conntrack.assured, 1, 1 << 20),
             ("maps.endpoints", self.maps.endpoints, 1, 65536),
             ("maps.addresses", self.maps.addresses, 16, 1 << 22),
             ("maps.identities", self.maps.identities, 64, 65536),
@@ -397,6 +459,12 @@ mod tests {
             "tenant_bits",
             "ttl_seconds",
             "grace_seconds",
+            "tcp_syn",
+            "tcp_established",
+            "tcp_half_closed",
+            "tcp_closed",
+            "unreplied",
+            "assured",
             "max_module_bytes",
             "compile_seconds",
             "compile_memory_mib",

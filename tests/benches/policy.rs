@@ -230,6 +230,7 @@ fn in_process(identities: usize) -> anyhow::Result<Value> {
         bpffs: bpffs.clone(),
         maps,
         attach: Attach::Auto,
+        timeouts: hostd::config::Conntrack::default().into(),
     };
     let measured = in_netns(netns.name(), || -> anyhow::Result<Value> {
         let guard = runtime.enter();
@@ -395,6 +396,9 @@ impl Packets {
             underlay_family: Family::V4 as u8,
             zero: 0,
             tunnel_mtu: 1450,
+            timeouts: hostd::config::Conntrack::default().into(),
+            conntrack_limit: u32::MAX,
+            conntrack_share: u32::MAX,
         };
         Array::<_, NodeConfig>::try_from(ebpf.map_mut(map::CONFIG).context("no map")?)?.set(0, config, 0)?;
         let own = AddressKey::v4([10, 1, 0, 2]);

@@ -46,6 +46,12 @@ impl Daemon {
         if !service_account.is_empty() {
             endpoint::check_name(&service_account).map_err(|problem| wrong(format!("service account {problem}")))?;
         }
+        let most = self.config.maps.endpoints;
+        if self.locals.len() >= most as usize {
+            return Err(wrong(format!(
+                "this node has {most} pods already: raise `maps.endpoints`"
+            )));
+        }
         self.check_unknown(&pod).await?;
         let netns = Netns::open(&netns)?;
         let (address, second) = endpoint::choose_addresses(&self.config.pod_cidrs, &addresses, |address| {
@@ -104,6 +110,7 @@ impl Daemon {
         let mtu = self.pod_mtu;
         let veth = block_in_place(|| net::make_pod_link(&name, netns, &addresses, mtu))?;
         self.locals.insert(pod.clone(), Local { endpoint, veth });
+        self.datapath.set_pods(self.locals.len())?;
         self.upsert_pod(record.clone()).await?;
         self.datapath.attach(Hook::FromPod, &name)?;
         self.datapath.attach(Hook::ToPod, &name)?;
@@ -142,6 +149,7 @@ impl Daemon {
             note(self.datapath.detach(&interface).map_err(DaemonError::from));
             note(self.remove_pod(&AddressKey::from(address)));
             self.locals.remove(pod);
+            note(self.datapath.set_pods(self.locals.len()).map_err(DaemonError::from));
         }
         note(self.delete_record(pod, address).await);
         note(self.save());

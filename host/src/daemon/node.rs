@@ -257,6 +257,9 @@ impl Daemon {
                 tracing::error!("removing node {name}: {error}");
             }
         }
+        if let Err(error) = block_in_place(|| self.datapath.collect_flows()) {
+            tracing::warn!("collecting flows: {error}");
+        }
         self.finish_abandoned_load().await;
         if let Err(error) = self.collect().await {
             tracing::warn!("collecting identities: {error}");

@@ -184,6 +184,7 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
         bpffs: config.bpffs.clone(),
         maps: config.maps,
         attach: config.attach,
+        timeouts: config.conntrack.into(),
     };
     let (datapath, events) = Datapath::load(&settings)?;
 
@@ -414,6 +415,8 @@ impl Daemon {
     fn attach_all(&mut self) -> Result<(), DaemonError> {
         // Pins first: a start that is cut short after this finds a generation that is no lower than any program's.
         self.datapath.adopt_pins()?;
+        self.datapath.set_pods(self.locals.len())?;
+        self.datapath.count_flows()?;
         self.datapath.attach(Hook::FromOverlay, VXLAN_DEVICE)?;
         // Only now: without the program everybody's packets would reach the node's own stack.
         block_in_place(|| net::bring_up(VXLAN_DEVICE))?;

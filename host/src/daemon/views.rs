@@ -65,6 +65,11 @@ impl Daemon {
                 usage("maps.local_identities", local, maps.local_identities),
                 usage("maps.port_sets", port_sets, maps.port_sets),
                 usage("maps.breakpoints", breakpoints, maps.breakpoints),
+                usage(
+                    "maps.conntrack",
+                    usize::try_from(self.datapath.tracked()?).unwrap_or(usize::MAX),
+                    maps.conntrack,
+                ),
                 usage("maps.networks", self.datapath.placed_networks().len(), maps.networks),
             ],
             nodes: self.node_list(),

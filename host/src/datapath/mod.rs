@@ -12,6 +12,7 @@
 
 mod attach;
 mod cells;
+mod conntrack;
 mod error;
 mod events;
 mod networks;
@@ -29,6 +30,7 @@ use crate::{
 };
 use abi::{
     AddressKey, Endpoint, Family, IpcacheEntry, NetworkEntry, NodeConfig, NodeEntry, PortSet,
+    conntrack::{Account, Timeouts},
     event::Counter,
     map,
     policy::{CELL_ALLOW, CELL_DENY, CELL_PORT_SET},
@@ -39,6 +41,7 @@ use aya::{
     maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, lpm_trie::LpmTrie, of_maps::ArrayOfMaps},
 };
 use cells::Mapped;
+use conntrack::Counted;
 use error::chain;
 use ipnet::IpNet;
 use std::{
@@ -56,6 +59,8 @@ pub struct Settings {
     pub maps: Maps,
     /// How to attach.
     pub attach: Attach,
+    /// How long flows live.
+    pub timeouts: Timeouts,
 }
 
 /// The programs and the maps of one node.
@@ -73,6 +78,10 @@ pub struct Datapath {
     drops: PerCpuArray<MapData, Counter>,
     forwarded: PerCpuArray<MapData, Counter>,
     grace: ArrayOfMaps<MapData, Array<MapData, u32>>,
+    accounts: HashMap<MapData, u32, Account>,
+    tracked: Array<MapData, u64>,
+    conntrack_capacity: u32,
+    counted: Counted,
     shape: Shape,
     /// What the maps hold, so that what has not changed is not written.
     placed: BTreeMap<AddressKey, Desired>,
@@ -169,6 +178,10 @@ impl Datapath {
             drops: typed!(&mut ebpf, map::DROPS),
             forwarded: typed!(&mut ebpf, map::FORWARDED),
             grace: typed!(&mut ebpf, map::GRACE),
+            accounts: typed!(&mut ebpf, map::ACCOUNTS),
+            tracked: typed!(&mut ebpf, map::TRACKED),
+            conntrack_capacity: settings.maps.conntrack,
+            counted: Counted::default(),
             attacher: Attacher::new(ebpf, settings.attach, &settings.bpffs)?,
             config,
             shape,
@@ -183,6 +196,9 @@ impl Datapath {
                 underlay_family: Family::V4 as u8,
                 zero: 0,
                 tunnel_mtu: 0,
+                timeouts: settings.timeouts,
+                conntrack_limit: 0,
+                conntrack_share: 0,
             },
             bpffs: settings.bpffs.clone(),
         })
@@ -344,6 +360,12 @@ impl Datapath {
             last_stamp: stamp,
             ..desired.ipcache
         };
+        if let Some(endpoint) = desired.endpoint
+            && before.and_then(|before| before.endpoint).map(|known| known.owner) != Some(endpoint.owner)
+        {
+            self.open_account(endpoint.owner)?;
+        }
+        let before = self.placed.get(&address);
         let had_endpoint = before.is_some_and(|before| before.endpoint.is_some());
         self.ipcache
             .insert(address, ipcache, 0)

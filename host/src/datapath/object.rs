@@ -6,6 +6,7 @@ use abi::{map, policy::CELLS_PER_ELEMENT};
 use aya::{
     Ebpf, EbpfLoader, include_bytes_aligned,
     maps::{Array, Map, MapData},
+    programs::{ProgramError, SchedClassifier},
 };
 use rustix::{
     fs::statfs,
@@ -52,7 +53,9 @@ pub fn load_programs(maps: &Maps, constants: &Constants, conntrack: Option<&Path
         .map_max_entries(map::PORT_POOL[0], shape.breakpoints)
         .map_max_entries(map::PORT_POOL[1], shape.breakpoints)
         .map_max_entries(map::NETWORKS, 2 * maps.networks + 1)
-        .map_max_entries(map::ENDPOINTS, maps.endpoints)
+        // A pod may have an address of each family, and others while it comes and goes.
+        .map_max_entries(map::ENDPOINTS, 2 * maps.endpoints)
+        .map_max_entries(map::ACCOUNTS, 4 * maps.endpoints)
         .map_max_entries(map::IPCACHE, maps.addresses)
         .map_max_entries(map::CONNTRACK, maps.conntrack)
         .map_max_entries(map::FRAGMENTS, maps.fragments);
@@ -63,16 +66,27 @@ pub fn load_programs(maps: &Maps, constants: &Constants, conntrack: Option<&Path
         .load(OBJECT)
         .map_err(|error| DatapathError::Load(chain(&error)))?;
     for hook in abi::Hook::ALL {
-        let program: &mut aya::programs::SchedClassifier = ebpf
+        let program: &mut SchedClassifier = ebpf
             .program_mut(hook.name())
             .ok_or_else(|| DatapathError::Load(format!("the object has no program {}", hook.name())))?
             .try_into()
             .map_err(|error| DatapathError::Load(chain(&error)))?;
-        program
-            .load()
-            .map_err(|error| DatapathError::Load(format!("{}: {}", hook.name(), chain(&error))))?;
+        load(program).map_err(|error| DatapathError::Load(format!("{}: {}", hook.name(), chain(&error))))?;
     }
     Ok(ebpf)
+}
+
+/// The verifier gives up with `EAGAIN` when a signal is waiting for the thread (`do_check` in `kernel/bpf/verifier.c`):
+/// then it is asked again.
+fn load(program: &mut SchedClassifier) -> Result<(), ProgramError> {
+    const ATTEMPTS: usize = 20;
+    for _ in 1..ATTEMPTS {
+        match program.load() {
+            Err(ProgramError::LoadError { io_error, .. }) if io_error.kind() == io::ErrorKind::WouldBlock => {}
+            result => return result,
+        }
+    }
+    program.load()
 }
 
 /// The part of the generation word that the programs use.

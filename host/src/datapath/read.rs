@@ -1,11 +1,17 @@
 //! What the programs have noted: flows and counters.
 
-use super::{Datapath, DatapathError};
-use abi::{AddressKey, ConntrackEntry, ConntrackKey, DropReason, Path as ForwardPath, event::Counter, map};
-use aya::maps::{HashMap, Map, MapData, PerCpuArray};
+use super::{Datapath, DatapathError, conntrack};
+use abi::{
+    AddressKey, DropReason, Path as ForwardPath,
+    event::Counter,
+    map,
+    policy::{ICMP, ICMPV6},
+};
+use aya::maps::{MapData, PerCpuArray};
 
-/// Type of an ICMP echo request, which stands for the port of its flow (RFC 792).
+/// Type of an ICMP echo request, which stands for the port of its flow (RFC 792), and of ICMPv6's (RFC 4443).
 const ICMP_ECHO: u16 = 8;
+const ICMPV6_ECHO: u16 = 128;
 
 /// A flow that is tracked, in the direction in which it was opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,16 +42,11 @@ impl Datapath {
     ///
     /// Where the map can't be read.
     pub fn flows(&self) -> Result<Vec<Flow>, DatapathError> {
-        let pin = self.bpffs.join("maps").join(map::CONNTRACK);
-        let data = MapData::from_pin(&pin).map_err(DatapathError::map(map::CONNTRACK))?;
-        let conntrack = HashMap::<_, ConntrackKey, ConntrackEntry>::try_from(Map::LruHashMap(data))
-            .map_err(DatapathError::map(map::CONNTRACK))?;
-        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-        let now = u64::try_from(now.tv_sec).unwrap_or(0) * abi::conntrack::SECOND;
+        let tracked = conntrack::open(&self.bpffs)?;
+        let now = conntrack::now();
         let mut flows = Vec::new();
-        for entry in &conntrack {
-            // One that is replaced while it is read is left out.
-            let Ok((key, entry)) = entry else { continue };
+        // One that is replaced while it is read is left out.
+        for (key, entry) in tracked.iter().flatten() {
             if entry.expires <= now {
                 continue;
             }
@@ -62,12 +63,16 @@ impl Datapath {
             } else {
                 (upper, lower, key.lower_port)
             };
-            let is_icmp = key.protocol == abi::policy::ICMP;
+            let port = match key.protocol {
+                ICMP => ICMP_ECHO,
+                ICMPV6 => ICMPV6_ECHO,
+                _ => u16::from_be(port),
+            };
             flows.push(Flow {
                 from,
                 to,
                 protocol: key.protocol,
-                port: if is_icmp { ICMP_ECHO } else { u16::from_be(port) },
+                port,
             });
         }
         Ok(flows)

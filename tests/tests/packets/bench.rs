@@ -4,9 +4,10 @@ use super::frame::{
     Frame, GATEWAY_A, GATEWAY_B, NODE, OTHER_NODE, POD_A, POD_A_MAC, POD_A6, POD_B, POD_B_MAC, POD_B6, REMOTE, REMOTE6,
 };
 use abi::{
-    AddressKey, Direction, DropReason, Endpoint, Event, Family, Hook, Identity, IpcacheEntry, NetworkEntry, NodeConfig,
-    NodeEntry, Path, PortSet,
+    AddressKey, ConntrackEntry, ConntrackKey, Direction, DropReason, Endpoint, Event, Family, Hook, Identity,
+    IpcacheEntry, NetworkEntry, NodeConfig, NodeEntry, Path, PortSet,
     address::Address,
+    conntrack::{Account, SECOND},
     event::Counter,
     ipcache::IPCACHE_HOST,
     map,
@@ -39,6 +40,8 @@ pub const RED_PLACE: (u32, u32) = (1, 16);
 pub const BLUE_PLACE: (u32, u32) = (2, 17);
 pub const GREEN_COLUMN: u32 = 18;
 
+/// Entries of conntrack from which on each pod has a share of 4.
+pub const FULL: u32 = 1000;
 /// MTU of the tunnel.
 pub const TUNNEL_MTU: u32 = 1450;
 
@@ -144,6 +147,9 @@ impl Bench {
             underlay_family: Family::V4 as u8,
             zero: 0,
             tunnel_mtu: TUNNEL_MTU,
+            timeouts: hostd::config::Conntrack::default().into(),
+            conntrack_limit: FULL,
+            conntrack_share: 4,
         };
         self.array::<NodeConfig>(map::CONFIG).set(0, config, 0).unwrap();
         let generation = self.generation;
@@ -490,5 +496,34 @@ impl Outcome {
             Self::Dropped(reason) | Self::Told(reason, _) => *reason,
             Self::Sent { path, .. } => panic!("sent: {}", path.name()),
         }
+    }
+}
+
+impl Bench {
+    /// How long the one flow that is tracked lives from now on, in seconds.
+    pub fn lifetime(&mut self) -> u64 {
+        let tracked: HashMap<_, ConntrackKey, ConntrackEntry> =
+            HashMap::try_from(self.ebpf.map_mut(map::CONNTRACK).unwrap()).unwrap();
+        let entries: Vec<_> = tracked.iter().map(|entry| entry.unwrap().1).collect();
+        assert_eq!(entries.len(), 1);
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        let now = u64::try_from(now.tv_sec).unwrap() * SECOND + u64::try_from(now.tv_nsec).unwrap();
+        (entries[0].expires - now).div_ceil(SECOND)
+    }
+
+    /// Says how many flows are tracked in all.
+    pub fn set_tracked(&mut self, flows: u64) {
+        self.array::<u64>(map::TRACKED).set(0, flows, 0).unwrap();
+    }
+
+    pub fn tracked(&mut self) -> u64 {
+        self.array::<u64>(map::TRACKED).get(&0, 0).unwrap()
+    }
+
+    /// Opens an account with so many flows on it.
+    pub fn set_account(&mut self, owner: u32, flows: u64) {
+        let mut accounts: HashMap<_, u32, Account> =
+            HashMap::try_from(self.ebpf.map_mut(map::ACCOUNTS).unwrap()).unwrap();
+        accounts.insert(owner, Account { flows }, 0).unwrap();
     }
 }

@@ -1,7 +1,7 @@
 //! Every reason for which a packet is dropped.
 
 use super::{
-    bench::{BLUE_PLACE, Bench, GREEN, Outcome, RED, RED_PLACE},
+    bench::{BLUE_PLACE, Bench, FULL, GREEN, Outcome, RED, RED_PLACE},
     frame::{ACK, Frame, GATEWAY_B, NOBODY, NODE, OTHER_NODE, POD_A, POD_A_MAC, POD_B, POD_B_MAC, REMOTE, SYN},
 };
 use abi::{Direction, DropReason, Identity, Path, policy::CELL_PORT_SET};
@@ -296,6 +296,14 @@ const TABLE: &[(DropReason, &str, Run)] = &[
         |b| {
             b.deny_egress(BLUE_PLACE.0, RED_PLACE.1);
             b.from_pod_a(&Frame::tcp(POD_A, 1, POD_B, 2, ACK))
+        },
+    ),
+    (
+        DropReason::ConntrackShare,
+        "a new flow of a pod that has its share of a full map",
+        |b| {
+            b.set_tracked(FULL.into());
+            b.from_pod_a(&syn())
         },
     ),
     (DropReason::NoTunnelKey, "a packet without metadata", |b| {

@@ -1,7 +1,7 @@
 //! Flows: replies, revocation, and everything that must not outlive what it was about.
 
 use super::{
-    bench::{BLUE, BLUE_PLACE, Bench, GREEN, GREEN_COLUMN, RED, RED_PLACE},
+    bench::{BLUE, BLUE_PLACE, Bench, FULL, GREEN, GREEN_COLUMN, RED, RED_PLACE},
     frame::{ACK, FIN, Frame, NODE, OTHER_NODE, POD_A, POD_B, REMOTE, RST, SYN},
 };
 use abi::{AddressKey, Direction, DropReason, Endpoint, Path, map};
@@ -272,4 +272,105 @@ fn each_half_of_a_pair_of_identities_serves_its_own_generation() {
     assert_eq!(tunnel(&mut bench, 1), Some(RED));
     bench.flip();
     assert_eq!(tunnel(&mut bench, 1), Some(BLUE));
+}
+
+/// A packet, how long the flow lives after it with the default time-outs in seconds, and what it is then.
+type Step = (fn() -> Frame, u64, &'static str);
+
+#[test]
+fn a_flow_is_remembered_as_long_as_its_state_deserves() {
+    kernel_test!();
+    let cases: [&[Step]; 5] = [
+        &[
+            (|| there(SYN), 60, "asked for"),
+            (|| back(SYN | ACK), 60, "half open"),
+            (|| there(ACK), 8000, "established"),
+            (|| back(ACK), 8000, "in use"),
+            (|| there(FIN | ACK), 240, "half closed"),
+            (|| back(ACK), 240, "half closed, in use"),
+            (|| back(FIN | ACK), 10, "closed"),
+            (|| there(ACK), 10, "the last packet"),
+        ],
+        &[
+            (|| there(SYN), 60, "asked for"),
+            (|| back(RST | ACK), 10, "refused"),
+            (|| there(SYN), 60, "asked for again"),
+        ],
+        &[
+            (|| there(SYN), 60, "asked for"),
+            (|| back(SYN | ACK), 60, "half open"),
+            (|| there(ACK), 8000, "established"),
+            (|| back(RST), 10, "reset, or so somebody says"),
+            (|| there(ACK), 8000, "but it goes on"),
+        ],
+        &[
+            (|| Frame::udp(POD_A, 1, POD_B, 2), 30, "no answer yet"),
+            (|| Frame::udp(POD_B, 2, POD_A, 1), 120, "answered"),
+            (|| Frame::udp(POD_A, 1, POD_B, 2), 120, "going on"),
+        ],
+        &[
+            (|| Frame::echo(POD_A, POD_B, false, 1), 30, "asked"),
+            (|| Frame::echo(POD_B, POD_A, true, 1), 120, "answered"),
+        ],
+    ];
+    for steps in cases {
+        let mut bench = Bench::new();
+        for (frame, seconds, what) in steps {
+            let frame = frame();
+            let from_a = frame.0[26..30] == POD_A;
+            let sent = if from_a {
+                bench.from_pod_a(&frame)
+            } else {
+                bench.from_pod_b(&frame)
+            };
+            assert_eq!(sent.path(), Path::Local, "{what}");
+            assert_eq!(bench.lifetime(), *seconds, "{what}");
+        }
+    }
+}
+
+#[test]
+fn when_the_map_is_nearly_full_each_pod_has_its_share() {
+    kernel_test!();
+    let mut bench = Bench::new();
+    let (a, b) = (bench.owner, bench.owner + 1);
+    let vb = bench.pod_b;
+    bench.owner = b;
+    bench.put_pod(POD_B, [BLUE; 2], BLUE_PLACE, 2, vb);
+    bench.set_account(a, 0);
+    bench.set_account(b, 0);
+    let open = |bench: &mut Bench, port| bench.from_pod_a(&Frame::udp(POD_A, port, POD_B, 53));
+    for port in 1..=6 {
+        assert_eq!(
+            open(&mut bench, port).path(),
+            Path::Local,
+            "there is room for everybody"
+        );
+    }
+    assert_eq!(bench.tracked(), 6);
+    bench.set_tracked(FULL.into());
+    assert_eq!(open(&mut bench, 7).reason(), DropReason::ConntrackShare);
+    // What is open goes on, and the other pod has its own share.
+    assert_eq!(open(&mut bench, 6).path(), Path::Local);
+    for port in 1..=4 {
+        let frame = Frame::udp(POD_B, port, REMOTE, 53);
+        assert_eq!(bench.from_pod_b(&frame).path(), Path::Encap, "{port}");
+    }
+    let fifth = Frame::udp(POD_B, 5, REMOTE, 53);
+    assert_eq!(bench.from_pod_b(&fifth).reason(), DropReason::ConntrackShare);
+    // Who floods a pod from elsewhere takes that pod's share, and nobody else's.
+    bench.set_account(a, 4);
+    let flood = Frame::udp(REMOTE, 9, POD_A, 53);
+    assert_eq!(
+        bench.from_overlay(&flood, OTHER_NODE, GREEN).reason(),
+        DropReason::ConntrackShare
+    );
+    bench.set_tracked(u64::from(FULL) - 1);
+    assert_eq!(open(&mut bench, 7).path(), Path::Local);
+    // A flow that policy ends gives its place back.
+    let before = bench.tracked();
+    bench.flip();
+    bench.deny_egress(RED_PLACE.0, BLUE_PLACE.1);
+    assert_eq!(open(&mut bench, 7).reason(), DropReason::EgressDenied);
+    assert_eq!(bench.tracked(), before - 1);
 }

@@ -1,0 +1,75 @@
+//! The conntrack map under pressure, and its collection.
+#![expect(clippy::unwrap_used, reason = "helpers of tests, which fail as a whole")]
+
+use harness::{Cluster, Listener, Options, TcpOutcome, in_netns, kernel_test, tcp_exchange, tcp_open, wait_until};
+use std::{
+    net::{IpAddr, UdpSocket},
+    time::Duration,
+};
+
+const WAIT: Duration = Duration::from_millis(400);
+const LONG: Duration = Duration::from_secs(20);
+
+fn node(tables: &str) -> Cluster {
+    let mut cluster = Cluster::with(&Options {
+        nodes: 1,
+        tables: tables.to_owned(),
+        ..Options::default()
+    })
+    .unwrap();
+    for name in ["red/flood", "red/good", "red/server"] {
+        cluster.add_pod(0, name, &[]).unwrap();
+    }
+    cluster.load("allow-all").unwrap();
+    cluster
+}
+
+fn tracked(cluster: &Cluster) -> u64 {
+    let status = cluster.nodes[0].json(&["status"]).unwrap();
+    let maps = status["maps"].as_array().unwrap().iter();
+    let map = maps.into_iter().find(|map| map["setting"] == "maps.conntrack");
+    map.unwrap()["used"].as_u64().unwrap()
+}
+
+/// Opens so many UDP flows, by as many source ports and destination ports.
+fn flood(from: &str, to: IpAddr, flows: u16) {
+    in_netns(from, || {
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        for port in 1..=flows {
+            // One that is refused by ICMP is a flow, too.
+            let _ = socket.send_to(b"x", (to, 10_000 + port));
+        }
+    })
+    .unwrap();
+}
+
+#[test]
+fn a_pod_that_floods_pushes_out_nobody_elses_flows() {
+    kernel_test!();
+    let cluster = node("[maps]\nconntrack = 1024");
+    let [bad, good, server] = ["red/flood", "red/good", "red/server"].map(|name| cluster.pod(name));
+    let _listener = Listener::new(server.netns.name(), 80).unwrap();
+    let mut open = tcp_open(good.netns.name(), server.address, 80, WAIT).unwrap();
+    for _ in 0..5 {
+        flood(bad.netns.name(), server.address, 5000);
+        assert!(open.exchange(WAIT).unwrap(), "a connection of another pod goes on");
+        assert_eq!(
+            tcp_exchange(good.netns.name(), server.address, 80, WAIT).unwrap(),
+            TcpOutcome::Open,
+            "and it opens new ones"
+        );
+    }
+    assert!(cluster.nodes[0].drops("conntrack_share").unwrap() > 10_000);
+    let shown = tracked(&cluster);
+    assert!((700..=1024).contains(&shown), "{shown}");
+}
+
+#[test]
+fn flows_that_have_run_out_are_collected() {
+    kernel_test!();
+    let cluster = node("[maps]\nconntrack = 1024\n[conntrack]\nunreplied = 1\nassured = 1");
+    let [bad, server] = ["red/flood", "red/server"].map(|name| cluster.pod(name));
+    flood(bad.netns.name(), server.address, 600);
+    assert!(tracked(&cluster) > 500);
+    assert!(wait_until(LONG, || tracked(&cluster) < 10), "{}", tracked(&cluster));
+}
