@@ -75,6 +75,12 @@ fn overlay_delivers(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReas
     forward::from_overlay(ctx, &receiver)
 }
 
+/// In front of everything for the moment in which a program is moved on its hook: rather no packet than one past it.
+#[classifier]
+pub fn closed(_ctx: TcContext) -> i32 {
+    verdict::broken()
+}
+
 /// What stays on a link has no business on another one.
 #[inline(always)]
 fn stays_on_the_link(flow: &Flow) -> Result<(), DropReason> {

@@ -17,7 +17,7 @@ use aya_ebpf::{
     programs::TcContext,
 };
 
-/// For a packet that nothing can be said of, for this CPU has no scratch: it never happens.
+/// For a packet that nothing can be said of.
 #[inline(always)]
 pub fn broken() -> i32 {
     TC_ACT_SHOT

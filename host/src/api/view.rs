@@ -57,6 +57,8 @@ pub struct Status {
     pub version: String,
     /// `tcx` or `clsact`.
     pub attach: String,
+    /// Times that a program was no longer first on its hook, and was put there again, since hostd was started.
+    pub repairs: u64,
     /// MTU of the pods.
     pub pod_mtu: u32,
     /// The generation in force.

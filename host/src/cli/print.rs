@@ -133,7 +133,11 @@ fn status(out: &mut impl Write, status: &Status) -> anyhow::Result<()> {
         writeln!(out, "OUT OF STEP {problem}")?;
     }
     writeln!(out, "generation  {}", status.generation)?;
-    writeln!(out, "attachment  {}", status.attach)?;
+    let repaired = match status.repairs {
+        0 => String::new(),
+        times => format!(", put right {times} times"),
+    };
+    writeln!(out, "attachment  {}{repaired}", status.attach)?;
     writeln!(out, "pod MTU     {}", status.pod_mtu)?;
     writeln!(out, "endpoints   {}", status.endpoints)?;
 
@@ -378,6 +382,8 @@ pub fn metrics(out: &mut impl Write, status: &Status) -> anyhow::Result<()> {
             }
         }
     }
+    writeln!(out, "# TYPE wasmgate_attachment_repairs_total counter")?;
+    writeln!(out, "wasmgate_attachment_repairs_total {}", status.repairs)?;
     writeln!(out, "# TYPE wasmgate_generation gauge")?;
     writeln!(out, "wasmgate_generation {}", status.generation)?;
     writeln!(out, "# TYPE wasmgate_endpoints gauge")?;

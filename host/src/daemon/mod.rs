@@ -18,6 +18,7 @@ mod serve;
 mod start;
 mod verify;
 mod views;
+mod watch;
 
 pub use start::{cleanup, run};
 
@@ -48,6 +49,7 @@ use std::{
     time::{Duration, Instant},
 };
 use tokio::sync::{mpsc, oneshot};
+use watch::Watch;
 
 /// Why something was not done. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
@@ -164,6 +166,7 @@ struct Daemon {
     pod_mtu: u32,
     names: Arc<RwLock<Names>>,
     monitors: (i32, i32),
+    watch: Watch,
     /// Changes of the store that could not be taken in, to be tried again.
     missed: Vec<Change>,
 }

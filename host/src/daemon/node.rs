@@ -257,6 +257,7 @@ impl Daemon {
                 tracing::error!("removing node {name}: {error}");
             }
         }
+        self.watch_attachment();
         if let Err(error) = block_in_place(|| self.datapath.collect_flows()) {
             tracing::warn!("collecting flows: {error}");
         }

@@ -9,6 +9,7 @@ use super::{
     directory::Directory,
     policy::Side,
     serve::{self, Front},
+    watch::Watch,
 };
 use crate::{
     api::{self, PodName, Server},
@@ -213,6 +214,7 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
         pod_mtu,
         names,
         monitors: (0, 0),
+        watch: Watch::new(),
         missed: Vec::new(),
     };
     let vxlan = block_in_place(|| net::ensure_vxlan(abi::node::TUNNEL_PORT, pod_mtu, daemon.config.underlay))?;

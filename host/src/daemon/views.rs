@@ -47,6 +47,7 @@ impl Daemon {
             node: self.config.node.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             attach: self.datapath.attach_mode().to_owned(),
+            repairs: self.watch.repairs,
             pod_mtu: self.pod_mtu,
             generation: self.datapath.generation(),
             modules: self.active.revision.modules.clone(),

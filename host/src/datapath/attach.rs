@@ -1,14 +1,14 @@
 //! Attaching the programs: tcx links where the kernel has them, filters on the clsact qdisc elsewhere.
 
 use super::{DatapathError, chain};
-use crate::config::Attach;
+use crate::{config::Attach, net};
 use abi::Hook;
 use aya::{
     Ebpf,
     programs::{
-        LinkOrder, SchedClassifier, TcAttachType,
-        links::{FdLink, PinnedLink},
-        tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle},
+        LinkOrder, ProgramError, SchedClassifier, TcAttachType,
+        links::{FdLink, Link as _, PinnedLink},
+        tc::{self, NlOptions, SchedClassifierLink, SchedClassifierLinkId, TcAttachOptions, TcHandle},
     },
     util::KernelVersion,
 };
@@ -21,6 +21,11 @@ use std::{
 /// Priority 1 is the first.
 const PRIORITY: u16 = 1;
 const HANDLE: TcHandle = TcHandle::new(0, 1);
+/// For a moment only.
+const SECOND_HANDLE: TcHandle = TcHandle::new(0, 2);
+
+/// The program that lets nothing pass.
+pub const CLOSED: &str = "closed";
 
 /// Attaches the programs of one object.
 pub struct Attacher {
@@ -61,25 +66,91 @@ impl Attacher {
     }
 
     pub fn attach(&mut self, hook: Hook, interface: &str) -> Result<(), DatapathError> {
+        self.try_attach(hook, interface)
+            .map_err(|problem| DatapathError::Attach {
+                program: hook.name(),
+                interface: interface.to_owned(),
+                problem,
+            })
+    }
+
+    fn try_attach(&mut self, hook: Hook, interface: &str) -> Result<(), String> {
         let pin = self.pin(interface, hook);
+        if !self.tcx {
+            attach_clsact(self.program(hook.name())?, interface, hook)?;
+            return remove_pin(&pin).map_err(|error| error.to_string());
+        }
+        let program = self.program(hook.name())?;
+        if pin.exists()
+            && let Err(problem) = swap(program, &pin)
+        {
+            tracing::info!(
+                "the link pinned at {} is of no use ({problem}); making another",
+                pin.display()
+            );
+        }
+        match standing_tcx(program, interface, hook)? {
+            Standing::First if pin.exists() => {}
+            Standing::Missing => attach_first(program, interface, hook, &pin)?,
+            Standing::First | Standing::Behind => self.go_in_front(hook, interface, &pin)?,
+        }
+        // What a hostd that was configured otherwise has left would go on with its own maps.
+        remove_clsact(interface, hook)
+    }
+
+    /// The kernel takes no program twice on one hook, so it has to leave before it can come in front. Meanwhile nothing
+    /// passes.
+    fn go_in_front(&mut self, hook: Hook, interface: &str, pin: &Path) -> Result<(), String> {
+        tracing::warn!("{} is not first on {interface}; going in front", hook.name());
+        let gate = self.program(CLOSED)?;
+        let options = TcAttachOptions::TcxOrder(LinkOrder::first());
+        let id = gate
+            .attach_with_options(interface, attach_type(hook), options)
+            .map_err(|error| chain(&error))?;
+        let gate = gate.take_link(id).map_err(|error| error.to_string())?;
+        remove_pin(pin).map_err(|error| error.to_string())?;
+        let attached = attach_first(self.program(hook.name())?, interface, hook, pin);
+        drop(gate);
+        attached
+    }
+
+    fn program(&mut self, name: &str) -> Result<&mut SchedClassifier, String> {
+        let program = self
+            .ebpf
+            .program_mut(name)
+            .ok_or_else(|| format!("no program {name}"))?;
+        program.try_into().map_err(|error: ProgramError| error.to_string())
+    }
+
+    /// Looks whether a program is still first on its hook, and puts it there where it is not. The answer is what was wrong.
+    pub fn keep(&mut self, hook: Hook, interface: &str) -> Result<Option<&'static str>, DatapathError> {
         let failed = |problem: String| DatapathError::Attach {
             program: hook.name(),
             interface: interface.to_owned(),
             problem,
         };
-        let program: &mut SchedClassifier = self
-            .ebpf
-            .program_mut(hook.name())
-            .ok_or_else(|| failed("no such program".to_owned()))?
-            .try_into()
-            .map_err(|error: aya::programs::ProgramError| failed(error.to_string()))?;
-        if self.tcx {
-            attach_tcx(program, interface, hook, &pin).map_err(failed)?;
-            // What a hostd that was configured otherwise has left would go on with its own maps.
-            remove_clsact(interface, hook).map_err(failed)
-        } else {
-            attach_clsact(program, interface, hook).map_err(failed)?;
-            remove_pin(&pin)
+        let wrong = match self.standing(hook, interface).map_err(failed)? {
+            Standing::First => return Ok(None),
+            Standing::Behind => "another program was in front of it",
+            Standing::Missing => "it was gone",
+        };
+        self.attach(hook, interface)?;
+        match self.standing(hook, interface).map_err(failed)? {
+            Standing::First => Ok(Some(wrong)),
+            _ => Err(failed(IN_FRONT.to_owned())),
+        }
+    }
+
+    fn standing(&mut self, hook: Hook, interface: &str) -> Result<Standing, String> {
+        let tcx = self.tcx;
+        let program = self.program(hook.name())?;
+        if tcx {
+            return standing_tcx(program, interface, hook);
+        }
+        // Where the kernel has tcx its programs run before all filters.
+        match SchedClassifier::query_tcx(interface, attach_type(hook)) {
+            Ok((_, attached)) if !attached.is_empty() => Ok(Standing::Behind),
+            _ => standing_clsact(program, interface, hook),
         }
     }
 
@@ -108,6 +179,39 @@ impl Attacher {
     }
 }
 
+/// Where a program is among those on its hook.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Standing {
+    First,
+    Behind,
+    Missing,
+}
+
+impl Standing {
+    fn of(ours: u32, attached: impl Iterator<Item = Option<u32>>) -> Self {
+        match attached.into_iter().position(|id| id == Some(ours)) {
+            Some(0) => Self::First,
+            Some(_) => Self::Behind,
+            None => Self::Missing,
+        }
+    }
+}
+
+fn id(program: &SchedClassifier) -> Result<u32, String> {
+    Ok(program.info().map_err(|error| chain(&error))?.id())
+}
+
+fn standing_tcx(program: &SchedClassifier, interface: &str, hook: Hook) -> Result<Standing, String> {
+    let (_, attached) = SchedClassifier::query_tcx(interface, attach_type(hook)).map_err(|error| chain(&error))?;
+    Ok(Standing::of(id(program)?, attached.iter().map(|info| Some(info.id()))))
+}
+
+fn standing_clsact(program: &SchedClassifier, interface: &str, hook: Hook) -> Result<Standing, String> {
+    let ingress = attach_type(hook) == TcAttachType::Ingress;
+    let filters = net::filters(interface, ingress).map_err(|error| error.to_string())?;
+    Ok(Standing::of(id(program)?, filters.into_iter()))
+}
+
 fn remove_pin(pin: &Path) -> Result<(), DatapathError> {
     match fs::remove_file(pin) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -117,24 +221,8 @@ fn remove_pin(pin: &Path) -> Result<(), DatapathError> {
     }
 }
 
-/// Swaps the program into the pinned link; where there is none, or it is no longer the first on its hook, makes another
-/// in front of all and pins that. The old one goes last.
-fn attach_tcx(program: &mut SchedClassifier, interface: &str, hook: Hook, pin: &Path) -> Result<(), String> {
-    if pin.exists() {
-        match swap(program, pin).and_then(|()| is_first(program, interface, hook)) {
-            Ok(true) => return Ok(()),
-            Ok(false) => tracing::warn!(
-                "another program was before {} on {interface}; going in front",
-                hook.name()
-            ),
-            Err(problem) => {
-                tracing::info!(
-                    "the link pinned at {} is of no use ({problem}); making another",
-                    pin.display()
-                );
-            }
-        }
-    }
+/// Makes a link in front of all others, and pins it.
+fn attach_first(program: &mut SchedClassifier, interface: &str, hook: Hook, pin: &Path) -> Result<(), String> {
     let options = TcAttachOptions::TcxOrder(LinkOrder::first());
     let id = program
         .attach_with_options(interface, attach_type(hook), options)
@@ -145,12 +233,15 @@ fn attach_tcx(program: &mut SchedClassifier, interface: &str, hook: Hook, pin: &
         .map_err(|error: aya::programs::links::LinkError| error.to_string())?;
     remove_pin(pin).map_err(|error| error.to_string())?;
     link.pin(pin).map_err(|error| chain(&error))?;
-    if is_first(program, interface, hook)? {
-        return Ok(());
+    match standing_tcx(program, interface, hook)? {
+        Standing::First => Ok(()),
+        _ => Err(IN_FRONT.to_owned()),
     }
-    Err("another program is in front, which could let packets past".to_owned())
 }
 
+const IN_FRONT: &str = "another program is in front, which could let packets past";
+
+/// Swaps the program into the pinned link.
 fn swap(program: &mut SchedClassifier, pin: &Path) -> Result<(), String> {
     let link = PinnedLink::from_pin(pin).map_err(|error| error.to_string())?;
     let link = SchedClassifierLink::try_from(FdLink::from(link)).map_err(|error| error.to_string())?;
@@ -158,12 +249,6 @@ fn swap(program: &mut SchedClassifier, pin: &Path) -> Result<(), String> {
     // The pin holds the link; our descriptor of it may be closed.
     drop(program.take_link(id).map_err(|error| error.to_string())?);
     Ok(())
-}
-
-fn is_first(program: &SchedClassifier, interface: &str, hook: Hook) -> Result<bool, String> {
-    let ours = program.info().map_err(|error| chain(&error))?.id();
-    let (_, attached) = SchedClassifier::query_tcx(interface, attach_type(hook)).map_err(|error| chain(&error))?;
-    Ok(attached.first().is_some_and(|first| first.id() == ours))
 }
 
 /// Removes the filter of a hostd that used clsact; that there is none is no error.
@@ -182,7 +267,9 @@ fn remove_clsact(interface: &str, hook: Hook) -> Result<(), String> {
     }
 }
 
-/// Replaces our filter, or adds it.
+/// Replaces our filter, or adds it. Where another is in front of it at the same priority, it goes there by way of a
+/// second one, so that there is always one: the last that is added is the first that runs (`cls_bpf_change` in
+/// `net/sched/cls_bpf.c`).
 fn attach_clsact(program: &mut SchedClassifier, interface: &str, hook: Hook) -> Result<(), String> {
     match tc::qdisc_add_clsact(interface) {
         Ok(()) => {}
@@ -190,21 +277,47 @@ fn attach_clsact(program: &mut SchedClassifier, interface: &str, hook: Hook) -> 
         Err(error) if chain(&error).contains("File exists") => {}
         Err(error) => return Err(chain(&error)),
     }
-    let ours = SchedClassifierLink::attached(interface, attach_type(hook), PRIORITY, HANDLE, None)
-        .map_err(|error| error.to_string())?;
+    let filter = |handle| {
+        SchedClassifierLink::attached(interface, attach_type(hook), PRIORITY, handle, None)
+            .map_err(|error| error.to_string())
+    };
+    let id = match program.attach_to_link(filter(HANDLE)?) {
+        Ok(id) => id,
+        Err(_) => add_filter(program, interface, hook, HANDLE)?,
+    };
+    keep_filter(program, id)?;
+    if standing_clsact(program, interface, hook)? == Standing::First {
+        return Ok(());
+    }
+    for (new, old) in [(SECOND_HANDLE, HANDLE), (HANDLE, SECOND_HANDLE)] {
+        let id = add_filter(program, interface, hook, new)?;
+        keep_filter(program, id)?;
+        filter(old)?.detach().map_err(|error| chain(&error))?;
+    }
+    match standing_clsact(program, interface, hook)? {
+        Standing::First => Ok(()),
+        _ => Err(IN_FRONT.to_owned()),
+    }
+}
+
+fn add_filter(
+    program: &mut SchedClassifier,
+    interface: &str,
+    hook: Hook,
+    handle: TcHandle,
+) -> Result<SchedClassifierLinkId, String> {
     let options = TcAttachOptions::Netlink(NlOptions {
         priority: PRIORITY,
-        handle: HANDLE,
+        handle,
         classid: None,
     });
-    let id = match program.attach_to_link(ours) {
-        Ok(id) => id,
-        Err(_) => program
-            .attach_with_options(interface, attach_type(hook), options)
-            .map_err(|error| chain(&error))?,
-    };
-    let link = program.take_link(id).map_err(|error| error.to_string())?;
-    // Dropping it would detach the filter, which has to outlive hostd.
-    std::mem::forget(link);
+    program
+        .attach_with_options(interface, attach_type(hook), options)
+        .map_err(|error| chain(&error))
+}
+
+/// Dropping the link would detach the filter, which has to outlive hostd.
+fn keep_filter(program: &mut SchedClassifier, id: SchedClassifierLinkId) -> Result<(), String> {
+    std::mem::forget(program.take_link(id).map_err(|error| error.to_string())?);
     Ok(())
 }

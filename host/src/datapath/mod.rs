@@ -434,6 +434,15 @@ impl Datapath {
         self.grace.set(0, &inner, 0).map_err(DatapathError::map(map::GRACE))
     }
 
+    /// Looks whether a program is still first on its hook, and puts it there where it is not. The answer is what was wrong.
+    ///
+    /// # Errors
+    ///
+    /// Where the hook can't be looked at, or the program can't be put there.
+    pub fn keep_attached(&mut self, hook: abi::Hook, interface: &str) -> Result<Option<&'static str>, DatapathError> {
+        self.attacher.keep(hook, interface)
+    }
+
     /// Attaches a program, in front of all others, or swaps it into the link that is there.
     ///
     /// # Errors

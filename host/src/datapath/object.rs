@@ -1,6 +1,6 @@
 //! The eBPF object: its constants, its map sizes, and the folder of its pins.
 
-use super::{DatapathError, chain};
+use super::{DatapathError, attach::CLOSED, chain};
 use crate::{config::Maps, plan::Shape};
 use abi::{map, policy::CELLS_PER_ELEMENT};
 use aya::{
@@ -65,13 +65,13 @@ pub fn load_programs(maps: &Maps, constants: &Constants, conntrack: Option<&Path
     let mut ebpf = loader
         .load(OBJECT)
         .map_err(|error| DatapathError::Load(chain(&error)))?;
-    for hook in abi::Hook::ALL {
+    for name in abi::Hook::ALL.map(abi::Hook::name).into_iter().chain([CLOSED]) {
         let program: &mut SchedClassifier = ebpf
-            .program_mut(hook.name())
-            .ok_or_else(|| DatapathError::Load(format!("the object has no program {}", hook.name())))?
+            .program_mut(name)
+            .ok_or_else(|| DatapathError::Load(format!("the object has no program {name}")))?
             .try_into()
             .map_err(|error| DatapathError::Load(chain(&error)))?;
-        load(program).map_err(|error| DatapathError::Load(format!("{}: {}", hook.name(), chain(&error))))?;
+        load(program).map_err(|error| DatapathError::Load(format!("{name}: {}", chain(&error))))?;
     }
     Ok(ebpf)
 }

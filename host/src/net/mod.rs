@@ -1,5 +1,6 @@
 //! Interfaces, addresses and routes, by netlink; and work in other network namespaces.
 
+mod filter;
 mod masquerade;
 mod netlink;
 mod netns;
@@ -7,6 +8,7 @@ mod route;
 mod veth;
 mod vxlan;
 
+pub use filter::filters;
 pub use masquerade::{masquerade, no_masquerade};
 pub use netlink::{bring_up, delete_link};
 pub use netns::{Netns, in_netns};

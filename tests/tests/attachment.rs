@@ -1,0 +1,199 @@
+//! Programs on the hooks: ours come first and stay, others are left alone.
+#![expect(clippy::unwrap_used, reason = "helpers of tests, which fail as a whole")]
+
+use aya::{
+    Ebpf, EbpfLoader,
+    programs::{
+        LinkOrder, SchedClassifier, TcAttachType,
+        tc::{NlOptions, TcAttachOptions, TcHandle},
+    },
+};
+use harness::{Cluster, Listener, Node, Options, TcpOutcome, in_netns, kernel_test, run, tcp_exchange, wait_until};
+use std::{net::IpAddr, time::Duration};
+
+const WAIT: Duration = Duration::from_millis(400);
+const LONG: Duration = Duration::from_secs(20);
+
+/// Two pods that may talk, and one that may not, on one node.
+struct Stage {
+    cluster: Cluster,
+    _listeners: Vec<Listener>,
+}
+
+impl Stage {
+    fn new(attach: &str) -> Self {
+        let mut cluster = Cluster::with(&Options {
+            nodes: 1,
+            keys: format!("attach = \"{attach}\""),
+            ..Options::default()
+        })
+        .unwrap();
+        for name in ["red/a", "red/b", "blue/c"] {
+            cluster.add_pod(0, name, &[]).unwrap();
+        }
+        cluster.load("tenant-isolation").unwrap();
+        let listeners = cluster
+            .pods
+            .iter()
+            .map(|pod| Listener::new(pod.netns.name(), 80).unwrap());
+        Self {
+            _listeners: listeners.collect(),
+            cluster,
+        }
+    }
+
+    fn node(&self) -> &Node {
+        &self.cluster.nodes[0]
+    }
+
+    /// The host's end of the first pod's veth pair.
+    fn interface(&self) -> String {
+        let listed = self.node().json(&["endpoint", "list"]).unwrap();
+        let its = listed.as_array().unwrap().iter().find(|one| one["pod"]["name"] == "a");
+        its.unwrap()["interface"].as_str().unwrap().to_owned()
+    }
+
+    fn reaches(&self, to: &str) -> bool {
+        let address: IpAddr = self.cluster.pod(to).address;
+        let from = self.cluster.pod("red/a").netns.name();
+        tcp_exchange(from, address, 80, WAIT).unwrap() == TcpOutcome::Open
+    }
+
+    /// Policy holds as it did.
+    fn is_right(&self) -> bool {
+        self.reaches("red/b") && !self.reaches("blue/c")
+    }
+
+    fn repairs(&self) -> u64 {
+        self.node().json(&["status"]).unwrap()["repairs"].as_u64().unwrap()
+    }
+}
+
+/// A program of somebody else's: it drops whatever it sees.
+fn foreign() -> Ebpf {
+    let object = toolchain::target_dir().join("bpf/bpfel-unknown-none/release/packet_table");
+    let mut ebpf = EbpfLoader::new().load_file(object).unwrap();
+    program(&mut ebpf).load().unwrap();
+    ebpf
+}
+
+fn program(ebpf: &mut Ebpf) -> &mut SchedClassifier {
+    ebpf.program_mut("packet_table").unwrap().try_into().unwrap()
+}
+
+fn attach(stage: &Stage, ebpf: &mut Ebpf, options: TcAttachOptions) {
+    let interface = stage.interface();
+    in_netns(stage.node().netns.name(), || {
+        program(ebpf)
+            .attach_with_options(&interface, TcAttachType::Ingress, options)
+            .unwrap();
+    })
+    .unwrap();
+}
+
+/// Names of the tcx programs on the hook, in order.
+fn attached(stage: &Stage) -> Vec<String> {
+    let interface = stage.interface();
+    let query = || SchedClassifier::query_tcx(&interface, TcAttachType::Ingress).unwrap().1;
+    let programs = in_netns(stage.node().netns.name(), query).unwrap();
+    programs
+        .iter()
+        .map(|one| one.name_as_str().unwrap().to_owned())
+        .collect()
+}
+
+#[test]
+fn a_tcx_program_in_front_of_ours_is_overtaken_and_left_alone() {
+    kernel_test!();
+    let stage = Stage::new("tcx");
+    let mut behind = foreign();
+    attach(&stage, &mut behind, TcAttachOptions::TcxOrder(LinkOrder::last()));
+    assert!(stage.is_right());
+    assert_eq!(stage.repairs(), 0);
+    let mut before = foreign();
+    attach(&stage, &mut before, TcAttachOptions::TcxOrder(LinkOrder::first()));
+    assert!(wait_until(LONG, || stage.repairs() == 1));
+    assert!(stage.is_right());
+    assert_eq!(attached(&stage), ["from_pod", "packet_table", "packet_table"]);
+    let log = stage.node().log();
+    assert!(
+        log.contains("another program was in front of it; it is first again"),
+        "{log}"
+    );
+}
+
+#[test]
+fn a_tcx_link_that_somebody_has_detached_is_made_again() {
+    kernel_test!();
+    let stage = Stage::new("tcx");
+    let links = stage.node().bpffs().join("links");
+    let pin = links.join(format!("{}-from_pod", stage.interface()));
+    let pin = pin.display().to_string();
+    let detached: [&dyn Fn(); 2] = [
+        &|| {
+            run("bpftool", &["link", "detach", "pinned", &pin]).unwrap();
+        },
+        &|| std::fs::remove_file(&pin).unwrap(),
+    ];
+    for (times, detach) in (1..).zip(detached) {
+        detach();
+        assert!(wait_until(LONG, || stage.repairs() == times));
+        assert!(stage.is_right());
+        assert_eq!(attached(&stage), ["from_pod"]);
+    }
+}
+
+#[test]
+fn a_filter_that_somebody_has_removed_replaced_or_overtaken_is_put_back() {
+    kernel_test!();
+    let stage = Stage::new("clsact");
+    assert!(stage.is_right());
+    let tc = |arguments: &[&str]| {
+        let output = stage.node().netns.command("tc").args(arguments).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let interface = stage.interface();
+    tc(&["filter", "del", "dev", &interface, "ingress"]);
+    assert!(wait_until(LONG, || stage.repairs() == 1));
+    assert!(stage.is_right());
+    tc(&["qdisc", "del", "dev", &interface, "clsact"]);
+    // Both of its hooks.
+    assert!(wait_until(LONG, || stage.repairs() == 3));
+    assert!(stage.is_right());
+    // At the same priority the last one that is added runs first.
+    let options = |priority, handle| {
+        TcAttachOptions::Netlink(NlOptions {
+            priority,
+            handle: TcHandle::new(0, handle),
+            classid: None,
+        })
+    };
+    let mut before = foreign();
+    attach(&stage, &mut before, options(1, 7));
+    assert!(wait_until(LONG, || stage.repairs() == 4));
+    assert!(stage.is_right());
+    let mut after = foreign();
+    attach(&stage, &mut after, options(2, 1));
+    std::thread::sleep(Duration::from_secs(2));
+    assert_eq!(stage.repairs(), 4, "what comes after is nobody's business");
+    let shown = tc(&["filter", "show", "dev", &interface, "ingress"]);
+    let order: Vec<&str> = shown.lines().filter_map(|line| line.split(" handle ").nth(1)).collect();
+    assert_eq!(order.len(), 3, "{shown}");
+    assert!(order[0].starts_with("0x1 from_pod"), "{shown}");
+    assert!(stage.is_right());
+}
+
+/// With filters nothing can be done about a tcx program in front of them: that is said.
+#[test]
+fn what_can_not_be_put_right_is_said_once() {
+    kernel_test!();
+    let stage = Stage::new("clsact");
+    let mut before = foreign();
+    attach(&stage, &mut before, TcAttachOptions::TcxOrder(LinkOrder::first()));
+    let said = || stage.node().log().matches("another program is in front").count();
+    assert!(wait_until(LONG, || said() > 0));
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(said(), 1, "{}", stage.node().log());
+    assert_eq!(stage.repairs(), 0);
+}
