@@ -7,6 +7,7 @@ mod conformance;
 mod demo;
 mod setup;
 mod test;
+mod vm;
 
 use clap::{Parser, Subcommand};
 use std::process::{Command, ExitCode};
@@ -43,6 +44,11 @@ enum Task {
         /// Only tests whose name contains this.
         filter: Option<String>,
     },
+    /// Run the tables of packets and a tour of two nodes on Debian 12's kernel (Linux 6.1), in an emulated machine.
+    VmTest {
+        /// Only tests whose name contains this.
+        filter: Option<String>,
+    },
     /// Measure.
     #[command(subcommand)]
     Bench(bench::Bench),
@@ -62,6 +68,7 @@ fn main() -> ExitCode {
             .and_then(|()| build::run())
             .and_then(|()| demo::run(keep)),
         Task::Test { filter } => setup::quietly().and_then(|()| test::run(filter.as_deref())),
+        Task::VmTest { filter } => setup::quietly().and_then(|()| vm::run(filter.as_deref())),
         Task::Bench(which) => setup::quietly().and_then(|()| bench::run(&which)),
         Task::Conformance(arguments) => setup::quietly()
             .and_then(|()| build::run())

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, bail, ensure};
 use std::{
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 use toolchain::{BPF_LINKER_VERSION, DISTRO_LLVM, Error, find_bpf, find_program, find_wasm};
@@ -65,6 +65,22 @@ pub fn quietly() -> anyhow::Result<()> {
     }
 }
 
+/// A program, also where only root's path has it.
+pub fn path_of(program: &str) -> Option<PathBuf> {
+    let sbin = ["/usr/sbin", "/sbin"].map(|folder| Path::new(folder).join(program));
+    find_program(program).or_else(|| sbin.into_iter().find(|path| path.is_file()))
+}
+
+/// Installs those of these programs that are missing, each from its package.
+pub fn programs(needed: &[(&str, &str)]) -> anyhow::Result<()> {
+    let missing: Vec<String> = needed
+        .iter()
+        .filter(|(program, _)| path_of(program).is_none())
+        .map(|(_, package)| (*package).to_owned())
+        .collect();
+    if missing.is_empty() { Ok(()) } else { apt(&missing) }
+}
+
 fn describe(missing: &Missing) -> String {
     let mut parts = missing.packages.clone();
     if missing.bpf_linker {
@@ -101,10 +117,7 @@ fn find(dev: bool, say: bool) -> Missing {
         }
     }
     for (program, package) in PROGRAMS {
-        let in_sbin = ["/usr/sbin", "/sbin"]
-            .iter()
-            .any(|folder| Path::new(folder).join(program).is_file());
-        if find_program(program).is_none() && !in_sbin {
+        if path_of(program).is_none() {
             need(package);
         }
     }
