@@ -1,6 +1,5 @@
 //! A short tour of everything, with time for slow machines: what must work on the oldest kernel, too. `cargo xtask
 //! vm-test` runs it there.
-#![expect(clippy::unwrap_used, reason = "helpers of tests, which fail as a whole")]
 
 use harness::{Cluster, Listener, Options, TcpOutcome, kernel_test, tcp_exchange, udp_exchange_of};
 use std::{net::IpAddr, time::Duration};

@@ -12,12 +12,20 @@ pub enum Bench {
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
     },
+    /// What the tc programs cost to load: size, instructions that the verifier looks at, time. Needs root.
+    Verifier {
+        /// Write what was measured to this file, as JSON.
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+    },
 }
 
 pub fn run(bench: &Bench) -> anyhow::Result<()> {
     build::run()?;
-    let Bench::Policy { json } = bench;
-    run_one("policy", json.as_deref())
+    match bench {
+        Bench::Policy { json } => run_one("policy", json.as_deref()),
+        Bench::Verifier { json } => run_one("verifier", json.as_deref()),
+    }
 }
 
 fn run_one(name: &str, json: Option<&Path>) -> anyhow::Result<()> {
