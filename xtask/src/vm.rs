@@ -203,7 +203,7 @@ fn copy_modules(kernel: &Kernel, root: &Path) -> anyhow::Result<()> {
             crate::run(Command::new("cp").arg("-r").arg(from).arg(to.join(part)))?;
         }
     }
-    for list in ["modules.builtin", "modules.order"] {
+    for list in ["modules.builtin", "modules.builtin.modinfo", "modules.order"] {
         fs::copy(kernel.modules.join(list), to.join(list))?;
     }
     crate::run(
@@ -220,7 +220,7 @@ fn script(programs: &[PathBuf], filter: Option<&str>) -> String {
         "#!/bin/sh\n\
          /bin/busybox --install -s /bin\n\
          mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev\n\
-         mount -t tmpfs tmp /tmp; mount -t tmpfs run /run; mount -t bpf bpf /sys/fs/bpf\n\
+         mount -t tmpfs run /run; mount -t bpf bpf /sys/fs/bpf\n\
          export PATH=/usr/sbin:/usr/bin:/sbin:/bin WASMGATE_REQUIRE_KERNEL=1\n\
          ip link set lo up\n\
          for module in {MODULES}; do modprobe $module; done\n"
