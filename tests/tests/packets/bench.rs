@@ -4,8 +4,8 @@ use super::frame::{
     Frame, GATEWAY_A, GATEWAY_B, NODE, OTHER_NODE, POD_A, POD_A_MAC, POD_A6, POD_B, POD_B_MAC, POD_B6, REMOTE, REMOTE6,
 };
 use abi::{
-    AddressKey, ConntrackEntry, ConntrackKey, Direction, DropReason, Endpoint, Event, Family, Hook, Identity,
-    IpcacheEntry, NetworkEntry, NodeConfig, NodeEntry, Path, PortSet,
+    AddressKey, ConntrackEntry, ConntrackKey, Direction, DropReason, Endpoint, Event, Family, FragmentEntry,
+    FragmentKey, Hook, Identity, IpcacheEntry, NetworkEntry, NodeConfig, NodeEntry, Path, PortSet,
     address::Address,
     conntrack::{Account, SECOND},
     event::Counter,
@@ -18,7 +18,7 @@ use abi::{
 use aya::{
     Ebpf, EbpfLoader, Pod, TestRunOptions,
     maps::{
-        Array, HashMap, MapData, PerCpuArray, ProgramArray, RingBuf,
+        Array, HashMap, Map, MapData, PerCpuArray, ProgramArray, RingBuf,
         lpm_trie::{Key, LpmTrie},
     },
     programs::{SchedClassifier, TestRun},
@@ -137,6 +137,25 @@ impl Bench {
         };
         bench.furnish();
         bench
+    }
+
+    /// Makes the maps what they were at first: loading the programs for each case takes too long.
+    pub fn reset(&mut self) {
+        fn clear<K: Pod + Eq + std::hash::Hash, V: Pod>(map: &mut Map) {
+            let mut map: HashMap<_, K, V> = HashMap::try_from(map).unwrap();
+            let keys: Vec<K> = map.keys().map(Result::unwrap).collect();
+            for key in keys {
+                map.remove(&key).unwrap();
+            }
+        }
+        clear::<ConntrackKey, ConntrackEntry>(self.ebpf.map_mut(map::CONNTRACK).unwrap());
+        clear::<FragmentKey, FragmentEntry>(self.ebpf.map_mut(map::FRAGMENTS).unwrap());
+        clear::<u32, Account>(self.ebpf.map_mut(map::ACCOUNTS).unwrap());
+        clear::<AddressKey, Endpoint>(self.ebpf.map_mut(map::ENDPOINTS).unwrap());
+        clear::<AddressKey, IpcacheEntry>(self.ebpf.map_mut(map::IPCACHE).unwrap());
+        self.set_tracked(0);
+        (self.generation, self.owner) = (2, 1);
+        self.furnish();
     }
 
     fn furnish(&mut self) {

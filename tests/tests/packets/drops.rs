@@ -365,9 +365,11 @@ const TABLE: &[(DropReason, &str, Run)] = &[
 #[test]
 fn every_bad_packet_is_dropped_for_its_own_reason() {
     kernel_test!();
+    let mut bench = Bench::new();
     for (reason, name, run) in TABLE {
-        // A bench each, so that no case lives on another's conntrack entries.
-        let outcome = run(&mut Bench::new());
+        // So that no case lives on another's entries.
+        bench.reset();
+        let outcome = run(&mut bench);
         assert_eq!(outcome, Outcome::Dropped(*reason), "{name}");
     }
 }

@@ -288,8 +288,10 @@ pub const TABLE: &[(DropReason, &str, Run)] = &[
 #[test]
 fn every_bad_packet_is_dropped_for_its_own_reason() {
     kernel_test!();
+    let mut bench = Bench::new();
     for (reason, name, run) in TABLE {
-        let outcome = run(&mut Bench::new());
+        bench.reset();
+        let outcome = run(&mut bench);
         assert_eq!(outcome, Outcome::Dropped(*reason), "{name}");
     }
 }
