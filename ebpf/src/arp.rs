@@ -1,8 +1,7 @@
 //! ARP (RFC 826): pods know one neighbour, their gateway, and the datapath answers for it.
 
 use crate::{
-    forward::{self, Action},
-    identify,
+    forward, identify,
     parse::{self, Frame},
 };
 use abi::{AddressKey, DropReason, node::GATEWAY_V4};
@@ -25,7 +24,7 @@ struct Arp {
 
 /// Turns a pod's request for its gateway into the answer, and sends it back.
 #[inline(never)]
-pub fn answer(ctx: &TcContext, frame: &Frame) -> Result<Action, DropReason> {
+pub fn answer(ctx: &TcContext, frame: &Frame) -> Result<(), DropReason> {
     let request: Arp = parse::read(ctx, parse::ETHERNET_LEN)?;
     if request.kind != REQUEST || request.target != GATEWAY_V4 {
         return Err(DropReason::UnexpectedArp);
@@ -44,6 +43,5 @@ pub fn answer(ctx: &TcContext, frame: &Frame) -> Result<Action, DropReason> {
         target: request.sender,
     };
     parse::write(ctx, parse::ETHERNET_LEN, reply)?;
-    forward::for_host(ctx)?;
-    Ok(Action::AnswerArp { ifindex })
+    forward::for_host(ctx)
 }

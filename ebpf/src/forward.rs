@@ -6,7 +6,7 @@ use crate::{
     packet::Flow,
     parse::{self, ETHERNET_LEN, L3},
 };
-use abi::{DropReason, Family, Identity, NodeConfig};
+use abi::{DropReason, Family, Identity, NodeConfig, Path};
 use aya_ebpf::{
     bindings::{BPF_F_TUNINFO_IPV6, BPF_F_ZERO_CSUM_TX, bpf_tunnel_key},
     helpers::bpf_skb_set_tunnel_key,
@@ -16,53 +16,67 @@ use aya_ebpf::{
 /// `PACKET_HOST` (`include/uapi/linux/if_packet.h`).
 const PACKET_HOST: u32 = 0;
 
-/// What becomes of a packet that is not dropped.
+/// What becomes of a packet that is not dropped. A struct, whose fields are all set: what an enum leaves unset the
+/// verifier does not let a program copy.
 #[derive(Clone, Copy)]
-pub enum Action {
-    /// Into the namespace of the pod whose host veth this is, from another pod of this node.
-    Local { ifindex: u32 },
-    /// The same, from the tunnel.
-    Overlay { ifindex: u32 },
-    /// Back into the pod that asked.
-    AnswerArp { ifindex: u32 },
-    /// Out of the vxlan device, to the node whose address ends in this word (in host byte order); the tunnel key is set.
-    Encap { ifindex: u32, vni: Identity, remote: u32 },
-    /// Back into the pod that asked for its neighbour.
-    AnswerNeighbour { ifindex: u32 },
-    /// Up the node's own stack.
-    ToHost,
-    /// Up the node's own stack, to be routed to where no pod is.
-    ToOutside,
-    /// On its way from the node itself, into the pod.
-    IntoPod,
-    /// On its way from where no pod is, into the pod.
-    FromOutside,
+pub struct Action {
+    pub path: Path,
+    /// Interface that the packet is redirected to, by its path; zero where it goes on by itself.
+    pub ifindex: u32,
+    /// Tunnel key: the VNI, and the last word of the other node's address, in host byte order; for [`Path::Encap`].
+    pub vni: Identity,
+    pub remote: u32,
+}
+
+impl Action {
+    /// On to whatever else is attached to the hook, and up or down the node's stack.
+    #[inline(always)]
+    pub const fn go_on(path: Path) -> Self {
+        Self::redirect(path, 0)
+    }
+
+    /// To an interface, or to the other end of its pair.
+    #[inline(always)]
+    pub const fn redirect(path: Path, ifindex: u32) -> Self {
+        Self {
+            path,
+            ifindex,
+            vni: Identity::NONE,
+            remote: 0,
+        }
+    }
 }
 
 /// Sends a pod's packet on its way. That is the one hop between any two pods: what comes out of the tunnel counts none.
 #[inline(never)]
-pub fn deliver(ctx: &TcContext, flow: &Flow, sender: Identity, receiver: &Receiver) -> Result<Action, DropReason> {
+pub fn deliver(
+    ctx: &TcContext,
+    flow: &Flow,
+    sender: Identity,
+    receiver: &Receiver,
+    action: &mut Action,
+) -> Result<(), DropReason> {
     let place = &receiver.place;
     match place.way {
         Way::Pod => {
             one_hop(ctx, flow)?;
             into_pod(ctx, place.macs)?;
-            Ok(Action::Local { ifindex: place.ifindex })
+            *action = Action::redirect(Path::Local, place.ifindex);
         }
-        Way::Host => Ok(Action::ToHost),
-        Way::Outside => Ok(Action::ToOutside),
+        Way::Host => *action = Action::go_on(Path::ToHost),
+        Way::Outside => *action = Action::go_on(Path::ToOutside),
         Way::Remote => {
             let config = maps::config().ok_or(DropReason::Internal)?;
             one_hop(ctx, flow)?;
             fits(ctx, flow, config.tunnel_mtu)?;
-            let remote = set_tunnel_key(ctx, config, &place.tunnel, sender)?;
-            Ok(Action::Encap {
-                ifindex: config.vxlan_ifindex,
-                vni: sender,
-                remote,
-            })
+            set_tunnel_key(ctx, config, &place.tunnel, sender)?;
+            let v6 = config.underlay_family == Family::V6 as u8;
+            *action = Action::redirect(Path::Encap, config.vxlan_ifindex);
+            action.vni = sender;
+            action.remote = u32::from_be(if v6 { place.tunnel[3] } else { place.tunnel[0] });
         }
     }
+    Ok(())
 }
 
 /// Sends a packet from the tunnel into its pod, or up the node's stack.
@@ -70,12 +84,10 @@ pub fn deliver(ctx: &TcContext, flow: &Flow, sender: Identity, receiver: &Receiv
 pub fn from_overlay(ctx: &TcContext, receiver: &Receiver) -> Result<Action, DropReason> {
     for_host(ctx)?;
     if receiver.place.way == Way::Host {
-        return Ok(Action::ToHost);
+        return Ok(Action::go_on(Path::ToHost));
     }
     into_pod(ctx, receiver.place.macs)?;
-    Ok(Action::Overlay {
-        ifindex: receiver.place.ifindex,
-    })
+    Ok(Action::redirect(Path::Overlay, receiver.place.ifindex))
 }
 
 /// A frame from the tunnel was addressed to no interface of this node, a pod's ARP request to all. Older kernels keep
@@ -139,20 +151,19 @@ fn fits(ctx: &TcContext, flow: &Flow, mtu: u32) -> Result<(), DropReason> {
     Ok(())
 }
 
-/// The answer is the last word of the node's address, in host byte order.
 #[inline(never)]
-fn set_tunnel_key(ctx: &TcContext, config: &NodeConfig, node: &[u32; 4], vni: Identity) -> Result<u32, DropReason> {
+fn set_tunnel_key(ctx: &TcContext, config: &NodeConfig, node: &[u32; 4], vni: Identity) -> Result<(), DropReason> {
     // SAFETY: all zero is a value of this plain C struct.
     let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
     key.tunnel_id = vni.0;
     key.tunnel_ttl = 64;
     // IPv6 has no other checksum than UDP's; a receiver drops what has none (RFC 6935).
-    let (flags, remote) = if config.underlay_family == Family::V6 as u8 {
+    let flags = if config.underlay_family == Family::V6 as u8 {
         key.__bindgen_anon_1.remote_ipv6 = *node;
-        (BPF_F_TUNINFO_IPV6, node[3])
+        BPF_F_TUNINFO_IPV6
     } else {
         key.__bindgen_anon_1.remote_ipv4 = u32::from_be(node[0]);
-        (BPF_F_ZERO_CSUM_TX, node[0])
+        BPF_F_ZERO_CSUM_TX
     };
     // SAFETY: the context and the key are valid, and the size is the key's own.
     let failed = unsafe {
@@ -164,7 +175,7 @@ fn set_tunnel_key(ctx: &TcContext, config: &NodeConfig, node: &[u32; 4], vni: Id
         )
     };
     if failed == 0 {
-        Ok(u32::from_be(remote))
+        Ok(())
     } else {
         Err(DropReason::TunnelFailed)
     }

@@ -1,4 +1,7 @@
 //! Who sends and who receives: endpoints and ipcache turned into the two parties of a flow.
+//!
+//! A function that is called answers through a reference and returns a scalar: what it returned in the caller's stack it
+//! would do by a pointer that may be left in `r0`, which the verifier takes for a pointer that is returned.
 
 use crate::{
     maps,
@@ -31,6 +34,14 @@ pub struct Party {
     pub column: u32,
     /// Owner and epoch of the address.
     pub peer: Peer,
+}
+
+impl Party {
+    /// Not known yet.
+    #[inline(always)]
+    pub fn new() -> Self {
+        reserved(Identity::NONE)
+    }
 }
 
 /// A pod of this node, copied out of the map.
@@ -114,6 +125,17 @@ impl Receiver {
                 macs: [0; 3],
                 tunnel: [0; 4],
             },
+        }
+    }
+}
+
+impl Outer {
+    /// Not known yet.
+    #[inline(always)]
+    pub fn new() -> Self {
+        Self {
+            node: AddressKey::v4([0; 4]),
+            vni: Identity::NONE,
         }
     }
 }
@@ -260,7 +282,7 @@ fn is_node(key: &AddressKey) -> bool {
 
 /// The pod that sent a packet: it must own the source address, the source MAC and the interface.
 #[inline(never)]
-pub fn sending_pod(ctx: &TcContext, frame: &Frame, flow: &mut Flow) -> Result<Party, DropReason> {
+pub fn sending_pod(ctx: &TcContext, frame: &Frame, flow: &mut Flow, sender: &mut Party) -> Result<(), DropReason> {
     let pod = endpoint(&key(flow, flow.source), flow.parity()).ok_or(DropReason::SpoofedAddress)?;
     if pod.ifindex != ifindex(ctx) {
         return Err(DropReason::SpoofedAddress);
@@ -272,8 +294,8 @@ pub fn sending_pod(ctx: &TcContext, frame: &Frame, flow: &mut Flow) -> Result<Pa
         return Err(DropReason::NotForGateway);
     }
     flow.from = pod.party.identity;
-    is_about_sender(flow)?;
-    Ok(pod.party)
+    *sender = pod.party;
+    is_about_sender(flow)
 }
 
 /// A pod sends errors about packets that were for itself, and about no others.
@@ -305,11 +327,13 @@ pub fn receiver(ctx: &TcContext, flow: &mut Flow, receiver: &mut Receiver) -> Re
         if to_tunnel {
             return Err(DropReason::TunnelPort);
         }
-        receiver.party = outside(flow, &key).ok_or(DropReason::UnknownDestination)?;
+        if !outside(flow, &key, &mut receiver.party) {
+            return Err(DropReason::UnknownDestination);
+        }
         if receiver.party.identity == Identity::REMOTE_NODE {
             place.way = Way::Remote;
             place.tunnel = flow.destination.words();
-        } else if is_for_this_node(ctx, flow)? {
+        } else if is_own(ctx, flow, &flow.destination)? {
             receiver.party = reserved(Identity::HOST);
             place.way = Way::Host;
         } else {
@@ -366,7 +390,7 @@ pub fn local_receiver(flow: &mut Flow) -> Result<Pod, DropReason> {
 
 /// The node that a packet from the tunnel came from, which must be one of the cluster, and the VNI.
 #[inline(never)]
-pub fn outer_source(ctx: &TcContext) -> Result<Outer, DropReason> {
+pub fn outer_source(ctx: &TcContext, outer: &mut Outer) -> Result<(), DropReason> {
     let config = maps::config().ok_or(DropReason::Internal)?;
     let by_v6 = config.underlay_family == Family::V6 as u8;
     let flags = if by_v6 { u64::from(BPF_F_TUNINFO_IPV6) } else { 0 };
@@ -389,24 +413,23 @@ pub fn outer_source(ctx: &TcContext) -> Result<Outer, DropReason> {
     if !is_node(&node) {
         return Err(DropReason::UnknownNode);
     }
-    Ok(Outer {
-        node,
-        vni: Identity(tunnel.tunnel_id),
-    })
+    outer.node = node;
+    outer.vni = Identity(tunnel.tunnel_id);
+    Ok(())
 }
 
 /// The pod of another node that sent a packet, or that node itself, from its underlay address. A pod's VNI is believed only where the ipcache says that the inner source
 /// lives behind the outer one with that identity. While a policy is changed it may be the old one or the new one, for
 /// nodes do not switch at the same instant; what is enforced is always this node's own generation.
 #[inline(never)]
-pub fn remote_sender(flow: &mut Flow, outer: &Outer) -> Result<Party, DropReason> {
+pub fn remote_sender(flow: &mut Flow, outer: &Outer, sender: &mut Party) -> Result<(), DropReason> {
     flow.from = outer.vni;
     if outer.vni == Identity::REMOTE_NODE {
         if key(flow, flow.source) != outer.node {
             return Err(DropReason::WrongNode);
         }
-        is_about_sender(flow)?;
-        return Ok(reserved(Identity::REMOTE_NODE));
+        *sender = reserved(Identity::REMOTE_NODE);
+        return is_about_sender(flow);
     }
     if !outer.vni.is_allocated() {
         return Err(DropReason::ReservedVni);
@@ -419,47 +442,59 @@ pub fn remote_sender(flow: &mut Flow, outer: &Outer) -> Result<Party, DropReason
         return Err(DropReason::WrongVni);
     }
     flow.from = known.party.identity;
-    is_about_sender(flow)?;
-    Ok(known.party)
+    *sender = known.party;
+    is_about_sender(flow)
 }
 
 /// Who sends what the node's stack gives to a pod: the node itself, or an address from which the node has routed the
-/// packet. Such an address may be anything but a pod's and the node's own: those do not come this way.
+/// packet. Such an address may be anything but a pod's, and a node's: those do not come this way.
+///
+/// A packet that came in by no interface is the node's only where its source is, too: the stack puts packets together and
+/// cuts them again, and answers in others' names, and the pieces have no interface either (`ip6_copy_metadata` in
+/// `net/ipv6/ip6_output.c`).
 #[inline(never)]
-pub fn node_or_outside(ctx: &TcContext, flow: &mut Flow) -> Result<Party, DropReason> {
+pub fn node_or_outside(ctx: &TcContext, flow: &mut Flow, sender: &mut Party) -> Result<(), DropReason> {
     // SAFETY: the context is the kernel's `__sk_buff`, valid as long as the program runs.
     let came_in_by = unsafe { (*ctx.skb.skb).ingress_ifindex };
     let router = flow.related && flow.about != flow.source;
-    if came_in_by == 0 {
-        flow.from = Identity::HOST;
-        return if router {
-            addressee(flow)
-        } else {
-            Ok(reserved(Identity::HOST))
-        };
-    }
     let key = key(flow, flow.source);
-    if maps::IPCACHE.get_ptr(&key).is_some() || maps::ENDPOINTS.get_ptr(&key).is_some() {
-        return Err(DropReason::UnknownSource);
+    let known = ipcache(&key, flow.parity());
+    let is_own = match &known {
+        Some(known) => known.is_host(),
+        None => came_in_by == 0 && is_own(ctx, flow, &flow.source)?,
+    };
+    if came_in_by == 0 && is_own {
+        *sender = reserved(Identity::HOST);
+    } else {
+        if known.is_some() || maps::ENDPOINTS.get_ptr(&key).is_some() {
+            return Err(DropReason::UnknownSource);
+        }
+        if !outside(flow, &key, sender) {
+            return Err(DropReason::UnknownSource);
+        }
+        // Another node's packets come through the tunnel.
+        if sender.identity == Identity::REMOTE_NODE && !router {
+            return Err(DropReason::UnknownSource);
+        }
     }
-    let party = outside(flow, &key).ok_or(DropReason::UnknownSource)?;
-    flow.from = party.identity;
-    if router { addressee(flow) } else { Ok(party) }
+    flow.from = sender.identity;
+    if router { addressee(flow, sender) } else { Ok(()) }
 }
 
 /// A router's error is about a flow that is none of its own: whom that goes to, who takes the router's place. A router
-/// is whoever is no pod.
+/// is whoever is no pod; there is none between pods.
 #[inline(never)]
-fn addressee(flow: &mut Flow) -> Result<Party, DropReason> {
+fn addressee(flow: &mut Flow, party: &mut Party) -> Result<(), DropReason> {
     flow.source = flow.about;
     let key = key(flow, flow.source);
-    if let Some(pod) = endpoint(&key, flow.parity()) {
-        return Ok(pod.party);
+    match ipcache(&key, flow.parity()) {
+        Some(known) if known.is_host() => {
+            *party = known.party;
+            Ok(())
+        }
+        None if outside(flow, &key, party) => Ok(()),
+        _ => Err(DropReason::IcmpUnrelated),
     }
-    if let Some(known) = ipcache(&key, flow.parity()) {
-        return Ok(known.party);
-    }
-    outside(flow, &key).ok_or(DropReason::IcmpUnrelated)
 }
 
 /// An address that is no pod's has no owner. What it is takes the place of the epoch, so that its flows are judged again
@@ -482,44 +517,44 @@ fn reserved(identity: Identity) -> Party {
     }
 }
 
-/// What an address is that the ipcache does not know: another node, or whatever the networks say of it. None where
+/// What an address is that the ipcache does not know: another node, or whatever the networks say of it. False where
 /// nothing is routed to or from it.
 #[inline(never)]
-fn outside(flow: &Flow, address: &AddressKey) -> Option<Party> {
+fn outside(flow: &Flow, address: &AddressKey, party: &mut Party) -> bool {
     if is_node(address) {
-        return Some(reserved(Identity::REMOTE_NODE));
+        *party = reserved(Identity::REMOTE_NODE);
+        return true;
     }
-    let scratch = maps::scratch()?;
+    let Some(scratch) = maps::scratch() else { return false };
     // SAFETY: as in `Flow::begin`; nothing else refers to this part.
     let key: &mut Key<AddressKey> = unsafe { &mut (*scratch).network };
     let bits = if address.family == Family::V6 as u8 { 128 } else { 32 };
     *key = Key::new(NETWORK_KEY_BITS + bits, *address);
     let Some(entry) = maps::NETWORKS.get(&*key) else {
-        return Some(reserved(Identity::WORLD));
+        *party = reserved(Identity::WORLD);
+        return true;
     };
     if entry.flags & UNROUTED != 0 {
-        return None;
+        return false;
     }
     // From map memory by the parity: see `endpoint`.
     let entry = core::ptr::from_ref(entry);
     let identity = volatile!(entry, identity[flow.parity()]);
-    let column = volatile!(entry, column[flow.parity()]);
-    Some(Party {
-        identity,
-        row: NOT_ENFORCED,
-        column,
-        peer: nobodys(identity),
-    })
+    *party = Party {
+        column: volatile!(entry, column[flow.parity()]),
+        ..reserved(identity)
+    };
+    true
 }
 
 /// Length of a route query, as the helper wants it.
 const ROUTE_LEN: i32 = 64;
 const _: () = assert!(size_of::<bpf_fib_lookup>() == 64);
 
-/// Whether the node would deliver a packet to itself: its routes know all its addresses, also those that hostd was
-/// not told of. Where the node does not forward at all, nothing else can become of the packet.
+/// Whether the node would deliver to itself what is for an address: its routes know all its addresses, also those that
+/// hostd was not told of. Where the node does not forward at all, nothing else can become of the packet.
 #[inline(never)]
-fn is_for_this_node(ctx: &TcContext, flow: &Flow) -> Result<bool, DropReason> {
+fn is_own(ctx: &TcContext, flow: &Flow, address: &Address) -> Result<bool, DropReason> {
     let scratch = maps::scratch().ok_or(DropReason::Internal)?;
     // SAFETY: as in `Flow::begin`; nothing else refers to this part. All zero is a value of this plain C struct.
     let route: &mut bpf_fib_lookup = unsafe {
@@ -532,7 +567,7 @@ fn is_for_this_node(ctx: &TcContext, flow: &Flow) -> Result<bool, DropReason> {
     route.ifindex = ifindex(ctx);
     // The first word of what has room for IPv6 is IPv4's.
     route.__bindgen_anon_3.ipv6_src = flow.source.words();
-    route.__bindgen_anon_4.ipv6_dst = flow.destination.words();
+    route.__bindgen_anon_4.ipv6_dst = address.words();
     // SAFETY: context and parameters are valid, and the size is the parameters' own.
     let found = unsafe { generated::bpf_fib_lookup(ctx.skb.skb.cast(), route, ROUTE_LEN, 0) };
     if found < 0 {

@@ -17,10 +17,10 @@ mod packet;
 mod parse;
 mod verdict;
 
-use abi::{DropReason, Hook, Identity};
+use abi::{DropReason, Hook, Identity, Path};
 use aya_ebpf::{macros::classifier, programs::TcContext};
 use forward::Action;
-use identify::Receiver;
+use identify::{Outer, Party, Receiver, Way};
 use packet::Flow;
 
 /// tc ingress of a pod's host veth: what the pod sends.
@@ -37,18 +37,23 @@ pub fn from_pod(ctx: TcContext) -> i32 {
 fn pod_sends(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReason> {
     let frame = parse::frame(ctx)?;
     if frame.ethertype == parse::ETHERTYPE_ARP {
-        return arp::answer(ctx, &frame);
+        arp::answer(ctx, &frame)?;
+        return Ok(Action::redirect(Path::ArpReply, identify::ifindex(ctx)));
     }
     parse::packet(ctx, &frame, flow)?;
     if flow.link != 0 {
-        return neighbour::answer(ctx, &frame, flow);
+        neighbour::answer(ctx, &frame, flow)?;
+        return Ok(Action::redirect(Path::NeighbourReply, identify::ifindex(ctx)));
     }
-    let sender = identify::sending_pod(ctx, &frame, flow)?;
+    let mut sender = Party::new();
+    identify::sending_pod(ctx, &frame, flow, &mut sender)?;
     fragment::track(flow)?;
     let mut receiver = Receiver::new();
     identify::receiver(ctx, flow, &mut receiver)?;
     enforce::admit(flow, &sender, &receiver.party)?;
-    forward::deliver(ctx, flow, sender.identity, &receiver)
+    let mut action = Action::go_on(Path::ToHost);
+    forward::deliver(ctx, flow, sender.identity, &receiver, &mut action)?;
+    Ok(action)
 }
 
 /// tc ingress of the vxlan device: what other nodes send.
@@ -63,15 +68,21 @@ pub fn from_overlay(ctx: TcContext) -> i32 {
 
 #[inline(always)]
 fn overlay_delivers(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReason> {
-    let outer = identify::outer_source(ctx)?;
+    let mut outer = Outer::new();
+    identify::outer_source(ctx, &mut outer)?;
     let frame = parse::frame(ctx)?;
     parse::packet(ctx, &frame, flow)?;
     stays_on_the_link(flow)?;
-    let sender = identify::remote_sender(flow, &outer)?;
+    let mut sender = Party::new();
+    identify::remote_sender(flow, &outer, &mut sender)?;
     fragment::track(flow)?;
     let mut receiver = Receiver::new();
     identify::overlay_receiver(flow, &sender, &mut receiver)?;
-    enforce::admit(flow, &sender, &receiver.party)?;
+    // What goes to the node itself the sender's node has let out, and nothing is enforced here; and what the node sends
+    // into the tunnel no program sees, so that there is no flow to look for.
+    if receiver.place.way == Way::Pod {
+        enforce::admit(flow, &sender, &receiver.party)?;
+    }
     forward::from_overlay(ctx, &receiver)
 }
 
@@ -110,18 +121,19 @@ fn node_sends(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReason> {
     }
     parse::packet(ctx, &frame, flow)?;
     stays_on_the_link(flow)?;
-    let sender = identify::node_or_outside(ctx, flow)?;
+    let mut sender = Party::new();
+    identify::node_or_outside(ctx, flow, &mut sender)?;
     fragment::track(flow)?;
     let receiver = identify::local_receiver(flow)?;
     if receiver.ifindex != identify::ifindex(ctx) {
         return Err(DropReason::NotLocal);
     }
     enforce::admit(flow, &sender, &receiver.party)?;
-    Ok(if sender.identity == Identity::HOST {
-        Action::IntoPod
+    Ok(Action::go_on(if sender.identity == Identity::HOST {
+        Path::FromHost
     } else {
-        Action::FromOutside
-    })
+        Path::FromOutside
+    }))
 }
 
 /// The programs cannot panic: every path that would is one that the verifier refuses.

@@ -1,8 +1,7 @@
 //! Neighbour discovery (RFC 4861): pods know one neighbour, their gateway, and the datapath answers for it.
 
 use crate::{
-    forward::{self, Action},
-    icmp, identify,
+    forward, icmp, identify,
     packet::{Flow, Fragment},
     parse::{self, Frame, IPV6_LEN, L3},
 };
@@ -37,7 +36,7 @@ const _: () = assert!(LEN == 32);
 
 /// Turns a pod's solicitation for its gateway into the answer, and sends it back.
 #[inline(never)]
-pub fn answer(ctx: &TcContext, frame: &Frame, flow: &Flow) -> Result<Action, DropReason> {
+pub fn answer(ctx: &TcContext, frame: &Frame, flow: &Flow) -> Result<(), DropReason> {
     if flow.link != SOLICITATION || flow.fragment != Fragment::None {
         return Err(DropReason::LinkControl);
     }
@@ -71,6 +70,5 @@ pub fn answer(ctx: &TcContext, frame: &Frame, flow: &Flow) -> Result<Action, Dro
     parse::write(ctx, L3 + 8, GATEWAY_V6)?;
     parse::write(ctx, L3 + 24, flow.source)?;
     parse::write(ctx, L3 + IPV6_LEN, reply)?;
-    forward::for_host(ctx)?;
-    Ok(Action::AnswerNeighbour { ifindex })
+    forward::for_host(ctx)
 }

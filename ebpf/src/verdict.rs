@@ -28,13 +28,12 @@ pub fn broken() -> i32 {
 pub fn act(ctx: &TcContext, hook: Hook, flow: &Flow, outcome: Result<Action, DropReason>) -> i32 {
     match outcome {
         Ok(action) => {
-            let path = path(action);
-            count(FORWARDED.get_ptr_mut(path as u32), ctx.len());
+            count(FORWARDED.get_ptr_mut(action.path as u32), ctx.len());
             if flow.opened && is_wanted(REPORT_FLOWS) {
-                report(ctx, hook, flow, ALLOWED, path as u8);
+                report(ctx, hook, flow, ALLOWED, action.path as u8);
             }
-            record(ctx, action);
-            carry_out(action)
+            record(ctx, &action);
+            carry_out(&action)
         }
         Err(reason) => {
             count(DROPS.get_ptr_mut(reason as u32), ctx.len());
@@ -52,32 +51,16 @@ pub fn act(ctx: &TcContext, hook: Hook, flow: &Flow, outcome: Result<Action, Dro
 
 /// What is for the node or comes from it goes on to whatever else is attached to the hook (`TC_ACT_UNSPEC`).
 #[inline(always)]
-fn carry_out(action: Action) -> i32 {
+fn carry_out(action: &Action) -> i32 {
     // SAFETY: the helpers only note the target; they have no preconditions.
     unsafe {
-        match action {
-            Action::Local { ifindex }
-            | Action::Overlay { ifindex }
-            | Action::AnswerArp { ifindex }
-            | Action::AnswerNeighbour { ifindex } => bpf_redirect_peer(ifindex, 0) as i32,
-            Action::Encap { ifindex, .. } => bpf_redirect(ifindex, 0) as i32,
-            Action::ToHost | Action::ToOutside | Action::IntoPod | Action::FromOutside => TC_ACT_UNSPEC,
+        match action.path {
+            Path::Local | Path::Overlay | Path::ArpReply | Path::NeighbourReply => {
+                bpf_redirect_peer(action.ifindex, 0) as i32
+            }
+            Path::Encap => bpf_redirect(action.ifindex, 0) as i32,
+            Path::ToHost | Path::ToOutside | Path::FromHost | Path::FromOutside => TC_ACT_UNSPEC,
         }
-    }
-}
-
-#[inline(always)]
-fn path(action: Action) -> Path {
-    match action {
-        Action::Local { .. } => Path::Local,
-        Action::Overlay { .. } => Path::Overlay,
-        Action::AnswerArp { .. } => Path::ArpReply,
-        Action::AnswerNeighbour { .. } => Path::NeighbourReply,
-        Action::Encap { .. } => Path::Encap,
-        Action::ToHost => Path::ToHost,
-        Action::ToOutside => Path::ToOutside,
-        Action::FromOutside => Path::FromOutside,
-        Action::IntoPod => Path::FromHost,
     }
 }
 
@@ -134,23 +117,15 @@ fn report(ctx: &TcContext, hook: Hook, flow: &Flow, reason: u8, path: u8) {
 /// Leaves path, target and tunnel key in `skb->cb`, where a test run hands them back. Otherwise the verifier sees that
 /// the condition is false, and removes this.
 #[inline(always)]
-fn record(ctx: &TcContext, action: Action) {
+fn record(ctx: &TcContext, action: &Action) {
     if !maps::record_action() {
         return;
     }
-    let (ifindex, vni, remote) = match action {
-        Action::Local { ifindex }
-        | Action::Overlay { ifindex }
-        | Action::AnswerArp { ifindex }
-        | Action::AnswerNeighbour { ifindex } => (ifindex, 0, 0),
-        Action::Encap { ifindex, vni, remote } => (ifindex, vni.0, remote),
-        Action::ToHost | Action::ToOutside | Action::IntoPod | Action::FromOutside => (0, 0, 0),
-    };
     // SAFETY: the context is the kernel's `__sk_buff`, whose `cb` a tc program may write.
     unsafe {
-        (*ctx.skb.skb).cb[0] = path(action) as u32 + 1;
-        (*ctx.skb.skb).cb[1] = ifindex;
-        (*ctx.skb.skb).cb[2] = vni;
-        (*ctx.skb.skb).cb[3] = remote;
+        (*ctx.skb.skb).cb[0] = action.path as u32 + 1;
+        (*ctx.skb.skb).cb[1] = action.ifindex;
+        (*ctx.skb.skb).cb[2] = action.vni.0;
+        (*ctx.skb.skb).cb[3] = action.remote;
     }
 }

@@ -1,7 +1,9 @@
 //! Pods, their node, other nodes, and hosts outside.
 #![expect(clippy::unwrap_used, reason = "helpers of tests, which fail as a whole")]
 
-use harness::{Capture, Cluster, Listener, Options, TcpOutcome, in_netns, kernel_test, tcp_exchange, udp_exchange};
+use harness::{
+    Capture, Cluster, Listener, Options, TcpOutcome, in_netns, kernel_test, run, tcp_exchange, udp_exchange,
+};
 use std::{
     net::{IpAddr, SocketAddr, TcpListener, TcpStream},
     time::Duration,
@@ -102,6 +104,8 @@ fn a_node_and_the_pods_of_another_reach_each_other_through_the_tunnel() {
                 "{from} -> {to}"
             );
             assert!(udp_exchange(from, to, 80, WAIT).unwrap(), "{from} -> {to}");
+            let ping = ["netns", "exec", from, "ping", "-c", "1", "-W", "2", &to.to_string()];
+            assert!(run("ip", &ping).is_ok(), "ping {from} -> {to}");
         }
         if let Some(capture) = capture {
             let packets = capture.stop().unwrap();

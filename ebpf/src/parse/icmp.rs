@@ -1,6 +1,10 @@
 //! ICMP (RFC 792) and ICMPv6 (RFC 4443): echo, and errors about other flows.
 
-use super::{IPV4_LEN, IPV6_LEN, load};
+use super::{
+    IPV4_LEN, IPV6_LEN,
+    ipv6::{DESTINATION_OPTIONS, FRAGMENT, HOP_BY_HOP, ROUTING},
+    load,
+};
 use crate::packet::{Flow, Fragment, SCTP, TCP, UDP};
 use abi::{
     DropReason, Family,
@@ -24,6 +28,8 @@ const FIRST_LINK: u8 = 130;
 const LAST_LINK: u8 = 137;
 const MULTICAST_LISTENER_REPORT: u8 = 143;
 
+/// Extension headers that a quoted packet may have.
+const MAX_QUOTED: usize = 4;
 /// Bytes of an ICMP header; an error quotes a packet behind it.
 const ICMP_LEN: usize = 8;
 
@@ -64,6 +70,26 @@ pub fn message(ctx: &TcContext, flow: &mut Flow, offset: usize) -> Result<(), Dr
     Ok(())
 }
 
+/// Steps over the extension headers of a quoted packet to its transport header, which only a first fragment has.
+#[inline(always)]
+fn quoted_extensions(ctx: &TcContext, flow: &mut Flow, first: u8, start: usize) -> Result<usize, DropReason> {
+    let (mut next, mut offset) = (first, start);
+    for _ in 0..MAX_QUOTED {
+        let header: [u8; 4] = load(ctx, offset)?;
+        offset += match next {
+            FRAGMENT if u16::from_be_bytes([header[2], header[3]]) & 0xfff8 != 0 => {
+                return Err(DropReason::IcmpUnrelated);
+            }
+            FRAGMENT => 8,
+            HOP_BY_HOP | ROUTING | DESTINATION_OPTIONS => (usize::from(header[1]) + 1) * 8,
+            _ => break,
+        };
+        next = header[0];
+    }
+    flow.protocol = next;
+    Ok(offset)
+}
+
 /// An ICMP error takes the flow that it quotes, turned round: it belongs to that flow and travels against it. What it
 /// quotes must have been sent by the one whom the error is for; to whom that went is not always who sends the error.
 #[inline(never)]
@@ -76,8 +102,7 @@ fn quoted(ctx: &TcContext, flow: &mut Flow, offset: usize) -> Result<(), DropRea
         if start[0] >> 4 != 6 {
             return Err(DropReason::IcmpUnrelated);
         }
-        flow.protocol = start[6];
-        transport = offset + IPV6_LEN;
+        transport = quoted_extensions(ctx, flow, start[6], offset + IPV6_LEN)?;
     } else {
         let header: [u8; IPV4_LEN] = load(ctx, offset)?;
         // Without options, and the first fragment if it is one: the others have no ports.

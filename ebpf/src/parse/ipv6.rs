@@ -9,11 +9,11 @@ use aya_ebpf::programs::TcContext;
 const MAX_HEADERS: usize = 6;
 
 // Next header values (IANA, "IPv6 Extension Header Types").
-const HOP_BY_HOP: u8 = 0;
-const ROUTING: u8 = 43;
-const FRAGMENT: u8 = 44;
+pub const HOP_BY_HOP: u8 = 0;
+pub const ROUTING: u8 = 43;
+pub const FRAGMENT: u8 = 44;
 const AUTHENTICATION: u8 = 51;
-const DESTINATION_OPTIONS: u8 = 60;
+pub const DESTINATION_OPTIONS: u8 = 60;
 const MOBILITY: u8 = 135;
 const HOST_IDENTITY: u8 = 139;
 const SHIM6: u8 = 140;
@@ -42,7 +42,7 @@ pub fn header(ctx: &TcContext, flow: &mut Flow) -> Result<Upper, DropReason> {
 }
 
 /// Walks the extension headers: none in nearly all packets.
-#[inline(never)]
+#[inline(always)]
 fn extensions(ctx: &TcContext, flow: &mut Flow, payload: u32) -> Result<Upper, DropReason> {
     let (mut next, mut offset, mut length) = (flow.protocol, L3 + IPV6_LEN, payload);
     for index in 0..=MAX_HEADERS {

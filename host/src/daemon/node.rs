@@ -117,8 +117,9 @@ impl Daemon {
         for address in its {
             self.place(&address)?;
         }
-        self.route_to_nodes()?;
-        self.place_networks()
+        // First closed to what is no pod's, then routed.
+        self.place_networks()?;
+        self.route_to_nodes()
     }
 
     /// The node's own way to the pods of other nodes.

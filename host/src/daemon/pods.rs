@@ -94,6 +94,7 @@ impl Daemon {
         }
         if let Err(error) = self.place(&address) {
             self.undo(address, before);
+            self.close(&address);
             return Err(error);
         }
         self.release()
@@ -193,6 +194,17 @@ impl Daemon {
             }
         }
         Ok(())
+    }
+
+    /// Nothing passes to or from a pod whose addresses may not say the same, until it is placed again.
+    fn close(&mut self, first: &AddressKey) {
+        let Some(pod) = self.pods.get(first) else { return };
+        for address in pod.record.addresses() {
+            if let Err(error) = self.datapath.remove(&address.into()) {
+                tracing::error!("closing {address}: {error}");
+            }
+        }
+        self.unplaced.insert(*first);
     }
 
     fn undo(&mut self, address: AddressKey, before: Option<Pod>) {

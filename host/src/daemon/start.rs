@@ -121,9 +121,7 @@ pub async fn cleanup(config: &Config) -> anyhow::Result<()> {
         let key = Key::new(Collection::Pods, endpoint.pod.address);
         note(store.delete(&key, Expect::Any).await.map_err(|error| error.to_string()));
     }
-    if config.masquerade {
-        note(net::no_masquerade().map_err(|error| error.to_string()));
-    }
+    note(net::remove_table().map_err(|error| error.to_string()));
     note(net::delete_link(VXLAN_DEVICE).map_err(|error| error.to_string()));
     for cidr in &config.pod_cidrs {
         note(net::make_reachable(*cidr).map_err(|error| error.to_string()));
@@ -447,13 +445,10 @@ impl Daemon {
         for cidr in &self.config.pod_cidrs {
             block_in_place(|| net::make_unreachable(*cidr))?;
         }
-        self.route_to_nodes()?;
         let config = &self.config;
-        if config.masquerade {
-            block_in_place(|| net::masquerade(&config.pod_cidrs, &config.masquerade_except))?;
-        } else {
-            block_in_place(net::no_masquerade)?;
-        }
+        let masqueraded = if config.masquerade { &config.pod_cidrs[..] } else { &[] };
+        block_in_place(|| net::set_table(masqueraded, &config.masquerade_except))?;
+        self.route_to_nodes()?;
         if self.config.forwarding {
             block_in_place(|| net::enable_forwarding(self.config.has_ipv6()))?;
         }

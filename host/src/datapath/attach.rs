@@ -13,8 +13,10 @@ use aya::{
     util::KernelVersion,
 };
 use std::{
+    collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 /// A clsact filter has no link that could be pinned: it is known by its priority and handle, which are always these.
@@ -27,11 +29,16 @@ const SECOND_HANDLE: TcHandle = TcHandle::new(0, 2);
 /// The program that lets nothing pass.
 pub const CLOSED: &str = "closed";
 
+/// Milliseconds that a link may take to leave its hook.
+const LEAVING: u32 = 500;
+
 /// Attaches the programs of one object.
 pub struct Attacher {
     ebpf: Ebpf,
     tcx: bool,
     links: PathBuf,
+    /// Hooks that nothing passes, for a program could not be put there.
+    gates: BTreeMap<(String, &'static str), SchedClassifierLink>,
 }
 
 fn attach_type(hook: Hook) -> TcAttachType {
@@ -54,6 +61,7 @@ impl Attacher {
             ebpf,
             tcx: has_tcx && attach != Attach::Clsact,
             links: bpffs.join("links"),
+            gates: BTreeMap::new(),
         })
     }
 
@@ -94,24 +102,34 @@ impl Attacher {
             Standing::Missing => attach_first(program, interface, hook, &pin)?,
             Standing::First | Standing::Behind => self.go_in_front(hook, interface, &pin)?,
         }
+        self.gates.remove(&(interface.to_owned(), hook.name()));
         // What a hostd that was configured otherwise has left would go on with its own maps.
         remove_clsact(interface, hook)
     }
 
     /// The kernel takes no program twice on one hook, so it has to leave before it can come in front. Meanwhile nothing
-    /// passes.
+    /// passes, and nothing does where it can't come back.
     fn go_in_front(&mut self, hook: Hook, interface: &str, pin: &Path) -> Result<(), String> {
         tracing::warn!("{} is not first on {interface}; going in front", hook.name());
-        let gate = self.program(CLOSED)?;
-        let options = TcAttachOptions::TcxOrder(LinkOrder::first());
-        let id = gate
-            .attach_with_options(interface, attach_type(hook), options)
-            .map_err(|error| chain(&error))?;
-        let gate = gate.take_link(id).map_err(|error| error.to_string())?;
+        let place = (interface.to_owned(), hook.name());
+        if !self.gates.contains_key(&place) {
+            let gate = self.program(CLOSED)?;
+            let options = TcAttachOptions::TcxOrder(LinkOrder::first());
+            let id = gate
+                .attach_with_options(interface, attach_type(hook), options)
+                .map_err(|error| chain(&error))?;
+            let gate = gate.take_link(id).map_err(|error| error.to_string())?;
+            self.gates.insert(place, gate);
+        }
         remove_pin(pin).map_err(|error| error.to_string())?;
-        let attached = attach_first(self.program(hook.name())?, interface, hook, pin);
-        drop(gate);
-        attached
+        // The kernel takes the old link away a little later (`bpf_link_put_deferred` in `kernel/bpf/syscall.c`).
+        for _ in 0..LEAVING {
+            if standing_tcx(self.program(hook.name())?, interface, hook)? == Standing::Missing {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        attach_first(self.program(hook.name())?, interface, hook, pin)
     }
 
     fn program(&mut self, name: &str) -> Result<&mut SchedClassifier, String> {
@@ -286,6 +304,8 @@ fn attach_clsact(program: &mut SchedClassifier, interface: &str, hook: Hook) -> 
         Err(_) => add_filter(program, interface, hook, HANDLE)?,
     };
     keep_filter(program, id)?;
+    // What a hostd that was ended in between has left; mostly there is none.
+    let _ = filter(SECOND_HANDLE)?.detach();
     if standing_clsact(program, interface, hook)? == Standing::First {
         return Ok(());
     }

@@ -15,6 +15,8 @@ use std::{
 
 /// From this part of the map on a pod gets no more than its share of what is left, in percent.
 const LIMIT: u64 = 70;
+/// What all shares together may fill the map to, in percent.
+const FULL: u64 = 95;
 
 /// An entry that ran out so long ago is taken away. The programs take one that has just run out for none, and may be
 /// entering the same flow anew.
@@ -66,6 +68,17 @@ impl Datapath {
         self.tracked.get(&0, 0).map_err(DatapathError::map(map::TRACKED))
     }
 
+    /// Flows of each account, about.
+    fn accounts(&self) -> Result<StdHashMap<u32, u64>, DatapathError> {
+        let accounts = self
+            .accounts
+            .iter()
+            .map(|account| account.map(|(owner, account)| (owner, account.flows)));
+        accounts
+            .collect::<Result<_, _>>()
+            .map_err(DatapathError::map(map::ACCOUNTS))
+    }
+
     /// Opens the account of a pod of this node.
     ///
     /// # Errors
@@ -88,7 +101,8 @@ impl Datapath {
     pub fn set_pods(&mut self, pods: usize) -> Result<(), DatapathError> {
         let capacity = u64::from(self.conntrack_capacity);
         let limit = capacity * LIMIT / 100;
-        let share = (capacity - limit) / u64::try_from(pods.max(1)).unwrap_or(u64::MAX);
+        // The kernel begins to give entries away a little before the map is full (`kernel/bpf/bpf_lru_list.c`).
+        let share = (capacity * FULL / 100 - limit) / u64::try_from(pods.max(1)).unwrap_or(u64::MAX);
         self.node_config.conntrack_limit = u32::try_from(limit).unwrap_or(u32::MAX);
         self.node_config.conntrack_share = u32::try_from(share).unwrap_or(u32::MAX);
         self.write_config()
@@ -116,6 +130,7 @@ impl Datapath {
     pub fn count_flows(&mut self) -> Result<(), DatapathError> {
         let began = Instant::now();
         let mut conntrack = open(&self.bpffs)?;
+        let (all_before, before) = (self.tracked()?, self.accounts()?);
         let now = now();
         let mut gone = Vec::new();
         let mut all = 0_u64;
@@ -130,21 +145,28 @@ impl Datapath {
             }
         }
         for key in gone {
+            // Unless the flow was opened anew meanwhile.
+            if !conntrack.get(&key, 0).is_ok_and(|entry| entry.expires + GRACE_NS < now) {
+                continue;
+            }
             match conntrack.remove(&key) {
                 Ok(()) | Err(MapError::KeyNotFound) => {}
                 Err(error) => return Err(DatapathError::map(map::CONNTRACK)(error)),
             }
         }
+        // What was entered while the entries were read may not have been among them.
+        let all = all + self.tracked()?.saturating_sub(all_before);
+        let after = self.accounts()?;
         self.tracked.set(0, all, 0).map_err(DatapathError::map(map::TRACKED))?;
-        let owners: Vec<u32> = self.accounts.keys().flatten().collect();
         let used: std::collections::HashSet<u32> = self
             .placed
             .values()
             .filter_map(|desired| Some(desired.endpoint?.owner))
             .collect();
-        for owner in owners {
+        for (owner, flows) in after {
             if used.contains(&owner) {
-                let flows = accounts.get(&owner).copied().unwrap_or(0);
+                let entered = flows.saturating_sub(before.get(&owner).copied().unwrap_or(0));
+                let flows = accounts.get(&owner).copied().unwrap_or(0) + entered;
                 self.accounts
                     .insert(owner, Account { flows }, 0)
                     .map_err(DatapathError::map(map::ACCOUNTS))?;

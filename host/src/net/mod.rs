@@ -1,18 +1,18 @@
 //! Interfaces, addresses and routes, by netlink; and work in other network namespaces.
 
 mod filter;
-mod masquerade;
 mod netlink;
 mod netns;
 mod route;
+mod table;
 mod veth;
 mod vxlan;
 
 pub use filter::filters;
-pub use masquerade::{masquerade, no_masquerade};
 pub use netlink::{bring_up, delete_link};
 pub use netns::{Netns, in_netns};
 pub use route::{make_reachable, make_unreachable, set_tunnel_routes};
+pub use table::{remove_table, set_table};
 pub use veth::{Veth, find_pod_link, make_pod_link, pod_links, prepare_node};
 pub use vxlan::{ensure_vxlan, pod_mtu};
 

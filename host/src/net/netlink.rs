@@ -119,11 +119,13 @@ pub fn delete_link(name: &str) -> Result<(), NetError> {
 }
 
 /// An interface of the node towards pods: it needs no address of its own, and asks nobody.
-pub(super) const NODE_SIDE: [(&str, &str); 4] = [
+pub(super) const NODE_SIDE: [(&str, &str); 5] = [
     ("disable_ipv6", "0"),
     ("addr_gen_mode", "1"),
     ("accept_ra", "0"),
     ("accept_dad", "0"),
+    // Whether the node forwards is said for all interfaces; without this the programs could not ask for its routes.
+    ("forwarding", "1"),
 ];
 /// Settings of an interface for IPv6 (`conf/INTERFACE` in `Documentation/networking/ip-sysctl.rst`).
 pub(super) fn set_ipv6(interface: &str, settings: &[(&str, &str)]) -> Result<(), NetError> {

@@ -252,11 +252,28 @@ fn another_node_is_a_peer_of_its_own() {
     bench.deny_egress(RED_PLACE.0, Identity::REMOTE_NODE.0);
     bench.set_cell(Direction::Ingress, RED_PLACE.0, Identity::REMOTE_NODE.0, 0);
     assert_eq!(bench.from_pod_a(&out).reason(), DropReason::EgressDenied);
-    assert_eq!(bench.to_pod(&into, vb).reason(), DropReason::IngressDenied);
     assert_eq!(
         bench.from_overlay(&into, OTHER_NODE, Identity::REMOTE_NODE).reason(),
         DropReason::IngressDenied
     );
+    // Around the tunnel anybody could say so.
+    assert_eq!(bench.to_pod(&into, vb).reason(), DropReason::UnknownSource);
+}
+
+/// Pieces that the stack has cut, and what it answers in others' names, have no interface that they came in by.
+#[test]
+fn what_has_come_in_by_no_interface_is_the_nodes_only_with_its_own_source() {
+    kernel_test!();
+    let mut bench = Bench::new();
+    bench.forward();
+    bench.address([198, 51, 100, 7]);
+    bench.set_cell(Direction::Ingress, RED_PLACE.0, Identity::WORLD.0, 0);
+    let from = |source, port| Frame::tcp(source, port, POD_A, 80, SYN);
+    assert_eq!(bench.to_pod(&from(NODE, 1), 0).path(), Path::FromHost);
+    assert_eq!(bench.to_pod(&from([198, 51, 100, 7], 1), 0).path(), Path::FromHost);
+    assert_eq!(bench.to_pod(&from(NOBODY, 1), 0).reason(), DropReason::IngressDenied);
+    assert_eq!(bench.to_pod(&from(REMOTE, 1), 0).reason(), DropReason::UnknownSource);
+    assert_eq!(bench.to_pod(&from(POD_B, 1), 0).reason(), DropReason::UnknownSource);
 }
 
 #[test]

@@ -114,6 +114,16 @@ fn errors_reach_whom_they_are_for() {
         bench.from_pod_b(&Frame::error6(POD_B6, 1, &other)).reason(),
         DropReason::IcmpUnrelated
     );
+    // About the first piece of a packet, as the first to be too big; the others say nothing of a flow.
+    let piece = |offset| Frame::ipv6(POD_A6, POD_B6, 44, &piece6(17, 5, offset, true, &flow.0[54..62]));
+    assert_eq!(
+        bench.from_pod_b(&Frame::error6(POD_B6, 2, &piece(0))).path(),
+        Path::Local
+    );
+    assert_eq!(
+        bench.from_pod_b(&Frame::error6(POD_B6, 2, &piece(8))).reason(),
+        DropReason::IcmpUnrelated
+    );
     // A router on the way, which is no pod, has its say; a pod about somebody else's flow has not.
     bench.forward();
     let out = Frame::udp6(POD_A6, 1, NOBODY6, 2);
@@ -127,6 +137,17 @@ fn errors_reach_whom_they_are_for() {
     assert_eq!(
         bench.from_pod_b(&Frame::error6(POD_B6, 2, &out)).reason(),
         DropReason::IcmpUnrelated
+    );
+    // Between pods there is no router.
+    assert_eq!(
+        bench.to_pod(&Frame::error6(router, 2, &flow), vb).reason(),
+        DropReason::IcmpUnrelated
+    );
+    // What is quoted may have extension headers.
+    let with_options = Frame::ipv6(POD_A6, NOBODY6, 60, &[&options(17), &out.0[54..]].concat());
+    assert_eq!(
+        bench.to_pod(&Frame::error6(router, 2, &with_options), vb).path(),
+        Path::FromOutside
     );
 }
 

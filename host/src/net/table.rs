@@ -1,9 +1,7 @@
-//! Masquerade: what pods send to the outside leaves with the node's address.
-//!
-//! One nftables table that hostd owns, replaced as a whole. Only what the node's stack routes passes it: pods of the
-//! cluster are reached by the programs alone.
+//! What the node's stack does with what it routes for pods, as one nftables table that hostd owns and replaces as a
+//! whole. Pods of the cluster are reached by the programs alone, which netfilter does not see.
 
-use super::NetError;
+use super::{NetError, VXLAN_DEVICE};
 use ipnet::IpNet;
 use std::{
     fmt::Write as _,
@@ -14,14 +12,15 @@ use std::{
 /// The table.
 const TABLE: &str = "inet wasmgate";
 
-/// Gives what is sent from `pods` to the outside the address of the interface that it leaves by, but for `except`.
-/// Connections that came from outside keep theirs: their replies belong to them.
+/// Gives what is sent from `masqueraded` pods to the outside the address of the interface that it leaves by, but for
+/// `except`. Connections that came from outside keep theirs: their replies belong to them. Nothing is forwarded into the
+/// tunnel, where it would pass for this node's own.
 ///
 /// # Errors
 ///
 /// Where `nft` is not there, or refuses.
-pub fn masquerade(pods: &[IpNet], except: &[IpNet]) -> Result<(), NetError> {
-    nft(&script(pods, except)).map_err(NetError::kernel("setting the nftables table of masquerade"))
+pub fn set_table(masqueraded: &[IpNet], except: &[IpNet]) -> Result<(), NetError> {
+    nft(&script(masqueraded, except)).map_err(NetError::kernel("setting the table `wasmgate` of nftables"))
 }
 
 /// Takes that back; that it is not there is no error.
@@ -29,20 +28,25 @@ pub fn masquerade(pods: &[IpNet], except: &[IpNet]) -> Result<(), NetError> {
 /// # Errors
 ///
 /// Where `nft` refuses.
-pub fn no_masquerade() -> Result<(), NetError> {
+pub fn remove_table() -> Result<(), NetError> {
     match nft(&format!("table {TABLE}\ndelete table {TABLE}\n")) {
         // Then there is no table either.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        result => result.map_err(NetError::kernel("removing the nftables table of masquerade")),
+        result => result.map_err(NetError::kernel("removing the table `wasmgate` of nftables")),
     }
 }
 
 /// One transaction: whatever was in the table goes, and this takes its place.
-fn script(pods: &[IpNet], except: &[IpNet]) -> String {
+fn script(masqueraded: &[IpNet], except: &[IpNet]) -> String {
     let mut text = format!(
-        "table {TABLE}\ndelete table {TABLE}\ntable {TABLE} {{\n  chain postrouting {{\n    \
-         type nat hook postrouting priority srcnat; policy accept;\n    oifname \"wg-*\" accept\n"
+        "table {TABLE}\ndelete table {TABLE}\ntable {TABLE} {{\n  chain forward {{\n    \
+         type filter hook forward priority filter; policy accept;\n    oifname \"{VXLAN_DEVICE}\" drop\n  }}\n"
     );
+    if masqueraded.is_empty() {
+        return text + "}\n";
+    }
+    text += "  chain postrouting {\n    type nat hook postrouting priority srcnat; policy accept;\n    \
+             oifname \"wg-*\" accept\n";
     let rule = |cidr: &IpNet, end: &str| {
         let family = if cidr.addr().is_ipv4() { "ip" } else { "ip6" };
         format!("{family} {end} {}", cidr.trunc())
@@ -50,7 +54,7 @@ fn script(pods: &[IpNet], except: &[IpNet]) -> String {
     for cidr in except {
         let _ = writeln!(text, "    {} accept", rule(cidr, "daddr"));
     }
-    for cidr in pods {
+    for cidr in masqueraded {
         let _ = writeln!(text, "    {} masquerade", rule(cidr, "saddr"));
     }
     text + "  }\n}\n"
@@ -89,5 +93,9 @@ mod tests {
         assert!(lines.contains(&"ip daddr 172.16.0.0/12 accept"), "{text}");
         assert!(lines.contains(&"ip saddr 10.1.0.0/24 masquerade"), "{text}");
         assert!(lines.contains(&"ip6 saddr fd00:10:1::/64 masquerade"), "{text}");
+        let guard = "oifname \"wasmgate_vxlan\" drop";
+        assert!(lines.contains(&guard), "{text}");
+        let without = script(&[], &[]);
+        assert!(without.contains(guard) && !without.contains("masquerade"), "{without}");
     }
 }
