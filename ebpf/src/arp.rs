@@ -1,7 +1,7 @@
 //! ARP (RFC 826): pods know one neighbour, their gateway, and the datapath answers for it.
 
 use crate::{
-    forward, identify,
+    forward, lookup,
     parse::{self, Frame},
 };
 use abi::{AddressKey, DropReason, node::GATEWAY_V4};
@@ -29,8 +29,8 @@ pub fn answer(ctx: &TcContext, frame: &Frame) -> Result<(), DropReason> {
     if request.kind != REQUEST || request.target != GATEWAY_V4 {
         return Err(DropReason::UnexpectedArp);
     }
-    let pod = identify::endpoint(&AddressKey::v4(request.sender), 0).ok_or(DropReason::SpoofedArp)?;
-    let ifindex = identify::ifindex(ctx);
+    let pod = lookup::endpoint(&AddressKey::v4(request.sender), 0).ok_or(DropReason::SpoofedArp)?;
+    let ifindex = lookup::ifindex(ctx);
     if pod.ifindex != ifindex || pod.mac() != request.sender_mac || pod.mac() != frame.source {
         return Err(DropReason::SpoofedArp);
     }

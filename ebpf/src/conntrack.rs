@@ -1,7 +1,7 @@
 //! Connection tracking: which packets belong to a flow that policy has already let open.
 
 use crate::{
-    identify::Party,
+    lookup::Party,
     maps,
     packet::{Flow, TCP, TCP_FIN, TCP_RST},
 };

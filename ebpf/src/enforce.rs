@@ -2,7 +2,7 @@
 
 use crate::{
     conntrack::{self, Tracked},
-    identify::Party,
+    lookup::Party,
     maps,
     packet::{Flow, Fragment, TCP},
 };

@@ -11,6 +11,7 @@ mod forward;
 mod fragment;
 mod icmp;
 mod identify;
+mod lookup;
 mod maps;
 mod neighbour;
 mod packet;
@@ -20,7 +21,8 @@ mod verdict;
 use abi::{DropReason, Hook, Identity, Path};
 use aya_ebpf::{macros::classifier, programs::TcContext};
 use forward::Action;
-use identify::{Outer, Party, Receiver, Way};
+use identify::{Outer, Receiver, Way};
+use lookup::Party;
 use packet::Flow;
 
 /// tc ingress of a pod's host veth: what the pod sends.
@@ -38,12 +40,12 @@ fn pod_sends(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReason> {
     let frame = parse::frame(ctx)?;
     if frame.ethertype == parse::ETHERTYPE_ARP {
         arp::answer(ctx, &frame)?;
-        return Ok(Action::redirect(Path::ArpReply, identify::ifindex(ctx)));
+        return Ok(Action::redirect(Path::ArpReply, lookup::ifindex(ctx)));
     }
     parse::packet(ctx, &frame, flow)?;
     if flow.link != 0 {
         neighbour::answer(ctx, &frame, flow)?;
-        return Ok(Action::redirect(Path::NeighbourReply, identify::ifindex(ctx)));
+        return Ok(Action::redirect(Path::NeighbourReply, lookup::ifindex(ctx)));
     }
     let mut sender = Party::new();
     identify::sending_pod(ctx, &frame, flow, &mut sender)?;
@@ -125,7 +127,7 @@ fn node_sends(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReason> {
     identify::node_or_outside(ctx, flow, &mut sender)?;
     fragment::track(flow)?;
     let receiver = identify::local_receiver(flow)?;
-    if receiver.ifindex != identify::ifindex(ctx) {
+    if receiver.ifindex != lookup::ifindex(ctx) {
         return Err(DropReason::NotLocal);
     }
     enforce::admit(flow, &sender, &receiver.party)?;

@@ -1,7 +1,7 @@
 //! Neighbour discovery (RFC 4861): pods know one neighbour, their gateway, and the datapath answers for it.
 
 use crate::{
-    forward, icmp, identify,
+    forward, icmp, lookup,
     packet::{Flow, Fragment},
     parse::{self, Frame, IPV6_LEN, L3},
 };
@@ -50,8 +50,8 @@ pub fn answer(ctx: &TcContext, frame: &Frame, flow: &Flow) -> Result<(), DropRea
     if !whole || request.code != 0 || request.option != SOURCE_LINK_ADDRESS {
         return Err(DropReason::SpoofedNeighbour);
     }
-    let ifindex = identify::ifindex(ctx);
-    let pod = identify::endpoint(&AddressKey::new(Family::V6, flow.source), 0).ok_or(DropReason::SpoofedNeighbour)?;
+    let ifindex = lookup::ifindex(ctx);
+    let pod = lookup::endpoint(&AddressKey::new(Family::V6, flow.source), 0).ok_or(DropReason::SpoofedNeighbour)?;
     if pod.ifindex != ifindex || pod.mac() != frame.source || pod.mac() != request.mac {
         return Err(DropReason::SpoofedNeighbour);
     }

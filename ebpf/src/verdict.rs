@@ -2,7 +2,7 @@
 
 use crate::{
     forward::Action,
-    icmp, identify,
+    icmp, lookup,
     maps::{self, DROPS, EVENTS, FORWARDED},
     packet::Flow,
 };
@@ -42,7 +42,7 @@ pub fn act(ctx: &TcContext, hook: Hook, flow: &Flow, outcome: Result<Action, Dro
             }
             if matches!(hook, Hook::FromPod) && icmp::tell_sender(ctx, flow, reason).is_some() {
                 // SAFETY: as in `carry_out`.
-                return unsafe { bpf_redirect_peer(identify::ifindex(ctx), 0) } as i32;
+                return unsafe { bpf_redirect_peer(lookup::ifindex(ctx), 0) } as i32;
             }
             TC_ACT_SHOT
         }
@@ -99,7 +99,7 @@ fn report(ctx: &TcContext, hook: Hook, flow: &Flow, reason: u8, path: u8) {
         destination: flow.destination,
         from: flow.from,
         to: flow.to,
-        ifindex: identify::ifindex(ctx),
+        ifindex: lookup::ifindex(ctx),
         length: ctx.len(),
         generation: flow.generation,
         source_port: u16::from_be(flow.source_port),

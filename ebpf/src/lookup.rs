@@ -1,0 +1,288 @@
+//! What the maps say of an address: pods of this node, addresses of the cluster, and everything else.
+
+use crate::{maps, packet::Flow};
+use abi::{
+    AddressKey, DropReason, Family, Identity,
+    address::Address,
+    conntrack::Peer,
+    ipcache::IPCACHE_HOST,
+    network::{NETWORK_KEY_BITS, UNROUTED},
+    policy::NOT_ENFORCED,
+};
+use aya_ebpf::{
+    bindings::{BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NOT_FWDED, bpf_fib_lookup},
+    btf_maps::lpm_trie::Key,
+    helpers::generated,
+    programs::TcContext,
+};
+
+/// One end of a flow, as policy and conntrack see it.
+#[derive(Clone, Copy)]
+pub struct Party {
+    pub identity: Identity,
+    /// Row in the policy matrix, or [`NOT_ENFORCED`] where this node does not enforce this end's policy.
+    pub row: u32,
+    pub column: u32,
+    /// Owner and epoch of the address.
+    pub peer: Peer,
+}
+
+impl Party {
+    /// Not known yet.
+    #[inline(always)]
+    pub fn new() -> Self {
+        reserved(Identity::NONE)
+    }
+}
+
+/// A pod of this node, copied out of the map.
+pub struct Pod {
+    pub party: Party,
+    pub ifindex: u32,
+    /// MAC addresses of the pod and of its gateway, one after the other: the beginning of a frame for the pod.
+    pub macs: [u32; 3],
+}
+
+impl Pod {
+    #[inline(always)]
+    pub fn mac(&self) -> [u8; 6] {
+        let [first, middle, _] = self.macs.map(u32::to_ne_bytes);
+        [first[0], first[1], first[2], first[3], middle[0], middle[1]]
+    }
+
+    #[inline(always)]
+    pub fn gateway_mac(&self) -> [u8; 6] {
+        let [_, middle, last] = self.macs.map(u32::to_ne_bytes);
+        [middle[2], middle[3], last[0], last[1], last[2], last[3]]
+    }
+}
+
+/// An address of the cluster, copied out of the map.
+pub struct Known {
+    pub party: Party,
+    /// Underlay address of its node, in words in network byte order.
+    pub tunnel: [u32; 4],
+    pub tunnel_family: u8,
+    pub identity: [Identity; 2],
+    /// [`IPCACHE_HOST`] or zero.
+    pub flags: u8,
+}
+
+impl Known {
+    #[inline(always)]
+    pub fn is_host(&self) -> bool {
+        self.flags & IPCACHE_HOST != 0
+    }
+}
+
+/// Interface that the program runs on.
+#[inline(always)]
+pub fn ifindex(ctx: &TcContext) -> u32 {
+    // SAFETY: the context is the kernel's `__sk_buff`, valid as long as the program runs.
+    unsafe { (*ctx.skb.skb).ifindex }
+}
+
+#[inline(always)]
+pub fn key(flow: &Flow, address: Address) -> AddressKey {
+    let family = if flow.family == Family::V6 as u8 {
+        Family::V6
+    } else {
+        Family::V4
+    };
+    AddressKey::new(family, address)
+}
+
+/// Reads a field that hostd, or the kernel for another key, may be writing: whether the value holds is known only
+/// after the stamps were read once more.
+macro_rules! volatile {
+    ($pointer:expr, $($field:tt)+) => {
+        // SAFETY: the pointer is to an element of a map, whose memory is never unmapped while programs run. All fields
+        // are integers, for which any bytes are a value.
+        unsafe { core::ptr::read_volatile(&raw const (*$pointer).$($field)+) }
+    };
+}
+
+/// The same for what is read word by word: an array would be copied through the stack.
+macro_rules! volatile_words {
+    ($pointer:expr, $field:ident) => {{
+        // SAFETY: as in `volatile`.
+        unsafe {
+            let words = (&raw const (*$pointer).$field).cast::<u32>();
+            core::array::from_fn(|index| core::ptr::read_volatile(words.add(index)))
+        }
+    }};
+}
+
+/// What a look at an entry has found.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+enum Look {
+    Nothing,
+    /// It was replaced under the reader's eyes.
+    Torn,
+    Whole,
+}
+
+/// Looks at an entry: it is believed only where its stamps and its address say, before and after the fields were read,
+/// that it is one entry, whole.
+macro_rules! look {
+    ($map:expr, $key:expr, |$entry:ident| $read:block) => {{
+        let Some($entry) = $map.get_ptr($key) else {
+            return Look::Nothing;
+        };
+        let stamp = volatile!($entry, first_stamp);
+        let whole_before = volatile!($entry, last_stamp) == stamp;
+        $read
+        let address: [u32; 4] = volatile_words!($entry, address);
+        let whole_after = volatile!($entry, last_stamp) == stamp && volatile!($entry, first_stamp) == stamp;
+        if whole_before && whole_after && address == $key.address.words() {
+            Look::Whole
+        } else {
+            Look::Torn
+        }
+    }};
+}
+
+#[inline(never)]
+fn look_at_endpoint(key: &AddressKey, parity: usize, pod: &mut Pod) -> Look {
+    look!(maps::ENDPOINTS, key, |entry| {
+        pod.party.identity = volatile!(entry, identity[parity & 1]);
+        pod.party.row = volatile!(entry, row[parity & 1]);
+        pod.party.column = volatile!(entry, column[parity & 1]);
+        pod.party.peer.owner = volatile!(entry, owner);
+        pod.party.peer.epoch = volatile!(entry, epoch);
+        pod.ifindex = volatile!(entry, ifindex);
+        pod.macs = volatile_words!(entry, macs);
+    })
+}
+
+#[inline(never)]
+fn look_at_address(key: &AddressKey, parity: usize, known: &mut Known) -> Look {
+    look!(maps::IPCACHE, key, |entry| {
+        known.party.identity = volatile!(entry, identity[parity & 1]);
+        known.party.row = NOT_ENFORCED;
+        known.party.column = volatile!(entry, column[parity & 1]);
+        known.party.peer.owner = volatile!(entry, owner);
+        known.party.peer.epoch = volatile!(entry, epoch);
+        known.tunnel = volatile_words!(entry, tunnel_endpoint);
+        known.tunnel_family = volatile!(entry, tunnel_family);
+        known.identity = [volatile!(entry, identity[0]), volatile!(entry, identity[1])];
+        known.flags = volatile!(entry, flags);
+    })
+}
+
+/// A pod of this node. An entry that is replaced just as it is read is looked at once more: that was one write of hostd's.
+#[inline(always)]
+pub fn endpoint(key: &AddressKey, parity: usize) -> Option<Pod> {
+    let mut pod = Pod {
+        party: reserved(Identity::NONE),
+        ifindex: 0,
+        macs: [0; 3],
+    };
+    let mut look = look_at_endpoint(key, parity, &mut pod);
+    if look == Look::Torn {
+        look = look_at_endpoint(key, parity, &mut pod);
+    }
+    (look == Look::Whole).then_some(pod)
+}
+
+/// An address of the cluster, likewise.
+#[inline(always)]
+pub fn ipcache(key: &AddressKey, parity: usize) -> Option<Known> {
+    let mut known = Known {
+        party: reserved(Identity::NONE),
+        tunnel: [0; 4],
+        tunnel_family: 0,
+        identity: [Identity::NONE; 2],
+        flags: 0,
+    };
+    let mut look = look_at_address(key, parity, &mut known);
+    if look == Look::Torn {
+        look = look_at_address(key, parity, &mut known);
+    }
+    (look == Look::Whole).then_some(known)
+}
+
+#[inline(always)]
+pub fn is_node(key: &AddressKey) -> bool {
+    maps::NODES.get_ptr(key).is_some()
+}
+
+/// An address that is no pod's has no owner. What it is takes the place of the epoch, so that its flows are judged again
+/// when that changes, also without a change of policy: a node that joins, an address that moves.
+#[inline(always)]
+const fn nobodys(identity: Identity) -> Peer {
+    Peer {
+        owner: 0,
+        epoch: identity.0,
+    }
+}
+
+#[inline(always)]
+pub fn reserved(identity: Identity) -> Party {
+    Party {
+        identity,
+        row: NOT_ENFORCED,
+        column: identity.0,
+        peer: nobodys(identity),
+    }
+}
+
+/// What an address is that the ipcache does not know: another node, or whatever the networks say of it. False where
+/// nothing is routed to or from it.
+#[inline(never)]
+pub fn outside(flow: &Flow, address: &AddressKey, party: &mut Party) -> bool {
+    if is_node(address) {
+        *party = reserved(Identity::REMOTE_NODE);
+        return true;
+    }
+    let Some(scratch) = maps::scratch() else { return false };
+    // SAFETY: as in `Flow::begin`; nothing else refers to this part.
+    let key: &mut Key<AddressKey> = unsafe { &mut (*scratch).network };
+    let bits = if address.family == Family::V6 as u8 { 128 } else { 32 };
+    *key = Key::new(NETWORK_KEY_BITS + bits, *address);
+    let Some(entry) = maps::NETWORKS.get(&*key) else {
+        *party = reserved(Identity::WORLD);
+        return true;
+    };
+    if entry.flags & UNROUTED != 0 {
+        return false;
+    }
+    // From map memory by the parity: see `endpoint`.
+    let entry = core::ptr::from_ref(entry);
+    let identity = volatile!(entry, identity[flow.parity()]);
+    *party = Party {
+        column: volatile!(entry, column[flow.parity()]),
+        ..reserved(identity)
+    };
+    true
+}
+
+/// Length of a route query, as the helper wants it.
+const ROUTE_LEN: i32 = 64;
+const _: () = assert!(size_of::<bpf_fib_lookup>() == 64);
+
+/// Whether the node would deliver to itself what is for an address: its routes know all its addresses, also those that
+/// hostd was not told of. Where the node does not forward at all, nothing else can become of the packet.
+#[inline(never)]
+pub fn is_own(ctx: &TcContext, flow: &Flow, address: &Address) -> Result<bool, DropReason> {
+    let scratch = maps::scratch().ok_or(DropReason::Internal)?;
+    // SAFETY: as in `Flow::begin`; nothing else refers to this part. All zero is a value of this plain C struct.
+    let route: &mut bpf_fib_lookup = unsafe {
+        let route = &raw mut (*scratch).route;
+        core::ptr::write_bytes(route.cast::<u8>(), 0, size_of::<bpf_fib_lookup>());
+        &mut *route
+    };
+    route.family = flow.family;
+    route.l4_protocol = flow.protocol;
+    route.ifindex = ifindex(ctx);
+    // The first word of what has room for IPv6 is IPv4's.
+    route.__bindgen_anon_3.ipv6_src = flow.source.words();
+    route.__bindgen_anon_4.ipv6_dst = address.words();
+    // SAFETY: context and parameters are valid, and the size is the parameters' own.
+    let found = unsafe { generated::bpf_fib_lookup(ctx.skb.skb.cast(), route, ROUTE_LEN, 0) };
+    if found < 0 {
+        return Err(DropReason::Internal);
+    }
+    Ok(found == i64::from(BPF_FIB_LKUP_RET_NOT_FWDED) || found == i64::from(BPF_FIB_LKUP_RET_FWD_DISABLED))
+}
