@@ -1,8 +1,9 @@
 //! Every reason for which a packet is dropped.
 
 use super::{
-    bench::{BLUE_PLACE, Bench, FULL, GREEN, Outcome, RED, RED_PLACE},
+    bench::{BLUE_PLACE, FULL, GREEN, RED, RED_PLACE},
     frame::{ACK, Frame, GATEWAY_B, NOBODY, NODE, OTHER_NODE, POD_A, POD_A_MAC, POD_B, POD_B_MAC, REMOTE, SYN},
+    run::{BadPacket, every_one_is_dropped_for_its_own_reason},
 };
 use abi::{Direction, DropReason, Identity, Path, policy::CELL_PORT_SET};
 use harness::kernel_test;
@@ -17,8 +18,6 @@ const OUT_OF_REACH: [DropReason; 3] = [
 ];
 
 const GATEWAY: [u8; 4] = abi::node::GATEWAY_V4;
-
-type Run = fn(&mut Bench) -> Outcome;
 
 fn syn() -> Frame {
     Frame::tcp(POD_A, 40000, POD_B, 80, SYN)
@@ -37,7 +36,7 @@ fn green() -> Frame {
     Frame::tcp(REMOTE, 40000, POD_A, 80, SYN)
 }
 
-const TABLE: &[(DropReason, &str, Run)] = &[
+const TABLE: &[BadPacket] = &[
     (DropReason::Truncated, "an IPv4 header with nothing behind it", |b| {
         b.from_pod_a(&syn().cut(34))
     }),
@@ -365,13 +364,7 @@ const TABLE: &[(DropReason, &str, Run)] = &[
 #[test]
 fn every_bad_packet_is_dropped_for_its_own_reason() {
     kernel_test!();
-    let mut bench = Bench::new();
-    for (reason, name, run) in TABLE {
-        // So that no case lives on another's entries.
-        bench.reset();
-        let outcome = run(&mut bench);
-        assert_eq!(outcome, Outcome::Dropped(*reason), "{name}");
-    }
+    every_one_is_dropped_for_its_own_reason(TABLE);
 }
 
 #[test]

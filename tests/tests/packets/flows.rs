@@ -266,7 +266,7 @@ fn each_half_of_a_pair_of_identities_serves_its_own_generation() {
     let va = bench.pod_a;
     bench.put_pod(POD_A, [RED, BLUE], RED_PLACE, 1, va);
     let tunnel = |bench: &mut Bench, port| match bench.from_pod_a(&Frame::udp(POD_A, port, REMOTE, 53)) {
-        super::bench::Outcome::Sent { tunnel, .. } => tunnel.map(|(vni, _)| vni),
+        super::run::Outcome::Sent { tunnel, .. } => tunnel.map(|(vni, _)| vni),
         other => panic!("{}", other.reason().name()),
     };
     assert_eq!(tunnel(&mut bench, 1), Some(RED));

@@ -1,10 +1,11 @@
 //! Where packets go that are allowed, and what becomes of their bytes.
 
 use super::{
-    bench::{BLUE_PLACE, Bench, GREEN, Outcome, RED, RED_PLACE},
+    bench::{BLUE_PLACE, Bench, GREEN, RED, RED_PLACE},
     frame::{
         ACK, Frame, GATEWAY_A, GATEWAY_B, NOBODY, NODE, OTHER_NODE, POD_A, POD_A_MAC, POD_B, POD_B_MAC, REMOTE, SYN,
     },
+    run::Outcome,
 };
 use abi::{Direction, DropReason, Identity, Path, node::GATEWAY_V4, policy::CELL_PORT_SET};
 use harness::kernel_test;

@@ -1,8 +1,9 @@
 //! Packets in pieces.
 
 use super::{
-    bench::{BLUE_PLACE, Bench, GREEN, Outcome, RED_PLACE},
+    bench::{BLUE_PLACE, Bench, GREEN, RED_PLACE},
     frame::{Frame, OTHER_NODE, POD_A, POD_A6, POD_B, POD_B6, REMOTE, piece6},
+    run::Outcome,
 };
 use abi::{Direction, DropReason, Path, policy::CELL_PORT_SET};
 use harness::kernel_test;

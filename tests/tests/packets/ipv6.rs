@@ -1,11 +1,12 @@
 //! IPv6: where packets go, and every way in which they can be wrong.
 
 use super::{
-    bench::{BLUE_PLACE, Bench, GREEN, Outcome, RED, RED_PLACE},
+    bench::{BLUE_PLACE, Bench, GREEN, RED, RED_PLACE},
     frame::{
         ACK, Frame, GATEWAY_A, GATEWAY_B, NOBODY6, OTHER_NODE, POD_A, POD_A_MAC, POD_A6, POD_B_MAC, POD_B6, REMOTE6,
         SYN, checksum6, piece6,
     },
+    run::{BadPacket, Outcome, every_one_is_dropped_for_its_own_reason},
 };
 use abi::{Direction, DropReason, Identity, Path, node::GATEWAY_V6, policy::CELL_PORT_SET};
 use harness::kernel_test;
@@ -174,9 +175,7 @@ fn the_gateway_answers_a_solicitation() {
     assert_eq!(checksum6(&frame), 0, "the checksum");
 }
 
-type Run = fn(&mut Bench) -> Outcome;
-
-pub const TABLE: &[(DropReason, &str, Run)] = &[
+pub const TABLE: &[BadPacket] = &[
     (DropReason::Truncated, "an IPv6 header with nothing behind it", |b| {
         b.from_pod_a(&Frame::udp6(POD_A6, 1, POD_B6, 2).cut(54))
     }),
@@ -309,10 +308,5 @@ pub const TABLE: &[(DropReason, &str, Run)] = &[
 #[test]
 fn every_bad_packet_is_dropped_for_its_own_reason() {
     kernel_test!();
-    let mut bench = Bench::new();
-    for (reason, name, run) in TABLE {
-        bench.reset();
-        let outcome = run(&mut bench);
-        assert_eq!(outcome, Outcome::Dropped(*reason), "{name}");
-    }
+    every_one_is_dropped_for_its_own_reason(TABLE);
 }

@@ -4,6 +4,7 @@
 
 mod bench;
 mod frame;
+mod run;
 
 mod drops;
 mod flows;

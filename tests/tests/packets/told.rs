@@ -1,8 +1,9 @@
 //! What a pod is told of packets that go no farther.
 
 use super::{
-    bench::{Bench, Outcome, TUNNEL_MTU},
+    bench::{Bench, TUNNEL_MTU},
     frame::{Frame, GATEWAY_A, POD_A, POD_A_MAC, POD_A6, POD_B, POD_B6, REMOTE, REMOTE6, SYN, checksum, checksum6},
+    run::Outcome,
 };
 use abi::{
     DropReason, Path,
