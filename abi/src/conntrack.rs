@@ -67,9 +67,10 @@ pub struct ConntrackEntry {
 
 /// Nanoseconds in a second.
 pub const SECOND: u64 = 1_000_000_000;
-/// How long flows live without a packet, in seconds.
+/// How long flows live without a packet, in seconds. As in hostd's configuration.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(serde::Deserialize), serde(deny_unknown_fields, default))]
 pub struct Timeouts {
     /// TCP, until the handshake is done.
     pub tcp_syn: u32,
@@ -83,6 +84,21 @@ pub struct Timeouts {
     pub unreplied: u32,
     /// Other protocols, with replies.
     pub assured: u32,
+}
+
+/// TCP's are Cilium's defaults, but for half closed flows (RFC 5382, section 5: 4 minutes at least); the others are the
+/// kernel's `nf_conntrack_udp_timeout` and `nf_conntrack_udp_timeout_stream`.
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            tcp_syn: 60,
+            tcp_established: 8000,
+            tcp_half_closed: 240,
+            tcp_closed: 10,
+            unreplied: 30,
+            assured: 120,
+        }
+    }
 }
 
 /// What one pod has of the map.

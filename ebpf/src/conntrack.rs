@@ -8,7 +8,7 @@ use crate::{
 use abi::{
     ConntrackEntry, ConntrackKey, DropReason,
     address::{Address, SHARED_SCOPE},
-    conntrack::{Account, CONFIRMED, FIN_ORIGINAL, FIN_REPLY, Peer, RESET, SECOND, SEEN_REPLY, Timeouts},
+    conntrack::{Account, CONFIRMED, FIN_ORIGINAL, FIN_REPLY, Peer, RESET, SECOND, SEEN_REPLY},
 };
 use aya_ebpf::{bindings::BPF_ANY, helpers::generated::bpf_ktime_get_ns};
 use core::arch::asm;
@@ -282,25 +282,22 @@ fn next_state(flow: &Flow, reply: bool, before: u32) -> u32 {
 fn lifetime(protocol: u8, state: u32) -> u64 {
     // Without a configuration nothing gets here.
     let Some(config) = maps::config() else { return 0 };
-    let Timeouts {
-        tcp_syn,
-        tcp_established,
-        tcp_half_closed,
-        tcp_closed,
-        unreplied,
-        assured,
-    } = config.timeouts;
+    let after = &config.timeouts;
     let fins = state & (FIN_ORIGINAL | FIN_REPLY);
     let seconds = if protocol != TCP {
-        if state & SEEN_REPLY != 0 { assured } else { unreplied }
+        if state & SEEN_REPLY != 0 {
+            after.assured
+        } else {
+            after.unreplied
+        }
     } else if state & RESET != 0 || fins == FIN_ORIGINAL | FIN_REPLY {
-        tcp_closed
+        after.tcp_closed
     } else if fins != 0 {
-        tcp_half_closed
+        after.tcp_half_closed
     } else if state & CONFIRMED != 0 {
-        tcp_established
+        after.tcp_established
     } else {
-        tcp_syn
+        after.tcp_syn
     };
     u64::from(seconds) * SECOND
 }

@@ -53,7 +53,7 @@ pub struct Config {
     pub lease: Lease,
     /// How long flows are remembered.
     #[serde(default)]
-    pub conntrack: Conntrack,
+    pub conntrack: Timeouts,
     /// Limits of policy modules.
     #[serde(default)]
     pub wasm: Wasm,
@@ -118,58 +118,6 @@ impl Lease {
     #[must_use]
     pub const fn ttl(&self) -> Duration {
         Duration::from_secs(self.ttl_seconds)
-    }
-}
-
-/// How long flows are remembered without a packet, in seconds.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
-#[serde(deny_unknown_fields, default)]
-pub struct Conntrack {
-    /// TCP, until the handshake is done. Cilium's default.
-    pub tcp_syn: u32,
-    /// TCP, from then on. Cilium's default.
-    pub tcp_established: u32,
-    /// TCP, once one end has sent a FIN (RFC 5382, section 5: 4 minutes at least).
-    pub tcp_half_closed: u32,
-    /// TCP, once both have, or one has sent a RST. Cilium's default.
-    pub tcp_closed: u32,
-    /// Other protocols, without a reply yet. The kernel's `nf_conntrack_udp_timeout`.
-    pub unreplied: u32,
-    /// Other protocols, with replies. The kernel's `nf_conntrack_udp_timeout_stream`.
-    pub assured: u32,
-}
-
-impl Default for Conntrack {
-    fn default() -> Self {
-        Self {
-            tcp_syn: 60,
-            tcp_established: 8000,
-            tcp_half_closed: 240,
-            tcp_closed: 10,
-            unreplied: 30,
-            assured: 120,
-        }
-    }
-}
-
-impl From<Conntrack> for Timeouts {
-    fn from(conntrack: Conntrack) -> Self {
-        let Conntrack {
-            tcp_syn,
-            tcp_established,
-            tcp_half_closed,
-            tcp_closed,
-            unreplied,
-            assured,
-        } = conntrack;
-        Self {
-            tcp_syn,
-            tcp_established,
-            tcp_half_closed,
-            tcp_closed,
-            unreplied,
-            assured,
-        }
     }
 }
 

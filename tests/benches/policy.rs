@@ -230,7 +230,7 @@ fn in_process(identities: usize) -> anyhow::Result<Value> {
         bpffs: bpffs.clone(),
         maps,
         attach: Attach::Auto,
-        timeouts: hostd::config::Conntrack::default().into(),
+        timeouts: abi::conntrack::Timeouts::default(),
     };
     let measured = in_netns(netns.name(), || -> anyhow::Result<Value> {
         let guard = runtime.enter();
@@ -396,7 +396,7 @@ impl Packets {
             underlay_family: Family::V4 as u8,
             zero: 0,
             tunnel_mtu: 1450,
-            timeouts: hostd::config::Conntrack::default().into(),
+            timeouts: abi::conntrack::Timeouts::default(),
             conntrack_limit: u32::MAX,
             conntrack_share: u32::MAX,
         };

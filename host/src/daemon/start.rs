@@ -183,7 +183,7 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
         bpffs: config.bpffs.clone(),
         maps: config.maps,
         attach: config.attach,
-        timeouts: config.conntrack.into(),
+        timeouts: config.conntrack,
     };
     let (datapath, events) = Datapath::load(&settings)?;
 

@@ -133,7 +133,7 @@ impl Bench {
             underlay_family: Family::V4 as u8,
             zero: 0,
             tunnel_mtu: TUNNEL_MTU,
-            timeouts: hostd::config::Conntrack::default().into(),
+            timeouts: abi::conntrack::Timeouts::default(),
             conntrack_limit: FULL,
             conntrack_share: 4,
         };
