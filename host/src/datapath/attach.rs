@@ -173,6 +173,7 @@ impl Attacher {
     }
 
     pub fn detach(&mut self, interface: &str) -> Result<(), DatapathError> {
+        self.gates.retain(|(name, _), _| name != interface);
         for hook in Hook::ALL {
             remove_pin(&self.pin(interface, hook))?;
         }
@@ -305,7 +306,10 @@ fn attach_clsact(program: &mut SchedClassifier, interface: &str, hook: Hook) -> 
     };
     keep_filter(program, id)?;
     // What a hostd that was ended in between has left; mostly there is none.
-    let _ = filter(SECOND_HANDLE)?.detach();
+    match filter(SECOND_HANDLE)?.detach().map_err(|error| chain(&error)) {
+        Err(problem) if !problem.contains("No such file") => return Err(problem),
+        _ => {}
+    }
     if standing_clsact(program, interface, hook)? == Standing::First {
         return Ok(());
     }
