@@ -16,7 +16,7 @@ pub const SHARED_SCOPE: u16 = 0;
 /// 16 bytes in network byte order; IPv4 takes the first four and leaves the others zero. Aligned, so that programs move
 /// words and not bytes.
 #[repr(C, align(4))]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Address(pub [u8; 16]);
 
 impl Address {
@@ -35,13 +35,9 @@ impl Address {
     #[inline(always)]
     #[must_use]
     pub const fn words(&self) -> [u32; 4] {
-        let bytes = &self.0;
-        [
-            u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
-            u32::from_ne_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]),
-            u32::from_ne_bytes([bytes[8], bytes[9], bytes[10], bytes[11]]),
-            u32::from_ne_bytes([bytes[12], bytes[13], bytes[14], bytes[15]]),
-        ]
+        // SAFETY: 16 bytes, aligned as words are, are four words, whatever the bytes. Put together from single bytes, they
+        // would be loaded one by one.
+        unsafe { core::ptr::from_ref(self).cast::<[u32; 4]>().read() }
     }
 }
 

@@ -32,6 +32,12 @@ pub const FIN_REPLY: u32 = 1 << 2;
 pub const RESET: u32 = 1 << 3;
 /// The originator has sent something since the first reply: the handshake is done.
 pub const CONFIRMED: u32 = 1 << 4;
+/// The flow goes to a service's backend: what is sent back gets the frontend's address and port.
+pub const TRANSLATED: u32 = 1 << 5;
+/// No flow of its own: it says what becomes of what a client sends to a service's frontend.
+pub const FRONTEND: u32 = 1 << 6;
+/// With [`TRANSLATED`] or [`FRONTEND`]: the client is its own backend, which sees the gateway in its place.
+pub const HAIRPIN: u32 = 1 << 7;
 
 /// What the address of one end meant when the flow was judged.
 #[repr(C)]
@@ -41,6 +47,32 @@ pub struct Peer {
     pub owner: u32,
     /// Epoch of the address; where it was no pod's, its identity.
     pub epoch: u32,
+}
+
+/// The other side of a flow that a service translates: the backend in an entry that is a [`FRONTEND`]'s, the frontend in
+/// one that is [`TRANSLATED`]. All zero where no service takes part.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Translation {
+    /// Its address.
+    pub address: Address,
+    /// Its port, in network byte order.
+    pub port: u16,
+    /// The client's port on the other side, in network byte order: another one only where a flow of the client's with
+    /// that port has the same backend by way of another frontend.
+    pub client_port: u16,
+    /// Number of the backend, as in [`Service`](crate::Service).
+    pub backend: u32,
+}
+
+impl Translation {
+    /// No service takes part.
+    pub const NONE: Self = Self {
+        address: Address::NONE,
+        port: 0,
+        client_port: 0,
+        backend: 0,
+    };
 }
 
 /// An allowed flow. Denied flows take no entry.
@@ -54,7 +86,7 @@ pub struct ConntrackEntry {
     pub expires: u64,
     /// Generation that the verdict was given under.
     pub generation: u32,
-    /// [`SEEN_REPLY`], [`FIN_ORIGINAL`], [`FIN_REPLY`], [`RESET`], [`CONFIRMED`].
+    /// [`SEEN_REPLY`], [`FIN_ORIGINAL`], [`FIN_REPLY`], [`RESET`], [`CONFIRMED`], [`TRANSLATED`], [`FRONTEND`], [`HAIRPIN`].
     pub state: u32,
     /// Lower and upper end, as they were when the flow was judged.
     pub peers: [Peer; 2],
@@ -63,6 +95,8 @@ pub struct ConntrackEntry {
     /// Owner of the address of the pod of this node whose share of the map the entry takes: of the one that opened the
     /// flow, or else of the one it was opened to.
     pub account: u32,
+    /// What a service makes of the flow.
+    pub translation: Translation,
 }
 
 /// Nanoseconds in a second.
@@ -112,4 +146,4 @@ pub struct Account {
 const _: () = assert!(size_of::<Timeouts>() == 24);
 const _: () = assert!(size_of::<Account>() == 8);
 const _: () = assert!(size_of::<ConntrackKey>() == 40);
-const _: () = assert!(size_of::<ConntrackEntry>() == 48);
+const _: () = assert!(size_of::<ConntrackEntry>() == 72);

@@ -67,10 +67,14 @@ reasons! {
     36 FragmentOverlap "fragment_overlap" "A fragment that overlaps the first one of its packet.";
     37 TooBig "too_big" "The packet is larger than the path to the other node takes; the sender was told, where it can be.";
     38 ConntrackShare "conntrack_share" "The conntrack map is nearly full, and the pod has used up its share of it.";
+    39 NoService "no_service" "The address is a service's, which has no such port; the sender was told.";
+    40 NoBackends "no_backends" "The service has no backends; the sender was told.";
+    41 BackendGone "backend_gone" "The backend of a connection through a service is gone; the sender was told.";
+    42 ServicePorts "service_ports" "The client has too many connections from this port to one backend, by way of different services.";
 }
 
 /// Elements of the counter map: one more than the highest number.
-pub const DROP_REASONS: u32 = 39;
+pub const DROP_REASONS: u32 = 43;
 
 impl DropReason {
     /// The reason with this number.

@@ -4,6 +4,8 @@ use crate::{Identity, address::Address};
 
 /// The address is one of this node's own.
 pub const IPCACHE_HOST: u8 = 1;
+/// The address is a service's: nobody has it.
+pub const IPCACHE_SERVICE: u8 = 2;
 
 /// What the programs know of an address. Pairs are selected by parity, and stamps have the same use, as in
 /// [`Endpoint`](crate::Endpoint).
@@ -26,7 +28,7 @@ pub struct IpcacheEntry {
     pub tunnel_endpoint: Address,
     /// [`Family`](crate::Family) of `tunnel_endpoint`, or zero where there is none.
     pub tunnel_family: u8,
-    /// [`IPCACHE_HOST`] or zero.
+    /// [`IPCACHE_HOST`], [`IPCACHE_SERVICE`] or zero.
     pub flags: u8,
     /// Zero.
     pub zero: [u8; 6],

@@ -20,6 +20,7 @@ pub mod ipcache;
 pub mod network;
 pub mod node;
 pub mod policy;
+pub mod service;
 
 pub use address::{Address, AddressKey, Family};
 pub use conntrack::{ConntrackEntry, ConntrackKey};
@@ -32,9 +33,10 @@ pub use ipcache::IpcacheEntry;
 pub use network::NetworkEntry;
 pub use node::{NodeConfig, NodeEntry};
 pub use policy::{Direction, PortSet};
+pub use service::{AffinityEntry, AffinityKey, Service, ServiceKey};
 
 /// Version of all layouts in this crate. Raise it with every change that an older program would misread.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// Names of the maps in the eBPF object: what hostd asks aya for, and the file names of the pins.
 pub mod map {
@@ -52,6 +54,10 @@ pub mod map {
     pub const TRACKED: &str = "TRACKED";
     /// LRU hash: [`FragmentKey`](crate::FragmentKey) to [`FragmentEntry`](crate::FragmentEntry).
     pub const FRAGMENTS: &str = "FRAGMENTS";
+    /// Hash of maps: [`ServiceKey`](crate::ServiceKey) to an array of one [`Service`](crate::Service).
+    pub const SERVICES: &str = "SERVICES";
+    /// LRU hash: [`AffinityKey`](crate::AffinityKey) to [`AffinityEntry`](crate::AffinityEntry).
+    pub const AFFINITY: &str = "AFFINITY";
     /// Array of one `u64`: the generation word (see [`policy`](crate::policy)).
     pub const GENERATION: &str = "GENERATION";
     /// Array of one [`NodeConfig`](crate::NodeConfig).
@@ -88,6 +94,8 @@ mod pod {
     }
     pod!(
         crate::AddressKey,
+        crate::AffinityEntry,
+        crate::AffinityKey,
         crate::ConntrackEntry,
         crate::ConntrackKey,
         crate::Endpoint,
@@ -99,6 +107,8 @@ mod pod {
         crate::NodeConfig,
         crate::NodeEntry,
         crate::PortSet,
+        crate::Service,
+        crate::ServiceKey,
         crate::conntrack::Account,
         crate::event::Counter,
     );

@@ -3,12 +3,15 @@
 use crate::{
     lookup::Party,
     maps,
-    packet::{Flow, TCP, TCP_FIN, TCP_RST},
+    packet::{Ends, Flow, Service, TCP, TCP_FIN, TCP_RST},
 };
 use abi::{
-    ConntrackEntry, ConntrackKey, DropReason,
+    ConntrackEntry, ConntrackKey, DropReason, NodeConfig,
     address::{Address, SHARED_SCOPE},
-    conntrack::{Account, CONFIRMED, FIN_ORIGINAL, FIN_REPLY, Peer, RESET, SECOND, SEEN_REPLY},
+    conntrack::{
+        Account, CONFIRMED, FIN_ORIGINAL, FIN_REPLY, FRONTEND, HAIRPIN, Peer, RESET, SECOND, SEEN_REPLY, TRANSLATED,
+        Translation,
+    },
 };
 use aya_ebpf::{bindings::BPF_ANY, helpers::generated::bpf_ktime_get_ns};
 use core::arch::asm;
@@ -25,51 +28,52 @@ pub struct Place {
 /// A flow's entry, copied out of the map.
 #[derive(Clone, Copy)]
 pub struct Tracked {
-    pub entry: ConntrackEntry,
+    pub entry: &'static ConntrackEntry,
     /// The packet travels against the direction in which the flow was opened.
     pub reply: bool,
 }
 
-/// The same for both directions of a flow.
+/// The same for both directions of a flow between these ends.
 #[inline(always)]
-pub fn place(flow: &Flow) -> Option<Place> {
+pub fn place(flow: &Flow, ends: &Ends) -> Option<Place> {
     let scratch = maps::scratch()?;
-    // SAFETY: as in `Flow::begin`; these parts are taken once a packet, here.
+    // SAFETY: as in `Flow::begin`; nothing else refers to these parts while the place is used.
     let (key, entry) = unsafe { (&mut (*scratch).key, &mut (*scratch).entry) };
-    let sender_is_upper = is_above(flow);
+    let sender = fill(key, flow, ends);
+    Some(Place { key, entry, sender })
+}
+
+/// Fills in a key; 1 where the upper end is the sender.
+#[inline(never)]
+fn fill(key: &mut ConntrackKey, flow: &Flow, ends: &Ends) -> u32 {
+    let sender_is_upper = is_above(ends);
     if sender_is_upper {
-        key.lower = flow.destination;
-        key.upper = flow.source;
-        key.lower_port = flow.destination_port;
-        key.upper_port = flow.source_port;
+        key.lower = ends.destination;
+        key.upper = ends.source;
+        key.lower_port = ends.destination_port;
+        key.upper_port = ends.source_port;
     } else {
-        key.lower = flow.source;
-        key.upper = flow.destination;
-        key.lower_port = flow.source_port;
-        key.upper_port = flow.destination_port;
+        key.lower = ends.source;
+        key.upper = ends.destination;
+        key.lower_port = ends.source_port;
+        key.upper_port = ends.destination_port;
     }
     key.scope = SHARED_SCOPE;
     key.family = flow.family;
     key.protocol = flow.protocol;
-    Some(Place {
-        key,
-        entry,
-        sender: u32::from(sender_is_upper),
-    })
+    u32::from(sender_is_upper)
 }
 
 /// Whether (source, port) is above (destination, port).
 #[inline(always)]
-fn is_above(flow: &Flow) -> bool {
-    let (source, destination) = (
-        u128::from_ne_bytes(flow.source.0),
-        u128::from_ne_bytes(flow.destination.0),
-    );
-    if source == destination {
-        flow.source_port > flow.destination_port
-    } else {
-        source > destination
+fn is_above(ends: &Ends) -> bool {
+    let (source, destination) = (ends.source.words(), ends.destination.words());
+    for (source, destination) in source.into_iter().zip(destination) {
+        if source != destination {
+            return source > destination;
+        }
     }
+    ends.source_port > ends.destination_port
 }
 
 /// A hash of the key: what an entry says whose it is.
@@ -98,24 +102,38 @@ pub fn hash(one: &Address, other: &Address, rest: u64) -> u64 {
 /// The live entry of a flow.
 #[inline(always)]
 pub fn find(place: &Place, now: u64) -> Option<Tracked> {
-    let pointer = maps::CONNTRACK.get_ptr(place.key)?;
-    let cookie = cookie(place.key);
-    // SAFETY: the kernel never unmaps an LRU element, it only gives it to another key: the reads are of valid memory.
-    // They are volatile because that may happen at any moment; the cookie, read before and after the copy, tells.
-    let (before, entry, after) = unsafe {
-        (
-            core::ptr::read_volatile(&raw const (*pointer).cookie),
-            core::ptr::read_volatile(pointer),
-            core::ptr::read_volatile(&raw const (*pointer).cookie),
-        )
-    };
-    if before != cookie || after != cookie || entry.expires <= now {
+    if !copy_out(place.key, now) {
         return None;
     }
+    // SAFETY: nothing writes this part but `copy_out`, and nothing refers any more to what was found before.
+    let entry = unsafe { &(*maps::scratch()?).found };
     Some(Tracked {
         entry,
         reply: entry.originator != place.sender,
     })
+}
+
+/// Copies a live entry out of the map; false where there is none.
+#[inline(never)]
+fn copy_out(key: &ConntrackKey, now: u64) -> bool {
+    const WORDS: usize = size_of::<ConntrackEntry>() / 8;
+    let (Some(pointer), Some(scratch)) = (maps::CONNTRACK.get_ptr(key), maps::scratch()) else {
+        return false;
+    };
+    let cookie = cookie(key);
+    // SAFETY: the kernel never unmaps an LRU element, it only gives it to another key: the reads are of valid memory.
+    // They are volatile because that may happen at any moment; the cookie, read before and after the copy, tells. An
+    // entry is whole words of integers, and is copied by them: at once it would go through the stack.
+    let (before, expires, after) = unsafe {
+        let before = core::ptr::read_volatile(&raw const (*pointer).cookie);
+        let (from, to) = (pointer.cast::<u64>(), (&raw mut (*scratch).found).cast::<u64>());
+        for word in 0..WORDS {
+            core::ptr::write_volatile(to.add(word), core::ptr::read_volatile(from.add(word)));
+        }
+        let after = core::ptr::read_volatile(&raw const (*pointer).cookie);
+        (before, (*scratch).found.expires, after)
+    };
+    before == cookie && after == cookie && expires > now
 }
 
 impl Tracked {
@@ -139,6 +157,34 @@ impl Tracked {
     }
 }
 
+impl Tracked {
+    /// Whether the flow goes to a service's backend, and the packet comes from there.
+    #[inline(always)]
+    pub fn is_answer(&self) -> bool {
+        self.reply && self.entry.state & TRANSLATED != 0
+    }
+
+    /// Notes what becomes of a packet that comes from a service's backend.
+    #[inline(always)]
+    pub fn answer(&self, flow: &mut Flow) {
+        let frontend = &self.entry.translation;
+        flow.service = Service::Answered;
+        flow.hairpin = self.entry.state & HAIRPIN != 0;
+        flow.seen = flow.ends;
+        flow.becomes = Ends {
+            source: frontend.address,
+            // Who reaches itself is its own backend.
+            destination: if flow.hairpin {
+                flow.ends.source
+            } else {
+                flow.ends.destination
+            },
+            source_port: frontend.port,
+            destination_port: frontend.client_port,
+        };
+    }
+}
+
 /// The parties as an entry holds them: lower end, upper end.
 #[inline(always)]
 pub fn peers(place: &Place, from: &Party, to: &Party) -> [Peer; 2] {
@@ -151,9 +197,10 @@ pub fn peers(place: &Place, from: &Party, to: &Party) -> [Peer; 2] {
 
 /// Notes a packet of a flow whose verdict holds.
 #[inline(always)]
-pub fn touch(place: &Place, tracked: &Tracked, flow: &Flow, now: u64) {
+pub fn touch(place: &Place, tracked: &Tracked, flow: &mut Flow, now: u64) {
     let state = next_state(flow, tracked.reply, tracked.entry.state);
     let expires = now + lifetime(flow.protocol, state);
+    flow.expires = expires;
     // A flow at full rate would write the same cache line from every CPU; a second's precision is enough. A packet
     // that is about the flow (an ICMP error) does not keep it alive.
     let same_time = expires.wrapping_sub(tracked.entry.expires) < SECOND;
@@ -173,24 +220,68 @@ pub fn touch(place: &Place, tracked: &Tracked, flow: &Flow, now: u64) {
 /// Enters a flow that policy lets open, on this account. Where the map is nearly full each pod has its share of it, so
 /// that none pushes out another's flows.
 #[inline(always)]
-pub fn open(place: &mut Place, flow: &Flow, peers: [Peer; 2], account: u32, now: u64) -> Result<(), DropReason> {
+pub fn open(place: &mut Place, flow: &mut Flow, peers: [Peer; 2], account: u32, now: u64) -> Result<(), DropReason> {
     let config = maps::config().ok_or(DropReason::Internal)?;
     let all = maps::TRACKED.get_ptr_mut(0).ok_or(DropReason::Internal)?;
     let own = maps::ACCOUNTS.get_ptr_mut(&account);
-    // SAFETY: as in `find`; hostd may set either number meanwhile.
-    unsafe {
-        let is_full = core::ptr::read_volatile(all) >= u64::from(config.conntrack_limit);
-        let is_spent = own
-            .is_none_or(|own| core::ptr::read_volatile(&raw const (*own).flows) >= u64::from(config.conntrack_share));
-        if is_full && is_spent {
-            return Err(DropReason::ConntrackShare);
-        }
+    if !has_room(config, all, own) {
+        return Err(DropReason::ConntrackShare);
     }
     if !enter(place, None, flow, peers, account, now) {
         return Err(DropReason::ConntrackFull);
     }
     count(1, all, own);
     Ok(())
+}
+
+/// Whether an account may have another entry.
+#[inline(always)]
+fn has_room(config: &NodeConfig, all: *const u64, own: Option<*mut Account>) -> bool {
+    // SAFETY: as in `find`; hostd may set either number meanwhile.
+    unsafe {
+        core::ptr::read_volatile(all) < u64::from(config.conntrack_limit)
+            || own.is_some_and(|own| {
+                core::ptr::read_volatile(&raw const (*own).flows) < u64::from(config.conntrack_share)
+            })
+    }
+}
+
+/// Enters what becomes of what a client sends to a frontend, on the client's account, for as long as its flow lives.
+/// Where the map takes no entry the next packet finds its backend as this one did.
+#[inline(never)]
+pub fn keep_frontend(flow: &Flow, client: &Party) {
+    let account = client.peer.owner;
+    let (Some(config), Some(all)) = (maps::config(), maps::TRACKED.get_ptr_mut(0)) else {
+        return;
+    };
+    let own = maps::ACCOUNTS.get_ptr_mut(&account);
+    let is_new = flow.frontend_expires == 0;
+    if is_new && !has_room(config, all, own) {
+        return;
+    }
+    let Some(place) = place(flow, &flow.seen) else { return };
+    let nobody = Peer { owner: 0, epoch: 0 };
+    let entry = place.entry;
+    entry.cookie = cookie(place.key);
+    entry.expires = flow.expires;
+    entry.generation = flow.generation;
+    entry.state = FRONTEND | if flow.hairpin { HAIRPIN } else { 0 };
+    entry.peers = if place.sender == 0 {
+        [client.peer, nobody]
+    } else {
+        [nobody, client.peer]
+    };
+    entry.originator = place.sender;
+    entry.account = account;
+    entry.translation = Translation {
+        address: flow.becomes.destination,
+        port: flow.becomes.destination_port,
+        client_port: flow.becomes.source_port,
+        backend: flow.translation.backend,
+    };
+    if maps::CONNTRACK.insert(place.key, &*entry, u64::from(BPF_ANY)).is_ok() && is_new {
+        count(1, all, own);
+    }
 }
 
 /// Adds to a number that other CPUs add to as well.
@@ -213,24 +304,46 @@ fn count(by: i64, all: *mut u64, own: Option<*mut Account>) {
 
 /// Renews a flow that policy lets go on. Where the map takes no entry the next packet is judged as this one was.
 #[inline(always)]
-pub fn renew(place: &mut Place, known: &Tracked, flow: &Flow, peers: [Peer; 2], now: u64) {
+pub fn renew(place: &mut Place, known: &Tracked, flow: &mut Flow, peers: [Peer; 2], now: u64) {
     enter(place, Some(known), flow, peers, known.entry.account, now);
 }
 
 /// False where the map took no entry.
 #[inline(always)]
-fn enter(place: &mut Place, known: Option<&Tracked>, flow: &Flow, peers: [Peer; 2], account: u32, now: u64) -> bool {
-    let (reply, state) = known.map_or((false, 0), |tracked| (tracked.reply, tracked.entry.state));
+fn enter(
+    place: &mut Place,
+    known: Option<&Tracked>,
+    flow: &mut Flow,
+    peers: [Peer; 2],
+    account: u32,
+    now: u64,
+) -> bool {
+    let (reply, state, translation) = match known {
+        Some(known) => (known.reply, known.entry.state, known.entry.translation),
+        None => (false, translated(flow), flow.translation),
+    };
     let state = next_state(flow, reply, state);
+    flow.expires = now + lifetime(flow.protocol, state);
     let entry = &mut *place.entry;
     entry.cookie = cookie(place.key);
-    entry.expires = now + lifetime(flow.protocol, state);
+    entry.expires = flow.expires;
+    entry.translation = translation;
     entry.generation = flow.generation;
     entry.state = state;
     entry.peers = peers;
     entry.originator = if reply { 1 - place.sender } else { place.sender };
     entry.account = account;
     maps::CONNTRACK.insert(place.key, &*entry, u64::from(BPF_ANY)).is_ok()
+}
+
+/// What a new flow's state says of a service.
+#[inline(always)]
+fn translated(flow: &Flow) -> u32 {
+    match (flow.service, flow.hairpin) {
+        (Service::Asked, true) => TRANSLATED | HAIRPIN,
+        (Service::Asked, false) => TRANSLATED,
+        _ => 0,
+    }
 }
 
 /// Forgets a flow that policy lets go on no longer.

@@ -4,7 +4,7 @@ use crate::{
     conntrack::{self, Tracked},
     lookup::Party,
     maps,
-    packet::{Flow, Fragment, TCP},
+    packet::{Flow, Fragment, Service, TCP},
 };
 use abi::{
     Direction, DropReason,
@@ -33,21 +33,26 @@ pub fn admit(flow: &mut Flow, from: &Party, to: &Party) -> Result<(), DropReason
     if flow.fragment == Fragment::Ahead {
         return ahead(flow, from, to);
     }
-    let mut place = conntrack::place(flow).ok_or(DropReason::Internal)?;
+    let mut place = conntrack::place(flow, &flow.ends).ok_or(DropReason::Internal)?;
     let peers = conntrack::peers(&place, from, to);
     let now = conntrack::now();
 
     let tracked = conntrack::find(&place, now).filter(|tracked| tracked.is_between(&peers));
     if let Some(tracked) = tracked {
         if !opens_anew(flow, &tracked) {
+            if tracked.is_answer() {
+                tracked.answer(flow);
+            } else if is_answer_to_itself(flow) {
+                return Err(DropReason::UnknownDestination);
+            }
             if tracked.is_current(flow, peers) {
                 conntrack::touch(&place, &tracked, flow, now);
                 return Ok(());
             }
             let verdict = if tracked.reply {
-                judge(flow, to, from, flow.source_port)
+                judge(flow, to, from, flow.ends.source_port)
             } else {
-                judge(flow, from, to, flow.destination_port)
+                judge(flow, from, to, flow.ends.destination_port)
             };
             if flow.related {
                 // About the flow, not of it: that is for the flow's own packets to settle.
@@ -61,10 +66,13 @@ pub fn admit(flow: &mut Flow, from: &Party, to: &Party) -> Result<(), DropReason
     } else if flow.related || flow.answer {
         return Err(DropReason::IcmpUnrelated);
     }
+    if is_answer_to_itself(flow) {
+        return Err(DropReason::UnknownDestination);
+    }
 
-    judge(flow, from, to, flow.destination_port)?;
+    judge(flow, from, to, flow.ends.destination_port)?;
     if flow.protocol == TCP && !flow.is_syn() {
-        judge(flow, to, from, flow.source_port).map_err(|_| DropReason::MidStream)?;
+        judge(flow, to, from, flow.ends.source_port).map_err(|_| DropReason::MidStream)?;
     }
     conntrack::open(&mut place, flow, peers, account(from, to), now)?;
     flow.opened = true;
@@ -81,15 +89,24 @@ fn account(from: &Party, to: &Party) -> u32 {
     }
 }
 
+/// What goes to the gateway answers a flow of the pod's to itself, or nobody wants it.
+#[inline(always)]
+fn is_answer_to_itself(flow: &Flow) -> bool {
+    flow.hairpin && flow.service == Service::None
+}
+
 #[inline(always)]
 fn opens_anew(flow: &Flow, tracked: &Tracked) -> bool {
     !flow.related && flow.is_syn() && (tracked.reply || tracked.is_closed())
 }
 
 /// What policy says of a flow from `from` to `to`, at those ends that this node enforces: egress where the sender is
-/// its pod, ingress where the receiver is.
+/// its pod, ingress where the receiver is. What a pod sends itself nobody forbids.
 #[inline(always)]
 fn judge(flow: &Flow, from: &Party, to: &Party, port: u16) -> Result<(), DropReason> {
+    if flow.hairpin {
+        return Ok(());
+    }
     if !permits(flow, Direction::Egress, from.row, to.column, port) {
         return Err(DropReason::EgressDenied);
     }

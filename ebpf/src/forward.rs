@@ -75,6 +75,7 @@ pub fn deliver(
             action.vni = sender;
             action.remote = u32::from_be(if v6 { place.tunnel[3] } else { place.tunnel[0] });
         }
+        Way::Service => return Err(DropReason::Internal),
     }
     Ok(())
 }

@@ -23,8 +23,8 @@ pub fn track(flow: &mut Flow) -> Result<(), DropReason> {
 
 #[inline(always)]
 fn fill(key: &mut FragmentKey, flow: &Flow) {
-    key.source = flow.source;
-    key.destination = flow.destination;
+    key.source = flow.ends.source;
+    key.destination = flow.ends.destination;
     key.identification = flow.identification;
     key.scope = SHARED_SCOPE;
     key.family = flow.family;
@@ -50,8 +50,8 @@ fn remember(flow: &Flow) -> Result<(), DropReason> {
     entry.cookie = cookie(key);
     entry.expires = conntrack::now() + REASSEMBLY_NS;
     entry.length = flow.fragment_length;
-    entry.source_port = flow.source_port;
-    entry.destination_port = flow.destination_port;
+    entry.source_port = flow.ends.source_port;
+    entry.destination_port = flow.ends.destination_port;
     entry.protocol = flow.protocol;
     entry.answer = u8::from(flow.answer);
     entry.zero = [0; 6];
@@ -83,8 +83,8 @@ fn recall(flow: &mut Flow) -> Result<(), DropReason> {
                 return Err(DropReason::FragmentOverlap);
             }
             flow.protocol = first.protocol;
-            flow.source_port = first.source_port;
-            flow.destination_port = first.destination_port;
+            flow.ends.source_port = first.source_port;
+            flow.ends.destination_port = first.destination_port;
             flow.answer = first.answer != 0;
         }
         _ => flow.fragment = Fragment::Ahead,

@@ -8,6 +8,7 @@ use crate::{
     maps,
     packet::{Flow, UDP},
     parse::Frame,
+    service,
 };
 use abi::{AddressKey, DropReason, Family, Identity, address::Address};
 use aya_ebpf::{
@@ -27,6 +28,8 @@ pub enum Way {
     Outside,
     /// Through the tunnel.
     Remote,
+    /// To a backend of the service that has the address.
+    Service,
 }
 
 /// Where a packet goes. What does not belong to its way is zero.
@@ -82,7 +85,7 @@ impl Outer {
 /// The pod that sent a packet: it must own the source address, the source MAC and the interface.
 #[inline(never)]
 pub fn sending_pod(ctx: &TcContext, frame: &Frame, flow: &mut Flow, sender: &mut Party) -> Result<(), DropReason> {
-    let pod = endpoint(&key(flow, flow.source), flow.parity()).ok_or(DropReason::SpoofedAddress)?;
+    let pod = endpoint(&key(flow, flow.ends.source), flow.parity()).ok_or(DropReason::SpoofedAddress)?;
     if pod.ifindex != ifindex(ctx) {
         return Err(DropReason::SpoofedAddress);
     }
@@ -100,7 +103,7 @@ pub fn sending_pod(ctx: &TcContext, frame: &Frame, flow: &mut Flow, sender: &mut
 /// A pod sends errors about packets that were for itself, and about no others.
 #[inline(always)]
 fn is_about_sender(flow: &Flow) -> Result<(), DropReason> {
-    if flow.related && flow.about != flow.source {
+    if flow.related && flow.about != flow.ends.source {
         return Err(DropReason::IcmpUnrelated);
     }
     Ok(())
@@ -110,7 +113,14 @@ fn is_about_sender(flow: &Flow) -> Result<(), DropReason> {
 /// node's own, and any address may be one of a node's.
 #[inline(never)]
 pub fn receiver(ctx: &TcContext, flow: &mut Flow, receiver: &mut Receiver) -> Result<(), DropReason> {
-    let key = key(flow, flow.destination);
+    // A pod that reaches itself through a service sees the gateway in its own place.
+    flow.hairpin |= service::is_for_gateway(flow);
+    let address = if service::is_for_gateway(flow) {
+        flow.ends.source
+    } else {
+        flow.ends.destination
+    };
+    let key = key(flow, address);
     let place = &mut receiver.place;
     if let Some(pod) = endpoint(&key, flow.parity()) {
         flow.to = pod.party.identity;
@@ -121,7 +131,7 @@ pub fn receiver(ctx: &TcContext, flow: &mut Flow, receiver: &mut Receiver) -> Re
         return Ok(());
     }
     let config = maps::config().ok_or(DropReason::Internal)?;
-    let to_tunnel = flow.protocol == UDP && !flow.related && flow.destination_port == config.tunnel_port.to_be();
+    let to_tunnel = flow.protocol == UDP && !flow.related && flow.ends.destination_port == config.tunnel_port.to_be();
     let Some(known) = ipcache(&key, flow.parity()) else {
         if to_tunnel {
             return Err(DropReason::TunnelPort);
@@ -131,8 +141,8 @@ pub fn receiver(ctx: &TcContext, flow: &mut Flow, receiver: &mut Receiver) -> Re
         }
         if receiver.party.identity == Identity::REMOTE_NODE {
             place.way = Way::Remote;
-            place.tunnel = flow.destination.words();
-        } else if is_own(ctx, flow, &flow.destination)? {
+            place.tunnel = flow.ends.destination.words();
+        } else if is_own(ctx, flow, &flow.ends.destination)? {
             receiver.party = reserved(Identity::HOST);
             place.way = Way::Host;
         } else {
@@ -141,6 +151,10 @@ pub fn receiver(ctx: &TcContext, flow: &mut Flow, receiver: &mut Receiver) -> Re
         flow.to = receiver.party.identity;
         return Ok(());
     };
+    if service::is_frontend(&known) {
+        place.way = Way::Service;
+        return Ok(());
+    }
     if to_tunnel && known.is_host() {
         return Err(DropReason::TunnelPort);
     }
@@ -158,10 +172,23 @@ pub fn receiver(ctx: &TcContext, flow: &mut Flow, receiver: &mut Receiver) -> Re
     Ok(())
 }
 
+/// Whom a packet is for that a service sends to a backend.
+#[inline(always)]
+pub fn backend(ctx: &TcContext, flow: &mut Flow, place: &mut Receiver) -> Result<(), DropReason> {
+    receiver(ctx, flow, place).map_err(|reason| match reason {
+        DropReason::UnknownDestination => DropReason::BackendGone,
+        _ => reason,
+    })?;
+    match place.place.way {
+        Way::Service => Err(DropReason::BackendGone),
+        _ => Ok(()),
+    }
+}
+
 /// Whom a packet from the tunnel is for: a pod of this node, or the node itself, which only pods write to this way.
 #[inline(never)]
 pub fn overlay_receiver(flow: &mut Flow, sender: &Party, receiver: &mut Receiver) -> Result<(), DropReason> {
-    let key = key(flow, flow.destination);
+    let key = key(flow, flow.ends.destination);
     if let Some(pod) = endpoint(&key, flow.parity()) {
         receiver.party = pod.party;
         receiver.place.way = Way::Pod;
@@ -182,7 +209,7 @@ pub fn overlay_receiver(flow: &mut Flow, sender: &Party, receiver: &mut Receiver
 /// The pod of this node that a packet from the node's stack is for.
 #[inline(always)]
 pub fn local_receiver(flow: &mut Flow) -> Result<Pod, DropReason> {
-    let pod = endpoint(&key(flow, flow.destination), flow.parity()).ok_or(DropReason::NotLocal)?;
+    let pod = endpoint(&key(flow, flow.ends.destination), flow.parity()).ok_or(DropReason::NotLocal)?;
     flow.to = pod.party.identity;
     Ok(pod)
 }
@@ -224,7 +251,7 @@ pub fn outer_source(ctx: &TcContext, outer: &mut Outer) -> Result<(), DropReason
 pub fn remote_sender(flow: &mut Flow, outer: &Outer, sender: &mut Party) -> Result<(), DropReason> {
     flow.from = outer.vni;
     if outer.vni == Identity::REMOTE_NODE {
-        if key(flow, flow.source) != outer.node {
+        if key(flow, flow.ends.source) != outer.node {
             return Err(DropReason::WrongNode);
         }
         *sender = reserved(Identity::REMOTE_NODE);
@@ -233,7 +260,7 @@ pub fn remote_sender(flow: &mut Flow, outer: &Outer, sender: &mut Party) -> Resu
     if !outer.vni.is_allocated() {
         return Err(DropReason::ReservedVni);
     }
-    let known = ipcache(&key(flow, flow.source), flow.parity()).ok_or(DropReason::WrongNode)?;
+    let known = ipcache(&key(flow, flow.ends.source), flow.parity()).ok_or(DropReason::WrongNode)?;
     if known.tunnel_family != outer.node.family || known.tunnel != outer.node.address.words() {
         return Err(DropReason::WrongNode);
     }
@@ -255,12 +282,12 @@ pub fn remote_sender(flow: &mut Flow, outer: &Outer, sender: &mut Party) -> Resu
 pub fn node_or_outside(ctx: &TcContext, flow: &mut Flow, sender: &mut Party) -> Result<(), DropReason> {
     // SAFETY: the context is the kernel's `__sk_buff`, valid as long as the program runs.
     let came_in_by = unsafe { (*ctx.skb.skb).ingress_ifindex };
-    let router = flow.related && flow.about != flow.source;
-    let key = key(flow, flow.source);
+    let router = flow.related && flow.about != flow.ends.source;
+    let key = key(flow, flow.ends.source);
     let known = ipcache(&key, flow.parity());
     let is_own = match &known {
         Some(known) => known.is_host(),
-        None => came_in_by == 0 && is_own(ctx, flow, &flow.source)?,
+        None => came_in_by == 0 && is_own(ctx, flow, &flow.ends.source)?,
     };
     if came_in_by == 0 && is_own {
         *sender = reserved(Identity::HOST);
@@ -284,8 +311,8 @@ pub fn node_or_outside(ctx: &TcContext, flow: &mut Flow, sender: &mut Party) -> 
 /// is whoever is no pod; there is none between pods.
 #[inline(never)]
 fn addressee(flow: &mut Flow, party: &mut Party) -> Result<(), DropReason> {
-    flow.source = flow.about;
-    let key = key(flow, flow.source);
+    flow.ends.source = flow.about;
+    let key = key(flow, flow.ends.source);
     match ipcache(&key, flow.parity()) {
         Some(known) if known.is_host() => {
             *party = known.party;

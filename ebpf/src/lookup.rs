@@ -277,7 +277,7 @@ pub fn is_own(ctx: &TcContext, flow: &Flow, address: &Address) -> Result<bool, D
     route.l4_protocol = flow.protocol;
     route.ifindex = ifindex(ctx);
     // The first word of what has room for IPv6 is IPv4's.
-    route.__bindgen_anon_3.ipv6_src = flow.source.words();
+    route.__bindgen_anon_3.ipv6_src = flow.ends.source.words();
     route.__bindgen_anon_4.ipv6_dst = address.words();
     // SAFETY: context and parameters are valid, and the size is the parameters' own.
     let found = unsafe { generated::bpf_fib_lookup(ctx.skb.skb.cast(), route, ROUTE_LEN, 0) };

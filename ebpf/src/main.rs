@@ -16,6 +16,10 @@ mod maps;
 mod neighbour;
 mod packet;
 mod parse;
+mod reset;
+mod service;
+mod tell;
+mod translate;
 mod verdict;
 
 use abi::{DropReason, Hook, Identity, Path};
@@ -52,9 +56,15 @@ fn pod_sends(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReason> {
     fragment::track(flow)?;
     let mut receiver = Receiver::new();
     identify::receiver(ctx, flow, &mut receiver)?;
+    if receiver.place.way == Way::Service {
+        service::choose(flow, &sender)?;
+        identify::backend(ctx, flow, &mut receiver)?;
+    }
     enforce::admit(flow, &sender, &receiver.party)?;
+    service::keep(flow, &sender);
     let mut action = Action::go_on(Path::ToHost);
     forward::deliver(ctx, flow, sender.identity, &receiver, &mut action)?;
+    translate::rewrite(ctx, flow)?;
     Ok(action)
 }
 
@@ -85,6 +95,7 @@ fn overlay_delivers(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReas
     if receiver.place.way == Way::Pod {
         enforce::admit(flow, &sender, &receiver.party)?;
     }
+    translate::rewrite(ctx, flow)?;
     forward::from_overlay(ctx, &receiver)
 }
 
@@ -131,6 +142,7 @@ fn node_sends(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReason> {
         return Err(DropReason::NotLocal);
     }
     enforce::admit(flow, &sender, &receiver.party)?;
+    translate::rewrite(ctx, flow)?;
     Ok(Action::go_on(if sender.identity == Identity::HOST {
         Path::FromHost
     } else {

@@ -2,15 +2,15 @@
 
 use crate::packet::Flow;
 use abi::{
-    AddressKey, ConntrackEntry, ConntrackKey, Endpoint, Event, FragmentEntry, FragmentKey, IpcacheEntry, NetworkEntry,
-    NodeConfig, NodeEntry, PortSet,
+    AddressKey, AffinityEntry, AffinityKey, ConntrackEntry, ConntrackKey, Endpoint, Event, FragmentEntry, FragmentKey,
+    IpcacheEntry, NetworkEntry, NodeConfig, NodeEntry, PortSet, Service, ServiceKey,
     conntrack::Account,
     drop::DROP_REASONS,
     event::{Counter, PATHS},
 };
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, bpf_fib_lookup},
-    btf_maps::{Array, ArrayOfMaps, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, lpm_trie::Key},
+    btf_maps::{Array, ArrayOfMaps, HashMap, HashOfMaps, LpmTrie, LruHashMap, PerCpuArray, RingBuf, lpm_trie::Key},
     macros::btf_map,
 };
 
@@ -38,17 +38,25 @@ pub static ACCOUNTS: HashMap<u32, Account, 1024> = HashMap::new();
 pub static TRACKED: Array<u64, 1> = Array::new();
 #[btf_map]
 pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentEntry, 8192> = LruHashMap::new();
+#[btf_map]
+pub static SERVICES: HashOfMaps<ServiceKey, Array<Service, 1>, 4096, NO_PREALLOC> = HashOfMaps::new();
+#[btf_map]
+pub static AFFINITY: LruHashMap<AffinityKey, AffinityEntry, 65536> = LruHashMap::new();
 /// What the stack of 512 bytes has no room for.
 #[repr(C)]
 pub struct Scratch {
     pub flow: Flow,
     pub key: ConntrackKey,
     pub entry: ConntrackEntry,
+    pub found: ConntrackEntry,
+    pub service: ServiceKey,
+    pub affinity_key: AffinityKey,
+    pub affinity: AffinityEntry,
     pub route: bpf_fib_lookup,
     pub network: Key<AddressKey>,
     pub fragment_key: FragmentKey,
     pub fragment: FragmentEntry,
-    pub icmp: crate::icmp::Message,
+    pub message: crate::tell::Message,
 }
 
 #[btf_map]

@@ -51,7 +51,8 @@ pub fn answer(ctx: &TcContext, frame: &Frame, flow: &Flow) -> Result<(), DropRea
         return Err(DropReason::SpoofedNeighbour);
     }
     let ifindex = lookup::ifindex(ctx);
-    let pod = lookup::endpoint(&AddressKey::new(Family::V6, flow.source), 0).ok_or(DropReason::SpoofedNeighbour)?;
+    let pod =
+        lookup::endpoint(&AddressKey::new(Family::V6, flow.ends.source), 0).ok_or(DropReason::SpoofedNeighbour)?;
     if pod.ifindex != ifindex || pod.mac() != frame.source || pod.mac() != request.mac {
         return Err(DropReason::SpoofedNeighbour);
     }
@@ -64,11 +65,11 @@ pub fn answer(ctx: &TcContext, frame: &Frame, flow: &Flow) -> Result<(), DropRea
         option: TARGET_LINK_ADDRESS,
         mac: pod.gateway_mac(),
     };
-    let sum = icmp::pseudo_header(&GATEWAY_V6, &flow.source, LEN as u32);
+    let sum = icmp::pseudo_header(&GATEWAY_V6, &flow.ends.source, LEN as u32);
     reply.checksum = icmp::checksum(&reply, sum);
     parse::write(ctx, 0, pod.macs)?;
     parse::write(ctx, L3 + 8, GATEWAY_V6)?;
-    parse::write(ctx, L3 + 24, flow.source)?;
+    parse::write(ctx, L3 + 24, flow.ends.source)?;
     parse::write(ctx, L3 + IPV6_LEN, reply)?;
     forward::for_host(ctx)
 }

@@ -1,6 +1,6 @@
 //! What the stages learn of a packet, in the order in which they learn it.
 
-use abi::{DropReason, Identity, address::Address};
+use abi::{DropReason, Identity, address::Address, conntrack::Translation};
 
 /// Whether a packet is whole.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -15,18 +15,44 @@ pub enum Fragment {
     Ahead,
 }
 
-/// A packet's flow, and what is reported of it.
-#[derive(Clone, Copy)]
-pub struct Flow {
-    /// Generation in force when the packet arrived; selects policy and identities for its whole way.
-    pub generation: u32,
-    /// Source and destination, as in the packet. An ICMP error has those of the flow that it is about, turned round:
-    /// it travels as that flow's replies do.
+/// Both ends of a flow.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Ends {
     pub source: Address,
     pub destination: Address,
     /// In network byte order; an ICMP echo has its identifier at the end that asks, and zero at the other.
     pub source_port: u16,
     pub destination_port: u16,
+}
+
+impl Ends {
+    pub const NONE: Self = Self {
+        source: Address::NONE,
+        destination: Address::NONE,
+        source_port: 0,
+        destination_port: 0,
+    };
+}
+
+/// What a service has to do with a packet.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Service {
+    /// Nothing.
+    None,
+    /// It goes to a frontend.
+    Asked,
+    /// It comes back from a backend.
+    Answered,
+}
+
+/// A packet's flow, and what is reported of it.
+#[derive(Clone, Copy)]
+pub struct Flow {
+    /// Generation in force when the packet arrived; selects policy and identities for its whole way.
+    pub generation: u32,
+    /// As in the packet, and where that goes to a service's frontend, as to its backend: what policy judges. An ICMP error
+    /// has those of the flow that it is about, turned round: it travels as that flow's replies do.
+    pub ends: Ends,
     pub family: u8,
     pub protocol: u8,
     /// TCP flags, or zero.
@@ -45,6 +71,21 @@ pub struct Flow {
     pub fragment_offset: u32,
     pub fragment_length: u32,
     pub identification: u32,
+    /// Where the transport header begins in the frame; and in what an ICMP error quotes, the IP header and the transport
+    /// header.
+    pub transport: u16,
+    pub quoted: u16,
+    pub quoted_transport: u16,
+    pub service: Service,
+    /// With a service: the ends that are in the packet, and those that it leaves with.
+    pub seen: Ends,
+    pub becomes: Ends,
+    /// With [`Service::Asked`]: what the backend's entry has to say of the frontend, or [`HAIRPIN`](abi::conntrack::HAIRPIN).
+    pub translation: Translation,
+    pub hairpin: bool,
+    /// When the frontend's entry runs out, or zero where there is none yet; and the flow's own entry.
+    pub frontend_expires: u64,
+    pub expires: u64,
     /// The packet opened a flow.
     pub opened: bool,
     pub from: Identity,
@@ -74,10 +115,7 @@ impl Flow {
     fn new() -> Self {
         Self {
             generation: crate::maps::generation(),
-            source: Address::NONE,
-            destination: Address::NONE,
-            source_port: 0,
-            destination_port: 0,
+            ends: Ends::NONE,
             family: 0,
             protocol: 0,
             tcp_flags: 0,
@@ -89,6 +127,16 @@ impl Flow {
             fragment_offset: 0,
             fragment_length: 0,
             identification: 0,
+            transport: 0,
+            quoted: 0,
+            quoted_transport: 0,
+            service: Service::None,
+            seen: Ends::NONE,
+            becomes: Ends::NONE,
+            translation: Translation::NONE,
+            hairpin: false,
+            frontend_expires: 0,
+            expires: 0,
             opened: false,
             from: Identity::NONE,
             to: Identity::NONE,
@@ -116,6 +164,26 @@ impl Flow {
         self.fragment_offset = offset;
         self.fragment_length = length;
         Ok(())
+    }
+
+    /// Who sent the packet, as it says itself.
+    #[inline(always)]
+    pub fn sender(&self) -> &Address {
+        if self.service == Service::None {
+            &self.ends.source
+        } else {
+            &self.seen.source
+        }
+    }
+
+    /// Whom the packet is for, as it says itself.
+    #[inline(always)]
+    pub fn addressee(&self) -> &Address {
+        if self.service == Service::None {
+            &self.ends.destination
+        } else {
+            &self.seen.destination
+        }
     }
 
     /// Which element of a pair is in force.

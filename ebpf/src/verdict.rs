@@ -2,9 +2,10 @@
 
 use crate::{
     forward::Action,
-    icmp, lookup,
+    lookup,
     maps::{self, DROPS, EVENTS, FORWARDED},
     packet::Flow,
+    tell,
 };
 use abi::{
     DropReason, Event, Hook, Path,
@@ -40,7 +41,7 @@ pub fn act(ctx: &TcContext, hook: Hook, flow: &Flow, outcome: Result<Action, Dro
             if is_wanted(REPORT_DROPS) {
                 report(ctx, hook, flow, reason as u8, 0);
             }
-            if matches!(hook, Hook::FromPod) && icmp::tell_sender(ctx, flow, reason).is_some() {
+            if matches!(hook, Hook::FromPod) && tell::sender(ctx, flow, reason).is_some() {
                 // SAFETY: as in `carry_out`.
                 return unsafe { bpf_redirect_peer(lookup::ifindex(ctx), 0) } as i32;
             }
@@ -95,15 +96,15 @@ fn report(ctx: &TcContext, hook: Hook, flow: &Flow, reason: u8, path: u8) {
     }
     put! {
         time: crate::conntrack::now(),
-        source: flow.source,
-        destination: flow.destination,
+        source: flow.ends.source,
+        destination: flow.ends.destination,
         from: flow.from,
         to: flow.to,
         ifindex: lookup::ifindex(ctx),
         length: ctx.len(),
         generation: flow.generation,
-        source_port: u16::from_be(flow.source_port),
-        destination_port: u16::from_be(flow.destination_port),
+        source_port: u16::from_be(flow.ends.source_port),
+        destination_port: u16::from_be(flow.ends.destination_port),
         family: flow.family,
         protocol: flow.protocol,
         hook: hook as u8,

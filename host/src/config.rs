@@ -174,6 +174,10 @@ pub struct Maps {
     pub conntrack: u32,
     /// Packets whose later fragments are awaited.
     pub fragments: u32,
+    /// Frontends of services: addresses with ports, and node ports.
+    pub services: u32,
+    /// Clients whose backend is remembered by their address.
+    pub affinity: u32,
 }
 
 impl Default for Maps {
@@ -188,6 +192,8 @@ impl Default for Maps {
             networks: 16_384,
             conntrack: 131_072,
             fragments: 8192,
+            services: 4096,
+            affinity: 65536,
         }
     }
 }
@@ -320,6 +326,8 @@ impl Config {
             ("maps.networks", self.maps.networks, 64, 1 << 20),
             ("maps.conntrack", self.maps.conntrack, 1024, 1 << 24),
             ("maps.fragments", self.maps.fragments, 1024, 1 << 20),
+            ("maps.services", self.maps.services, 16, 1 << 16),
+            ("maps.affinity", self.maps.affinity, 1024, 1 << 20),
         ] {
             if !(least..=most).contains(&value) {
                 return Err((key, format!("{value} is not between {least} and {most}")));

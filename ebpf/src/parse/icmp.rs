@@ -57,10 +57,10 @@ pub fn message(ctx: &TcContext, flow: &mut Flow, offset: usize) -> Result<(), Dr
     let header: [u8; 8] = super::read(ctx, offset)?;
     let identifier = u16::from_ne_bytes([header[4], header[5]]);
     match kind(flow.protocol, header[0]) {
-        Some(Kind::Echo) => flow.source_port = identifier,
+        Some(Kind::Echo) => flow.ends.source_port = identifier,
         Some(Kind::Reply) => {
             flow.answer = true;
-            flow.destination_port = identifier;
+            flow.ends.destination_port = identifier;
         }
         Some(Kind::Error) if flow.fragment == Fragment::None => return quoted(ctx, flow, offset + ICMP_LEN),
         Some(Kind::Error) => return Err(DropReason::IcmpUnrelated),
@@ -114,19 +114,21 @@ fn quoted(ctx: &TcContext, flow: &mut Flow, offset: usize) -> Result<(), DropRea
         flow.protocol = header[9];
         transport = offset + IPV4_LEN;
     }
-    if sender != flow.destination {
+    if sender != flow.ends.destination {
         return Err(DropReason::IcmpUnrelated);
     }
     flow.related = true;
+    flow.quoted = offset as u16;
+    flow.quoted_transport = transport as u16;
     let ports: [u16; 4] = load(ctx, transport)?;
     match flow.protocol {
         TCP | UDP | SCTP => {
-            flow.destination_port = ports[0];
-            flow.source_port = ports[1];
+            flow.ends.destination_port = ports[0];
+            flow.ends.source_port = ports[1];
         }
         ICMP | ICMPV6 => match kind(flow.protocol, (ports[0].to_ne_bytes())[0]) {
-            Some(Kind::Echo) => flow.destination_port = ports[2],
-            Some(Kind::Reply) => flow.source_port = ports[2],
+            Some(Kind::Echo) => flow.ends.destination_port = ports[2],
+            Some(Kind::Reply) => flow.ends.source_port = ports[2],
             _ => return Err(DropReason::IcmpUnrelated),
         },
         _ => return Err(DropReason::IcmpUnrelated),

@@ -13,8 +13,8 @@ pub fn header(ctx: &TcContext, flow: &mut Flow) -> Result<Upper, DropReason> {
     let header: [u8; IPV4_LEN] = read(ctx, L3)?;
     flow.family = Family::V4 as u8;
     flow.protocol = header[9];
-    flow.source = Address::v4([header[12], header[13], header[14], header[15]]);
-    flow.destination = Address::v4([header[16], header[17], header[18], header[19]]);
+    flow.ends.source = Address::v4([header[12], header[13], header[14], header[15]]);
+    flow.ends.destination = Address::v4([header[16], header[17], header[18], header[19]]);
 
     let (version, words) = (header[0] >> 4, header[0] & 0x0f);
     let total = u32::from(u16::from_be_bytes([header[2], header[3]]));

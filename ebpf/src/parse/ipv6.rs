@@ -21,17 +21,17 @@ const SHIM6: u8 = 140;
 #[inline(always)]
 pub fn header(ctx: &TcContext, flow: &mut Flow) -> Result<Upper, DropReason> {
     let start: [u8; 8] = read(ctx, L3)?;
-    flow.source = read(ctx, L3 + 8)?;
-    flow.destination = read(ctx, L3 + 24)?;
+    flow.ends.source = read(ctx, L3 + 8)?;
+    flow.ends.destination = read(ctx, L3 + 24)?;
     flow.family = Family::V6 as u8;
     flow.protocol = start[6];
     if start[0] >> 4 != 6 {
         return Err(DropReason::InvalidHeader);
     }
-    if is_reserved(&flow.destination) && !is_multicast(&flow.destination) {
+    if is_reserved(&flow.ends.destination) && !is_multicast(&flow.ends.destination) {
         return Err(DropReason::ReservedAddress);
     }
-    if is_reserved(&flow.source) && !(is_unspecified(&flow.source) && is_multicast(&flow.destination)) {
+    if is_reserved(&flow.ends.source) && !(is_unspecified(&flow.ends.source) && is_multicast(&flow.ends.destination)) {
         return Err(DropReason::ReservedAddress);
     }
     let payload = u32::from(u16::from_be_bytes([start[4], start[5]]));

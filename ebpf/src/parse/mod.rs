@@ -140,6 +140,7 @@ fn transport(ctx: &TcContext, flow: &mut Flow, upper: &Upper) -> Result<(), Drop
         return Err(DropReason::ExtensionHeaders);
     }
     pull(ctx, offset + 20);
+    flow.transport = offset as u16;
     match flow.protocol {
         TCP => {
             // Ports, sequence numbers, then the length of the header and the flags.
@@ -148,14 +149,14 @@ fn transport(ctx: &TcContext, flow: &mut Flow, upper: &Upper) -> Result<(), Drop
                 return Err(DropReason::InvalidHeader);
             }
             flow.tcp_flags = header[13];
-            flow.source_port = u16::from_ne_bytes([header[0], header[1]]);
-            flow.destination_port = u16::from_ne_bytes([header[2], header[3]]);
+            flow.ends.source_port = u16::from_ne_bytes([header[0], header[1]]);
+            flow.ends.destination_port = u16::from_ne_bytes([header[2], header[3]]);
             Ok(())
         }
         UDP | SCTP => {
             let ports: [u16; 2] = read(ctx, offset)?;
-            flow.source_port = ports[0];
-            flow.destination_port = ports[1];
+            flow.ends.source_port = ports[0];
+            flow.ends.destination_port = ports[1];
             Ok(())
         }
         ICMP | ICMPV6 => icmp::message(ctx, flow, offset),

@@ -19,5 +19,6 @@ pub use request::{
 };
 pub use server::{Server, serve};
 pub use view::{
-    CounterView, EndpointView, IdentityView, IpcacheView, NamespaceView, NodeView, PacketView, Response, Status, Usage,
+    BackendView, CounterView, EndpointView, IdentityView, IpcacheView, NamespaceView, NodeView, PacketView, Response,
+    ServicePortView, ServiceView, Status, Usage,
 };

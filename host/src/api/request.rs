@@ -1,6 +1,9 @@
 //! What is asked.
 
-use crate::wasm::{Overrides, Tier};
+use crate::{
+    store::records::ServiceRecord,
+    wasm::{Overrides, Tier},
+};
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, net::IpAddr};
 
@@ -41,11 +44,17 @@ pub enum Request {
     Explain(Explain),
     /// Remove a node that is gone, with its pods.
     NodeDelete(String),
+    /// Add a service, or change the one of that name.
+    ServiceAdd(Box<ServiceRecord>),
+    /// Remove a service. That it is not there is no error.
+    ServiceDelete(PodName),
+    /// The cluster's services.
+    ServiceList,
     /// Report packets until the connection ends.
     Monitor(Monitor),
 }
 
-/// A pod's name.
+/// A pod's name, or a service's.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct PodName {
     /// Its namespace.

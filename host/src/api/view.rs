@@ -26,6 +26,10 @@ pub enum Response {
     Namespace(NamespaceView),
     /// To [`Request::NamespaceList`](super::Request::NamespaceList).
     Namespaces(Vec<NamespaceView>),
+    /// To [`Request::ServiceAdd`](super::Request::ServiceAdd).
+    Service(ServiceView),
+    /// To [`Request::ServiceList`](super::Request::ServiceList).
+    Services(Vec<ServiceView>),
     /// To [`Request::PolicyShow`](super::Request::PolicyShow).
     Policy(Box<PolicyView>),
     /// To [`Request::PolicyList`](super::Request::PolicyList).
@@ -188,6 +192,49 @@ pub struct NamespaceView {
     pub labels: BTreeMap<String, String>,
     /// Its pods, in the cluster.
     pub pods: usize,
+}
+
+/// A service.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ServiceView {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Labels of its backends.
+    pub selector: BTreeMap<String, String>,
+    /// Seconds for which a client keeps its backend; zero for none.
+    pub affinity_seconds: u32,
+    /// Its ports.
+    pub ports: Vec<ServicePortView>,
+}
+
+/// A port of a service.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ServicePortView {
+    /// The port, as `tcp/80`.
+    pub port: String,
+    /// The backends' port: its number, or the name that pods give it.
+    pub target: String,
+    /// The port at which every node's address stands for this one.
+    pub node_port: Option<u16>,
+    /// Its backends.
+    pub backends: Vec<BackendView>,
+    /// Backends that there was no room for.
+    pub left_out: usize,
+}
+
+/// A backend of a service.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct BackendView {
+    /// Its address.
+    pub address: IpAddr,
+    /// Its port.
+    pub port: u16,
+    /// The pod, or `host`; empty where it is neither.
+    pub name: String,
 }
 
 /// A packet, as the programs report it.

@@ -2,8 +2,9 @@
 
 use super::values::{
     LabelChange, TierArgument, parse_label, parse_label_change, parse_limit, parse_named_port, parse_protocol,
+    parse_service_port,
 };
-use crate::{api::PodName, config::DEFAULT_SOCKET, identity::DEFAULT_MODULE};
+use crate::{api::PodName, config::DEFAULT_SOCKET, identity::DEFAULT_MODULE, store::records::ServicePort};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::{net::IpAddr, path::PathBuf};
 
@@ -66,6 +67,9 @@ pub enum Command {
     /// Label namespaces.
     #[command(subcommand)]
     Namespace(NamespaceCommand),
+    /// Give addresses and ports to sets of pods.
+    #[command(subcommand)]
+    Service(ServiceCommand),
     /// Print the node's counters and how full its maps are, in the text format of Prometheus.
     Metrics,
     /// Remove nodes that are gone.
@@ -221,6 +225,49 @@ pub enum EndpointCommand {
         #[arg(required = true, value_name = "KEY=VALUE|KEY-", value_parser = parse_label_change)]
         changes: Vec<LabelChange>,
     },
+}
+
+#[derive(Subcommand)]
+pub enum ServiceCommand {
+    /// Add a service on all nodes of the cluster, or change the one of that name.
+    ///
+    /// Each connection to its address goes to one of its backends, as policy lets the client reach that backend: policy
+    /// knows nothing of services. A change moves few connections of others to another backend, and none that is open.
+    Add {
+        /// The service's namespace.
+        #[arg(long, value_name = "NS")]
+        namespace: String,
+        /// The service's name.
+        #[arg(long, value_name = "SERVICE")]
+        name: String,
+        /// Its address, which is in no pod CIDR; once for each family. A service with node ports may have none.
+        #[arg(long = "address", value_name = "IP")]
+        addresses: Vec<IpAddr>,
+        /// A port, as `tcp/80`; where the backends have another, `tcp/80=8080`, or its name, `tcp/80=http`; and where
+        /// every node's address stands for it at a port, that one: `tcp/80=8080@30080`. May be given many times.
+        #[arg(long = "port", required = true, value_name = "PROTOCOL/PORT[=TARGET][@NODEPORT]", value_parser = parse_service_port)]
+        ports: Vec<ServicePort>,
+        /// A label of its backends: pods of its namespace that have all of these. May be given many times.
+        #[arg(long = "selector", value_name = "KEY=VALUE", value_parser = parse_label)]
+        selector: Vec<(String, String)>,
+        /// A backend besides; may be given many times.
+        #[arg(long = "backend", value_name = "IP")]
+        backends: Vec<IpAddr>,
+        /// A client keeps its backend for so many seconds after its last new connection.
+        #[arg(long, value_name = "SECONDS", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=86400))]
+        affinity: u32,
+    },
+    /// Remove a service on all nodes. If it is not there, that is no error.
+    Delete {
+        /// The service's namespace.
+        #[arg(long, value_name = "NS")]
+        namespace: String,
+        /// The service's name.
+        #[arg(long, value_name = "SERVICE")]
+        name: String,
+    },
+    /// List services, with their backends.
+    List,
 }
 
 #[derive(Subcommand)]

@@ -9,18 +9,19 @@ mod values;
 
 use crate::{
     api::{
-        self, Change, ClientError, EndpointAdd, EndpointLabel, Explain, LoadModule, Monitor, NamespaceLabel,
+        self, Change, ClientError, EndpointAdd, EndpointLabel, Explain, LoadModule, Monitor, NamespaceLabel, PodName,
         PolicyChange, Request, Response,
     },
     config::Config,
     daemon,
     invariant::Invariants,
+    store::records::ServiceRecord,
     wasm,
 };
 use anyhow::Context;
 use args::{
     Arguments, AuthorArguments, ChangeArguments, Command, EndpointCommand, LoadArguments, MonitorArguments,
-    NamespaceCommand, NodeCommand, PolicyCommand,
+    NamespaceCommand, NodeCommand, PolicyCommand, ServiceCommand,
 };
 use clap::Parser;
 use std::{fs, io::Write, path::Path, process::ExitCode};
@@ -90,6 +91,7 @@ async fn ask(socket: &Path, json: bool, command: Command) -> anyhow::Result<()> 
         Command::Metrics => return metrics(socket).await,
         Command::Node(NodeCommand::Delete { name }) => Request::NodeDelete(name),
         Command::Endpoint(command) => endpoint(command)?,
+        Command::Service(command) => service(command),
         Command::Run { .. } | Command::Cleanup { .. } | Command::CompileModule { .. } => {
             anyhow::bail!("a command that asks no daemon")
         }
@@ -216,6 +218,30 @@ fn endpoint(command: EndpointCommand) -> anyhow::Result<Request> {
             })
         }
     })
+}
+
+fn service(command: ServiceCommand) -> Request {
+    match command {
+        ServiceCommand::Add {
+            namespace,
+            name,
+            addresses,
+            ports,
+            selector,
+            backends,
+            affinity,
+        } => Request::ServiceAdd(Box::new(ServiceRecord {
+            namespace,
+            name,
+            addresses,
+            ports,
+            selector: selector.into_iter().collect(),
+            backends,
+            affinity,
+        })),
+        ServiceCommand::Delete { namespace, name } => Request::ServiceDelete(PodName { namespace, name }),
+        ServiceCommand::List => Request::ServiceList,
+    }
 }
 
 /// hostd may have another working directory.

@@ -3,7 +3,8 @@
 use super::{print_policy, table::Table};
 use crate::{
     api::{
-        CounterView, EndpointView, IdentityView, IpcacheView, LoadReport, NamespaceView, PacketView, Response, Status,
+        BackendView, CounterView, EndpointView, IdentityView, IpcacheView, LoadReport, NamespaceView, PacketView,
+        Response, ServiceView, Status,
     },
     store::records::ModuleRecord,
 };
@@ -48,6 +49,8 @@ fn content(response: &Response) -> serde_json::Result<serde_json::Value> {
         Response::Ipcache(ipcache) => serde_json::to_value(ipcache),
         Response::Namespace(namespace) => serde_json::to_value(namespace),
         Response::Namespaces(namespaces) => serde_json::to_value(namespaces),
+        Response::Service(service) => serde_json::to_value(service),
+        Response::Services(services) => serde_json::to_value(services),
         Response::Policy(policy) => serde_json::to_value(policy),
         Response::Modules(modules) => serde_json::to_value(modules),
         Response::Module(module) => serde_json::to_value(module),
@@ -74,6 +77,8 @@ pub fn text(out: &mut impl Write, response: &Response) -> anyhow::Result<()> {
         Response::Ipcache(all) => ipcache(out, all),
         Response::Namespace(one) => namespaces(out, std::slice::from_ref(one)),
         Response::Namespaces(all) => namespaces(out, all),
+        Response::Service(one) => services(out, std::slice::from_ref(one)),
+        Response::Services(all) => services(out, all),
         Response::Policy(shown) => print_policy::policy(out, shown),
         Response::Modules(all) => print_policy::modules(out, all),
         Response::Module(one) => print_policy::inspected(out, one),
@@ -242,6 +247,47 @@ fn namespaces(out: &mut impl Write, namespaces: &[NamespaceView]) -> anyhow::Res
     let mut table = Table::new(["NAMESPACE", "PODS", "LABELS"]);
     for one in namespaces {
         table.row([one.namespace.clone(), one.pods.to_string(), labels(&one.labels)]);
+    }
+    Ok(table.print(out)?)
+}
+
+fn services(out: &mut impl Write, services: &[ServiceView]) -> anyhow::Result<()> {
+    let mut table = Table::new([
+        "SERVICE",
+        "ADDRESSES",
+        "PORT",
+        "NODE PORT",
+        "TARGET",
+        "AFFINITY",
+        "BACKENDS",
+    ]);
+    for service in services {
+        for port in &service.ports {
+            let backend = |backend: &BackendView| match backend.name.as_str() {
+                "" => backend.address.to_string(),
+                name => format!("{} ({name})", backend.address),
+            };
+            let mut backends: Vec<String> = port.backends.iter().map(backend).collect();
+            if port.left_out > 0 {
+                backends.push(format!("no room for {}", port.left_out));
+            }
+            table.row([
+                format!("{}/{}", service.namespace, service.name),
+                joined(&service.addresses),
+                port.port.clone(),
+                port.node_port.map_or("-".to_owned(), |port| port.to_string()),
+                port.target.clone(),
+                match service.affinity_seconds {
+                    0 => "-".to_owned(),
+                    seconds => format!("{seconds} s"),
+                },
+                if backends.is_empty() {
+                    "none".to_owned()
+                } else {
+                    backends.join(", ")
+                },
+            ]);
+        }
     }
     Ok(table.print(out)?)
 }

@@ -3,8 +3,10 @@
 use crate::{
     invariant::parse_ports,
     plan::CARRIED,
+    store::records::{ServicePort, TargetPort},
     wasm::{Overrides, Tier},
 };
+use abi::policy::{TCP, UDP};
 use clap::ValueEnum;
 use std::collections::BTreeMap;
 
@@ -50,6 +52,37 @@ pub fn parse_named_port(text: &str) -> Result<(String, u8, u16), String> {
         Some(protocol) if ports.first == ports.last => Ok((name.to_owned(), protocol, ports.first)),
         _ => Err(wrong()),
     }
+}
+
+pub fn parse_service_port(text: &str) -> Result<ServicePort, String> {
+    let wrong =
+        || format!("{text:?} is no port of a service: write tcp/80, udp/53=5353, tcp/80=http or tcp/80=8080@30080");
+    let (rest, node_port) = match text.split_once('@') {
+        Some((rest, number)) => (rest, Some(number.parse().map_err(|_| wrong())?)),
+        None => (text, None),
+    };
+    let (port, target) = match rest.split_once('=') {
+        Some((port, target)) => (port, Some(target)),
+        None => (rest, None),
+    };
+    let ports = parse_ports(port).map_err(|_| wrong())?;
+    let protocol = ports.protocol.filter(|protocol| matches!(*protocol, TCP | UDP));
+    let (Some(protocol), true) = (protocol, ports.first == ports.last) else {
+        return Err(wrong());
+    };
+    let target = match target {
+        None => TargetPort::Number(ports.first),
+        Some("") => return Err(wrong()),
+        Some(target) => target
+            .parse()
+            .map_or_else(|_| TargetPort::Name(target.to_owned()), TargetPort::Number),
+    };
+    Ok(ServicePort {
+        protocol,
+        port: ports.first,
+        target,
+        node_port,
+    })
 }
 
 pub fn parse_limit(text: &str) -> Result<(String, u64), String> {

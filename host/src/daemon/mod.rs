@@ -15,6 +15,7 @@ mod pods;
 mod policy;
 mod revision;
 mod serve;
+mod services;
 mod start;
 mod verify;
 mod views;
@@ -33,7 +34,7 @@ use crate::{
     stack::StackError,
     store::{
         Change, Store, StoreError,
-        records::{NodeRecord, PodRecord, PolicyRecord},
+        records::{NodeRecord, PodRecord, PolicyRecord, ServiceRecord},
     },
     wasm::{Compiled, Compiler, WasmError},
 };
@@ -101,6 +102,9 @@ enum Command {
     PolicyAudit(oneshot::Sender<Response>),
     Explain(Explain, oneshot::Sender<Response>),
     NodeDelete(String, oneshot::Sender<Response>),
+    ServiceAdd(Box<ServiceRecord>, oneshot::Sender<Response>),
+    ServiceDelete(PodName, oneshot::Sender<Response>),
+    ServiceList(oneshot::Sender<Response>),
     /// A flow that was let open, while a module is audited.
     Opened(abi::Event),
     Evaluate(
@@ -154,6 +158,8 @@ struct Daemon {
     made_up: Instant,
     nodes: BTreeMap<String, Node>,
     pods: Directory,
+    /// Services of the cluster, by full name.
+    services: BTreeMap<String, services::Service>,
     locals: BTreeMap<PodName, Local>,
     active: Side,
     /// During a load: the next side until the flip, the last one from there until all nodes have flipped.
@@ -237,6 +243,14 @@ impl Daemon {
             }
             Command::NamespaceList(reply) => answer(reply, Ok(Response::Namespaces(self.namespace_list()))),
             Command::Opened(event) => self.audit_event(&event),
+            Command::ServiceAdd(record, reply) => {
+                answer(reply, self.service_add(*record).await.map(Response::Service));
+            }
+            Command::ServiceDelete(service, reply) => {
+                let deleted = self.service_delete(&service.namespace, &service.name).await;
+                answer(reply, deleted.map(Response::Deleted));
+            }
+            Command::ServiceList(reply) => answer(reply, Ok(Response::Services(self.service_list()))),
             Command::NodeDelete(name, reply) => answer(reply, self.node_delete(&name).await.map(Response::Deleted)),
             Command::Evaluate(candidate, reply) => {
                 // Nobody waits any more: then the answer is not needed.

@@ -86,6 +86,7 @@ impl Daemon {
         };
         self.name(&record);
         let second = record.second;
+        let namespace = record.namespace.clone();
         let before = self.pods.insert(address, Pod { record, epoch });
         if let Some(gone) = before.as_ref().and_then(|pod| pod.record.second)
             && second != Some(gone)
@@ -97,6 +98,7 @@ impl Daemon {
             self.close(&address);
             return Err(error);
         }
+        self.services_follow(&namespace)?;
         self.release()
     }
 
@@ -280,11 +282,15 @@ impl Daemon {
 
     /// Makes a pod unknown, by its first address.
     pub(super) fn remove_pod(&mut self, address: &AddressKey) -> Result<(), DaemonError> {
+        let pod = self.pods.remove(address);
+        // First what leads to it.
+        if let Some(pod) = &pod {
+            self.services_follow(&pod.record.namespace)?;
+        }
         self.forget_address(*address)?;
-        if let Some(second) = self.pods.get(address).and_then(|pod| pod.record.second) {
+        if let Some(second) = pod.and_then(|pod| pod.record.second) {
             self.forget_address(second.into())?;
         }
-        self.pods.remove(address);
         self.active.generation.remove(address);
         if let Some(aside) = &mut self.aside {
             aside.generation.remove(address);

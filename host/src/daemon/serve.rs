@@ -85,6 +85,9 @@ impl Front {
             Request::Explain(what) => self.ask(|reply| Command::Explain(what, reply)).await,
             Request::NamespaceLabel(change) => self.ask(|reply| Command::NamespaceLabel(change, reply)).await,
             Request::NamespaceList => self.ask(Command::NamespaceList).await,
+            Request::ServiceAdd(record) => self.ask(|reply| Command::ServiceAdd(record, reply)).await,
+            Request::ServiceDelete(service) => self.ask(|reply| Command::ServiceDelete(service, reply)).await,
+            Request::ServiceList => self.ask(Command::ServiceList).await,
             Request::NodeDelete(name) => self.ask(|reply| Command::NodeDelete(name, reply)).await,
         };
         codec::write(&mut stream, &response).await.map_err(io::Error::other)

@@ -43,13 +43,14 @@ use tokio::{
 };
 
 /// What the daemon follows in the store.
-const WATCHED: [Collection; 7] = [
+const WATCHED: [Collection; 8] = [
     Collection::Tenants,
     Collection::Identities,
     Collection::Nodes,
     Collection::Alive,
     Collection::Namespaces,
     Collection::Pods,
+    Collection::Services,
     Collection::Policy,
 ];
 
@@ -205,6 +206,7 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
         made_up: Instant::now(),
         nodes: BTreeMap::new(),
         pods: Directory::default(),
+        services: BTreeMap::new(),
         locals: BTreeMap::new(),
         policy: None,
         out_of_step: None,
@@ -225,6 +227,7 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
     daemon.take_stock(&mut changes).await?;
     daemon.place_host()?;
     daemon.enforce_from_start().await.context("the policy in force")?;
+    daemon.services_follow_all()?;
     daemon.attach_all()?;
     daemon.route()?;
     daemon.announce().await?;
@@ -349,6 +352,9 @@ impl Daemon {
                 Change::Put(key, value) if key.collection == Collection::Namespaces => {
                     let namespace: NamespaceRecord = records::decode(&key, &value.value)?;
                     self.namespaces.insert(key.name, namespace.labels);
+                }
+                Change::Put(key, value) if key.collection == Collection::Services => {
+                    self.note_service(records::decode(&key, &value.value)?);
                 }
                 Change::Put(key, value) if key.collection == Collection::Identities => {
                     self.seen = self.seen.max(value.revision);

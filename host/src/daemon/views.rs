@@ -71,6 +71,7 @@ impl Daemon {
                     usize::try_from(self.datapath.tracked()?).unwrap_or(usize::MAX),
                     maps.conntrack,
                 ),
+                usage("maps.services", self.datapath.placed_services().len(), maps.services),
                 usage("maps.networks", self.datapath.placed_networks().len(), maps.networks),
             ],
             nodes: self.node_list(),

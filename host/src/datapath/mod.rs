@@ -19,18 +19,20 @@ mod matrix;
 mod networks;
 mod object;
 mod read;
+mod services;
 
 pub use error::DatapathError;
 pub use events::EventStream;
 pub use object::{Constants, load_programs};
 pub use read::{Counters, Flow};
+pub use services::Placed as PlacedService;
 
 use crate::{
     config::{Attach, Maps},
     plan::{Desired, Shape},
 };
 use abi::{
-    AddressKey, Endpoint, Family, IpcacheEntry, NetworkEntry, NodeConfig, NodeEntry, PortSet,
+    AddressKey, Endpoint, Family, IpcacheEntry, NetworkEntry, NodeConfig, NodeEntry, PortSet, Service, ServiceKey,
     conntrack::{Account, Timeouts},
     event::Counter,
     map,
@@ -38,14 +40,18 @@ use abi::{
 use attach::Attacher;
 use aya::{
     Ebpf,
-    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, lpm_trie::LpmTrie, of_maps::ArrayOfMaps},
+    maps::{
+        Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf,
+        lpm_trie::LpmTrie,
+        of_maps::{ArrayOfMaps, HashOfMaps},
+    },
 };
 use cells::Mapped;
 use conntrack::Counted;
 use error::chain;
 use ipnet::IpNet;
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     path::{Path, PathBuf},
 };
@@ -87,6 +93,10 @@ pub struct Datapath {
     placed: BTreeMap<AddressKey, Desired>,
     placed_networks: BTreeMap<IpNet, NetworkEntry>,
     network_capacity: u32,
+    services: HashOfMaps<MapData, ServiceKey, Array<MapData, Service>>,
+    placed_services: BTreeMap<ServiceKey, PlacedService>,
+    service_addresses: BTreeSet<AddressKey>,
+    service_capacity: u32,
     /// Number of the last write of an entry.
     stamp: u32,
     node_config: NodeConfig,
@@ -178,6 +188,7 @@ impl Datapath {
             drops: typed!(&mut ebpf, map::DROPS),
             forwarded: typed!(&mut ebpf, map::FORWARDED),
             grace: typed!(&mut ebpf, map::GRACE),
+            services: typed!(&mut ebpf, map::SERVICES),
             accounts: typed!(&mut ebpf, map::ACCOUNTS),
             tracked: typed!(&mut ebpf, map::TRACKED),
             conntrack_capacity: settings.maps.conntrack,
@@ -188,6 +199,9 @@ impl Datapath {
             placed: BTreeMap::new(),
             placed_networks: BTreeMap::new(),
             network_capacity: settings.maps.networks,
+            placed_services: BTreeMap::new(),
+            service_addresses: BTreeSet::new(),
+            service_capacity: settings.maps.services,
             stamp: 0,
             node_config: NodeConfig {
                 vxlan_ifindex: 0,

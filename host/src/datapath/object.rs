@@ -58,7 +58,9 @@ pub fn load_programs(maps: &Maps, constants: &Constants, conntrack: Option<&Path
         .map_max_entries(map::ACCOUNTS, 4 * maps.endpoints)
         .map_max_entries(map::IPCACHE, maps.addresses)
         .map_max_entries(map::CONNTRACK, maps.conntrack)
-        .map_max_entries(map::FRAGMENTS, maps.fragments);
+        .map_max_entries(map::FRAGMENTS, maps.fragments)
+        .map_max_entries(map::SERVICES, maps.services)
+        .map_max_entries(map::AFFINITY, maps.affinity);
     if let Some(pin) = conntrack {
         loader.map_pin_path(map::CONNTRACK, pin.to_owned());
     }

@@ -3,6 +3,7 @@
 use super::{Datapath, DatapathError, conntrack};
 use abi::{
     AddressKey, DropReason, Path as ForwardPath,
+    conntrack::{FRONTEND, HAIRPIN},
     event::Counter,
     map,
     policy::{ICMP, ICMPV6},
@@ -47,7 +48,9 @@ impl Datapath {
         let mut flows = Vec::new();
         // One that is replaced while it is read is left out.
         for (key, entry) in tracked.iter().flatten() {
-            if entry.expires <= now {
+            // What a client sends to a frontend is judged as the flow to the backend that it becomes, and what a pod sends
+            // itself is not judged at all.
+            if entry.expires <= now || entry.state & (FRONTEND | HAIRPIN) != 0 {
                 continue;
             }
             let end = |address| AddressKey {

@@ -8,9 +8,11 @@ mod change;
 mod entry;
 mod generation;
 mod index;
+mod maglev;
 mod networks;
 mod port_sets;
 mod ports;
+mod service;
 
 pub use change::{Block, Change};
 pub use entry::{Desired, Facts, NetworkSide, Stance, entry, network_entries};
@@ -19,3 +21,4 @@ pub use index::Full;
 pub use networks::{Membership, Network, Partition};
 pub use port_sets::PortSetWrite;
 pub use ports::{Action, CARRIED, Decision, Line, Ports, Rule, Ruling, protocol_name};
+pub use service::{Frontend, Numbers, frontends, keys as frontend_keys};

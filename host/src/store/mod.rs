@@ -25,6 +25,8 @@ pub enum Collection {
     Pods,
     /// Namespaces, by name.
     Namespaces,
+    /// Services, by namespace and name.
+    Services,
     /// Tenants, by number.
     Tenants,
     /// Identities, by number.
@@ -39,12 +41,13 @@ pub enum Collection {
 
 impl Collection {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Cluster,
         Self::Nodes,
         Self::Alive,
         Self::Pods,
         Self::Namespaces,
+        Self::Services,
         Self::Tenants,
         Self::Identities,
         Self::Modules,
@@ -61,6 +64,7 @@ impl Collection {
             Self::Alive => "alive",
             Self::Pods => "pods",
             Self::Namespaces => "namespaces",
+            Self::Services => "services",
             Self::Tenants => "tenants",
             Self::Identities => "identities",
             Self::Modules => "modules",

@@ -64,6 +64,68 @@ impl PodRecord {
     }
 }
 
+/// A service: addresses and ports that stand for others.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServiceRecord {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Its addresses, one of each family at the most; none where it has node ports only.
+    pub addresses: Vec<IpAddr>,
+    /// Its ports.
+    pub ports: Vec<ServicePort>,
+    /// Labels of its backends, pods of its namespace; none selects no pod.
+    pub selector: BTreeMap<String, String>,
+    /// Further backends.
+    pub backends: Vec<IpAddr>,
+    /// Seconds for which a client keeps its backend; zero for none.
+    pub affinity: u32,
+}
+
+/// A port of a service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServicePort {
+    /// IP protocol number: TCP or UDP.
+    pub protocol: u8,
+    /// The port.
+    pub port: u16,
+    /// The backends' port.
+    pub target: TargetPort,
+    /// The port at which every node's address stands for this one.
+    pub node_port: Option<u16>,
+}
+
+/// A port of a backend.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TargetPort {
+    /// By number.
+    Number(u16),
+    /// By the name that each pod gives it.
+    Name(String),
+}
+
+impl ServiceRecord {
+    /// `NAMESPACE/NAME`.
+    #[must_use]
+    pub fn full_name(&self) -> String {
+        format!("{}/{}", self.namespace, self.name)
+    }
+
+    /// Its key. No name has an underscore.
+    #[must_use]
+    pub fn key(namespace: &str, name: &str) -> Key {
+        Key::new(Collection::Services, format_args!("{namespace}_{name}"))
+    }
+
+    /// Whether a pod is one of its backends.
+    #[must_use]
+    pub fn selects(&self, pod: &PodRecord) -> bool {
+        let has = |(key, value): (&String, &String)| pod.labels.get(key) == Some(value);
+        !self.selector.is_empty() && pod.namespace == self.namespace && self.selector.iter().all(has)
+    }
+}
+
 /// A tenant, under its number.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TenantRecord {

@@ -4,21 +4,23 @@ use super::frame::{
     GATEWAY_A, GATEWAY_B, NODE, OTHER_NODE, POD_A, POD_A_MAC, POD_A6, POD_B, POD_B_MAC, POD_B6, REMOTE, REMOTE6,
 };
 use abi::{
-    AddressKey, ConntrackEntry, ConntrackKey, Direction, Endpoint, Family, FragmentEntry, FragmentKey, Identity,
-    IpcacheEntry, NetworkEntry, NodeConfig, NodeEntry, PortSet,
+    AddressKey, AffinityEntry, AffinityKey, ConntrackEntry, ConntrackKey, Direction, Endpoint, Family, FragmentEntry,
+    FragmentKey, Identity, IpcacheEntry, NetworkEntry, NodeConfig, NodeEntry, PortSet, Service, ServiceKey,
     address::Address,
     conntrack::{Account, SECOND},
-    ipcache::IPCACHE_HOST,
+    ipcache::{IPCACHE_HOST, IPCACHE_SERVICE},
     map,
     network::{NETWORK_KEY_BITS, UNROUTED},
     node::{REPORT_DROPS, REPORT_FLOWS, TUNNEL_PORT},
     policy::{CELL_ALLOW, CELLS_PER_ELEMENT, cell_index},
+    service::Backend,
 };
 use aya::{
     Ebpf, EbpfLoader, Pod,
     maps::{
         Array, HashMap, Map, MapData,
         lpm_trie::{Key, LpmTrie},
+        of_maps::HashOfMaps,
     },
     programs::SchedClassifier,
 };
@@ -26,9 +28,9 @@ use harness::{Namespace, in_netns};
 use hostd::{
     config::Maps,
     datapath::{Constants, load_programs},
-    plan::{Action, Decision, Ports, Rule, Shape},
+    plan::{Action, Decision, Numbers, Ports, Rule, Shape},
 };
-use std::net::IpAddr;
+use std::{collections::BTreeMap, net::IpAddr};
 
 pub const RED: Identity = Identity(0x01_0001);
 pub const BLUE: Identity = Identity(0x02_0001);
@@ -62,6 +64,7 @@ pub struct Bench {
     generation: u64,
     /// Who has the addresses of the pods that are put.
     pub owner: u32,
+    numbers: BTreeMap<ServiceKey, Numbers>,
 }
 
 impl Bench {
@@ -101,6 +104,7 @@ impl Bench {
             vxlan,
             generation: 2,
             owner: 1,
+            numbers: BTreeMap::new(),
         };
         bench.furnish();
         bench
@@ -120,6 +124,8 @@ impl Bench {
         clear::<u32, Account>(self.ebpf.map_mut(map::ACCOUNTS).unwrap());
         clear::<AddressKey, Endpoint>(self.ebpf.map_mut(map::ENDPOINTS).unwrap());
         clear::<AddressKey, IpcacheEntry>(self.ebpf.map_mut(map::IPCACHE).unwrap());
+        clear::<AffinityKey, AffinityEntry>(self.ebpf.map_mut(map::AFFINITY).unwrap());
+        self.clear_services();
         self.set_tracked(0);
         (self.generation, self.owner) = (2, 1);
         self.furnish();
@@ -305,6 +311,35 @@ impl Bench {
             zero: 0,
         };
         trie.insert(&key, entry, 0).unwrap();
+    }
+
+    /// Puts a service's frontend, with its backends behind it; those that were there keep their numbers.
+    pub fn put_service(&mut self, key: ServiceKey, backends: &[(IpAddr, u16)], affinity: u32) {
+        let backends = backends.iter().map(|(address, port)| Backend {
+            address: AddressKey::from(*address).address,
+            port: port.to_be(),
+            zero: 0,
+        });
+        let numbers = self.numbers.entry(key).or_default();
+        assert_eq!(numbers.follow(&backends.collect()), 0);
+        let entry = numbers.entry(key, affinity);
+        let mut inner = Array::<MapData, Service>::create(1, 0).unwrap();
+        inner.set(0, *entry, 0).unwrap();
+        let mut services: HashOfMaps<_, ServiceKey, Array<MapData, Service>> =
+            self.ebpf.map_mut(map::SERVICES).unwrap().try_into().unwrap();
+        services.insert(key, &inner, 0).unwrap();
+        if key.address != Address::NONE {
+            let address = abi::address::ip(key.family, key.address);
+            self.put_ipcache(address, [Identity::NONE; 2], 0, None, IPCACHE_SERVICE);
+        }
+    }
+
+    fn clear_services(&mut self) {
+        let mut services: HashOfMaps<_, ServiceKey, Array<MapData, Service>> =
+            self.ebpf.map_mut(map::SERVICES).unwrap().try_into().unwrap();
+        for key in std::mem::take(&mut self.numbers).into_keys() {
+            services.remove(&key).unwrap();
+        }
     }
 
     /// Lets the node route: without it everything that is no pod's ends at the node itself.

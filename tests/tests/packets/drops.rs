@@ -370,7 +370,8 @@ fn every_bad_packet_is_dropped_for_its_own_reason() {
 #[test]
 fn the_table_has_every_reason() {
     let tables = TABLE.iter().chain(super::ipv6::TABLE);
-    let covered: BTreeSet<_> = tables.map(|(reason, ..)| *reason).chain(OUT_OF_REACH).collect();
+    let elsewhere = OUT_OF_REACH.into_iter().chain(super::services::REASONS);
+    let covered: BTreeSet<_> = tables.map(|(reason, ..)| *reason).chain(elsewhere).collect();
     let missing: Vec<_> = DropReason::ALL
         .iter()
         .filter(|reason| !covered.contains(reason))

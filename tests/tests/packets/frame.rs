@@ -182,6 +182,30 @@ impl Frame {
         Self(bytes)
     }
 
+    /// Puts the right checksum into TCP, UDP or ICMP behind an IP header without options or extensions.
+    pub fn summed(mut self) -> Self {
+        let v6 = self.0[12] == 0x86;
+        let (start, protocol) = if v6 { (54, self.0[20]) } else { (34, self.0[23]) };
+        let at = start
+            + match protocol {
+                6 => 16,
+                17 => 6,
+                _ => 2,
+            };
+        self.0[at..at + 2].fill(0);
+        let payload = self.0[start..].to_vec();
+        let addresses = if v6 { &self.0[22..54] } else { &self.0[26..34] };
+        let mut bytes = if protocol == 1 { Vec::new() } else { addresses.to_vec() };
+        if protocol != 1 {
+            bytes.extend(u32::try_from(payload.len()).unwrap().to_be_bytes());
+            bytes.extend([0, 0, 0, protocol]);
+        }
+        bytes.extend(payload);
+        let sum = checksum(&bytes);
+        self.0[at..at + 2].copy_from_slice(&sum.to_be_bytes());
+        self
+    }
+
     /// Overwrites bytes and mends the IP checksum.
     pub fn with(mut self, offset: usize, bytes: &[u8]) -> Self {
         self.0[offset..offset + bytes.len()].copy_from_slice(bytes);

@@ -5,6 +5,7 @@
 mod bench;
 mod frame;
 mod run;
+mod services;
 
 mod drops;
 mod flows;

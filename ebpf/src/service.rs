@@ -1,0 +1,263 @@
+//! Services: what goes to a frontend goes on to one of its backends, and what a backend sends back comes from the frontend.
+//!
+//! A connection has two entries in conntrack: one between client and frontend, which says what becomes of the client's
+//! packets, and the flow's own between client and backend, which says what becomes of the answers.
+
+use crate::{
+    conntrack, lookup,
+    lookup::Party,
+    maps,
+    packet::{Ends, Flow, Fragment, Service as Stage, TCP},
+};
+use abi::{
+    AffinityKey, DropReason, Family, Service, ServiceKey,
+    address::{Address, SHARED_SCOPE},
+    conntrack::{FRONTEND, HAIRPIN, SECOND, TRANSLATED, Translation},
+    node::{GATEWAY_V4, GATEWAY_V6},
+    service::{Backend, MAX_BACKENDS, SLOTS, SLOTS_PER_WORD},
+};
+use aya_ebpf::bindings::BPF_ANY;
+
+/// Ports that are tried for a client whose own is taken.
+const ATTEMPTS: u32 = 8;
+/// The first port that no service of the system has (RFC 6335, section 6).
+const FIRST_PORT: u32 = 1024;
+
+/// Who is seen in the place of a pod that reaches itself through a service.
+#[inline(always)]
+pub fn gateway(flow: &Flow) -> Address {
+    if flow.family == Family::V6 as u8 {
+        GATEWAY_V6
+    } else {
+        Address::v4(GATEWAY_V4)
+    }
+}
+
+/// The frontend that the packet goes to, at `address`.
+#[inline(always)]
+fn frontend(flow: &Flow, address: Address) -> Option<&'static Service> {
+    let scratch = maps::scratch()?;
+    // SAFETY: as in `Flow::begin`; nothing else refers to this part.
+    let key = unsafe { &mut (*scratch).service };
+    *key = ServiceKey {
+        address,
+        port: flow.ends.destination_port,
+        scope: SHARED_SCOPE,
+        family: flow.family,
+        protocol: flow.protocol,
+        zero: 0,
+    };
+    // SAFETY: an inner map is freed after a grace period only, and hostd never writes one that is in its place. That the
+    // element was not handed to another key the entry itself says.
+    let service = unsafe { maps::SERVICES.get(&*key) }?.get(0)?;
+    (service.key == *key).then_some(service)
+}
+
+/// Sends a packet to a frontend's backend: the one that its connection has, or else one that is chosen for it.
+#[inline(never)]
+pub fn choose(flow: &mut Flow, client: &Party) -> Result<(), DropReason> {
+    if flow.fragment == Fragment::Ahead {
+        return Err(DropReason::FragmentUnknown);
+    }
+    let service = frontend(flow, flow.ends.destination).ok_or(DropReason::NoService)?;
+    let now = conntrack::now();
+    flow.seen = flow.ends;
+    if goes_on(flow, service, client, now)? {
+        return Ok(());
+    }
+    if service.backends == 0 {
+        return Err(DropReason::NoBackends);
+    }
+    let hash = conntrack::hash(&flow.seen.source, &flow.seen.destination, ports(flow));
+    let number = match affine(flow, service, now) {
+        Some(number) => number,
+        None => slot(service, (hash >> 32) as u32 ^ hash as u32),
+    };
+    let Some(backend) = service.backend.get((number & (MAX_BACKENDS - 1)) as usize) else {
+        return Err(DropReason::Internal);
+    };
+    if service.affinity != 0 {
+        stick(flow, service, number, backend, now);
+    }
+    let mut candidate = hash;
+    for attempt in 0..ATTEMPTS {
+        let port = if attempt == 0 {
+            flow.seen.source_port
+        } else {
+            candidate = candidate.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            let spread = u64::from((candidate >> 32) as u32) * u64::from(0x1_0000 - FIRST_PORT);
+            ((FIRST_PORT + (spread >> 32) as u32) as u16).to_be()
+        };
+        let known = Translation {
+            address: backend.address,
+            port: backend.port,
+            client_port: port,
+            backend: number,
+        };
+        translate(flow, &known, backend.address == flow.seen.source);
+        if is_free(flow, now) {
+            return Ok(());
+        }
+    }
+    Err(DropReason::ServicePorts)
+}
+
+#[inline(always)]
+fn ports(flow: &Flow) -> u64 {
+    u64::from(flow.seen.source_port) << 32 | u64::from(flow.seen.destination_port) << 16 | u64::from(flow.protocol)
+}
+
+/// Maglev's choice.
+#[inline(always)]
+fn slot(service: &Service, hash: u32) -> u32 {
+    let slot = (u64::from(hash) * u64::from(SLOTS)) >> 32;
+    let word = service.slots.get((slot / u64::from(SLOTS_PER_WORD)) as usize);
+    word.map_or(0, |word| {
+        (word >> ((slot % u64::from(SLOTS_PER_WORD)) * 16)) as u32 & 0xffff
+    })
+}
+
+/// Whether a frontend has this backend under this number still.
+#[inline(always)]
+fn has(service: &Service, number: u32, address: &Address, port: u16) -> bool {
+    let backend = service.backend.get((number & (MAX_BACKENDS - 1)) as usize);
+    backend.is_some_and(|backend| backend.port == port && backend.address == *address)
+}
+
+/// Goes on with the backend that the packet's connection has. A connection of TCP that is open keeps a backend that the
+/// service has no longer: it may come to its end. What can be sent elsewhere is, and so is a new connection.
+#[inline(always)]
+fn goes_on(flow: &mut Flow, service: &Service, client: &Party, now: u64) -> Result<bool, DropReason> {
+    let place = conntrack::place(flow, &flow.ends).ok_or(DropReason::Internal)?;
+    let known = conntrack::find(&place, now).filter(|known| {
+        known.entry.state & FRONTEND != 0 && known.entry.peers[(place.sender & 1) as usize].owner == client.peer.owner
+    });
+    let Some(known) = known else {
+        return if flow.related {
+            Err(DropReason::IcmpUnrelated)
+        } else {
+            Ok(false)
+        };
+    };
+    let translation = &known.entry.translation;
+    // Whatever is chosen, it takes this entry's place.
+    flow.frontend_expires = known.entry.expires;
+    let is_open = flow.related || (flow.protocol == TCP && !flow.is_syn());
+    if !is_open && !has(service, translation.backend, &translation.address, translation.port) {
+        flow.frontend_expires = 1;
+        return Ok(false);
+    }
+    translate(flow, translation, known.entry.state & HAIRPIN != 0);
+    Ok(true)
+}
+
+/// What the packet becomes.
+#[inline(always)]
+fn translate(flow: &mut Flow, to: &Translation, hairpin: bool) {
+    flow.service = Stage::Asked;
+    flow.hairpin = hairpin;
+    flow.ends = Ends {
+        source: if hairpin { gateway(flow) } else { flow.seen.source },
+        destination: to.address,
+        source_port: to.client_port,
+        destination_port: to.port,
+    };
+    flow.becomes = flow.ends;
+    flow.translation = Translation {
+        address: flow.seen.destination,
+        port: flow.seen.destination_port,
+        client_port: flow.seen.source_port,
+        backend: to.backend,
+    };
+}
+
+/// Whether no other connection looks as this one would to its backend.
+#[inline(never)]
+fn is_free(flow: &Flow, now: u64) -> bool {
+    let Some(place) = conntrack::place(flow, &flow.ends) else {
+        return false;
+    };
+    let Some(known) = conntrack::find(&place, now) else {
+        return true;
+    };
+    let is_ours = known.entry.state & TRANSLATED != 0
+        && known.entry.translation.address == flow.translation.address
+        && known.entry.translation.port == flow.translation.port
+        && known.entry.translation.client_port == flow.translation.client_port;
+    is_ours || known.is_closed()
+}
+
+/// The backend that the client had last, while that counts.
+#[inline(always)]
+fn affine(flow: &Flow, service: &Service, now: u64) -> Option<u32> {
+    if service.affinity == 0 {
+        return None;
+    }
+    let key = affinity_key(flow, service)?;
+    let pointer = maps::AFFINITY.get_ptr(&*key)?;
+    // SAFETY: as in `conntrack::find`.
+    let (before, entry, after) = unsafe {
+        (
+            core::ptr::read_volatile(&raw const (*pointer).cookie),
+            core::ptr::read_volatile(pointer),
+            core::ptr::read_volatile(&raw const (*pointer).cookie),
+        )
+    };
+    let cookie = affinity_cookie(key);
+    let holds = before == cookie && after == cookie && entry.expires > now;
+    (holds && has(service, entry.number, &entry.backend.address, entry.backend.port)).then_some(entry.number)
+}
+
+#[inline(always)]
+fn affinity_key(flow: &Flow, service: &Service) -> Option<&'static mut AffinityKey> {
+    let scratch = maps::scratch()?;
+    // SAFETY: as in `Flow::begin`; nothing else refers to this part.
+    let key = unsafe { &mut (*scratch).affinity_key };
+    key.frontend = service.key;
+    key.client = flow.seen.source;
+    Some(key)
+}
+
+#[inline(always)]
+fn affinity_cookie(key: &AffinityKey) -> u64 {
+    let rest =
+        u64::from(key.frontend.port) << 16 | u64::from(key.frontend.family) << 8 | u64::from(key.frontend.protocol);
+    conntrack::hash(&key.client, &key.frontend.address, rest)
+}
+
+/// Remembers the client's backend.
+#[inline(always)]
+fn stick(flow: &Flow, service: &Service, number: u32, backend: &Backend, now: u64) {
+    let (Some(key), Some(scratch)) = (affinity_key(flow, service), maps::scratch()) else {
+        return;
+    };
+    // SAFETY: as in `Flow::begin`; nothing else refers to this part.
+    let entry = unsafe { &mut (*scratch).affinity };
+    entry.cookie = affinity_cookie(key);
+    entry.expires = now + u64::from(service.affinity) * SECOND;
+    entry.backend = *backend;
+    entry.number = number;
+    // Where the map takes no entry the client's next connection is on its own.
+    let _ = maps::AFFINITY.insert(&*key, &*entry, u64::from(BPF_ANY));
+}
+
+/// Remembers which backend the connection has, for as long as its flow is tracked.
+#[inline(always)]
+pub fn keep(flow: &Flow, client: &Party) {
+    let same_time = flow.expires.wrapping_sub(flow.frontend_expires) < SECOND;
+    if flow.service == Stage::Asked && !flow.related && !same_time {
+        conntrack::keep_frontend(flow, client);
+    }
+}
+
+/// Whether a pod's packet answers one that it sent to itself through a service.
+#[inline(always)]
+pub fn is_for_gateway(flow: &Flow) -> bool {
+    flow.ends.destination == gateway(flow)
+}
+
+/// Whether an address may be a service's: nobody has it.
+#[inline(always)]
+pub fn is_frontend(known: &lookup::Known) -> bool {
+    known.flags & abi::ipcache::IPCACHE_SERVICE != 0
+}

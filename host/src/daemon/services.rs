@@ -1,0 +1,300 @@
+//! Services of the cluster: from records in the store to frontends in the maps.
+
+use super::{Daemon, DaemonError};
+use crate::{
+    api::{BackendView, ServicePortView, ServiceView},
+    endpoint,
+    plan::{self, Frontend, protocol_name},
+    store::{
+        Expect,
+        records::{self, ServiceRecord, TargetPort},
+    },
+};
+use abi::{AddressKey, ServiceKey, policy::UDP};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
+use tokio::task::block_in_place;
+
+/// A service with what stands behind each of its frontends now.
+pub struct Service {
+    record: ServiceRecord,
+    frontends: BTreeMap<ServiceKey, Frontend>,
+}
+
+fn refuse(problem: impl Into<String>) -> DaemonError {
+    DaemonError::Request(problem.into())
+}
+
+/// What no service may be, whatever the others are.
+fn check(record: &ServiceRecord) -> Result<(), String> {
+    endpoint::check_name(&record.namespace).map_err(|problem| format!("namespace {problem}"))?;
+    endpoint::check_name(&record.name).map_err(|problem| format!("service {problem}"))?;
+    endpoint::check_labels(&record.selector).map_err(|problem| format!("selector: {problem}"))?;
+    if record.ports.is_empty() {
+        return Err("a service has at least one port: give --port PROTOCOL/PORT".to_owned());
+    }
+    if record.addresses.is_empty() && record.ports.iter().all(|port| port.node_port.is_none()) {
+        return Err(
+            "a service has an address or a node port: give --address, or --port PROTOCOL/PORT@NODEPORT".to_owned(),
+        );
+    }
+    let families: BTreeSet<bool> = record.addresses.iter().map(IpAddr::is_ipv4).collect();
+    if families.len() != record.addresses.len() {
+        return Err("a service has one address of each family at the most".to_owned());
+    }
+    for address in record.addresses.iter().chain(&record.backends) {
+        if address.is_unspecified() || address.is_loopback() || address.is_multicast() || is_link_local(*address) {
+            return Err(format!("{address} can be no service's and no backend's"));
+        }
+    }
+    if let Some(address) = record
+        .backends
+        .iter()
+        .find(|address| record.addresses.contains(address))
+    {
+        return Err(format!("{address} can't be the service and its own backend"));
+    }
+    let mut ports = BTreeSet::new();
+    let mut node_ports = BTreeSet::new();
+    for port in &record.ports {
+        let name = format!("{}/{}", protocol_name(port.protocol), port.port);
+        if port.port == 0 || port.target == TargetPort::Number(0) || port.node_port == Some(0) {
+            return Err(format!("port {name}: 0 is no port"));
+        }
+        if !ports.insert((port.protocol, port.port)) {
+            return Err(format!("port {name} is given twice"));
+        }
+        if let Some(node_port) = port.node_port {
+            if !node_ports.insert((port.protocol, node_port)) {
+                return Err(format!("node port {node_port} is given twice"));
+            }
+            if port.protocol == UDP && node_port == abi::node::TUNNEL_PORT {
+                return Err(format!("node port {node_port} is the tunnel's"));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn is_link_local(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    }
+}
+
+impl Daemon {
+    /// Adds a service to the cluster, or changes the one of that name.
+    pub(super) async fn service_add(&mut self, record: ServiceRecord) -> Result<ServiceView, DaemonError> {
+        check(&record).map_err(DaemonError::Request)?;
+        self.check_against_others(&record)?;
+        let key = ServiceRecord::key(&record.namespace, &record.name);
+        records::put(&*self.store, &key, &record, Expect::Any).await?;
+        let name = record.full_name();
+        self.service_seen(record)?;
+        tracing::info!("service {name}");
+        self.service_list()
+            .into_iter()
+            .find(|view| format!("{}/{}", view.namespace, view.name) == name)
+            .ok_or_else(|| refuse(format!("service {name} is gone again")))
+    }
+
+    fn check_against_others(&self, record: &ServiceRecord) -> Result<(), DaemonError> {
+        for address in &record.addresses {
+            for node in self.nodes.values() {
+                let node = &node.record;
+                if node.underlay == *address {
+                    return Err(refuse(format!("{address} is the address of node {}", node.name)));
+                }
+                if let Some(cidr) = node.pod_cidrs.iter().find(|cidr| cidr.contains(address)) {
+                    return Err(refuse(format!(
+                        "{address} is in pod CIDR {cidr} of node {}: a service's address is none of the pods'",
+                        node.name
+                    )));
+                }
+            }
+        }
+        let name = record.full_name();
+        let others = self.services.iter().filter(|(other, _)| **other != name);
+        let taken: BTreeMap<&ServiceKey, &String> = others
+            .flat_map(|(other, service)| service.frontends.keys().map(move |key| (key, other)))
+            .collect();
+        for (key, port) in plan::frontend_keys(record) {
+            if let Some(other) = taken.get(&key) {
+                return Err(refuse(match port.node_port {
+                    Some(node_port) if key.port == node_port.to_be() && key.address == abi::address::Address::NONE => {
+                        format!("node port {node_port} is service {other}'s")
+                    }
+                    _ => format!(
+                        "{} {}/{} is service {other}'s",
+                        abi::address::ip(key.family, key.address),
+                        protocol_name(key.protocol),
+                        port.port
+                    ),
+                }));
+            }
+        }
+        for backend in &record.backends {
+            let key = AddressKey::from(*backend);
+            let is_service = |taken: &&ServiceKey| taken.address == key.address && taken.family == key.family;
+            if let Some((_, other)) = taken.iter().find(|(taken, _)| is_service(taken)) {
+                return Err(refuse(format!("{backend} is service {other}'s, and can be no backend")));
+            }
+        }
+        let frontends = taken.len() + plan::frontend_keys(record).count();
+        Ok(self.datapath.check_services(frontends)?)
+    }
+
+    /// Takes in a service that is new or has changed.
+    pub(super) fn service_seen(&mut self, record: ServiceRecord) -> Result<(), DaemonError> {
+        self.note_service(record);
+        self.place_services()
+    }
+
+    /// The same without a word to the maps yet.
+    pub(super) fn note_service(&mut self, record: ServiceRecord) {
+        let name = record.full_name();
+        for address in &record.addresses {
+            self.names_mut()
+                .set_address(AddressKey::from(*address), format!("service {name}"));
+        }
+        let frontends = self.frontends_of(&record);
+        let before = self.services.insert(name, Service { record, frontends });
+        self.forget_names(before.as_ref());
+    }
+
+    /// Forgets the names of addresses that no service has any more.
+    fn forget_names(&self, before: Option<&Service>) {
+        let gone = before.into_iter().flat_map(|service| &service.record.addresses);
+        let used: BTreeSet<IpAddr> = self
+            .services
+            .values()
+            .flat_map(|service| service.record.addresses.iter().copied())
+            .collect();
+        for address in gone.filter(|address| !used.contains(address)) {
+            self.names_mut().remove_address(&AddressKey::from(*address));
+        }
+    }
+
+    fn frontends_of(&self, record: &ServiceRecord) -> BTreeMap<ServiceKey, Frontend> {
+        plan::frontends(record, self.pods.values().map(|pod| &pod.record))
+    }
+
+    /// The cluster has a service no longer.
+    pub(super) fn service_gone(&mut self, name: &str) -> Result<(), DaemonError> {
+        let before = self.services.remove(name);
+        self.forget_names(before.as_ref());
+        self.place_services()
+    }
+
+    /// Removes a service; false where there is none.
+    pub(super) async fn service_delete(&mut self, namespace: &str, name: &str) -> Result<bool, DaemonError> {
+        let full_name = format!("{namespace}/{name}");
+        if !self.services.contains_key(&full_name) {
+            return Ok(false);
+        }
+        let key = ServiceRecord::key(namespace, name);
+        self.store.delete(&key, Expect::Any).await?;
+        self.service_gone(&full_name)?;
+        Ok(true)
+    }
+
+    /// Follows a change of a namespace's pods.
+    pub(super) fn services_follow(&mut self, namespace: &str) -> Result<(), DaemonError> {
+        let affected =
+            |service: &&Service| service.record.namespace == namespace && !service.record.selector.is_empty();
+        let affected: Vec<ServiceRecord> = self
+            .services
+            .values()
+            .filter(affected)
+            .map(|service| service.record.clone())
+            .collect();
+        let mut changed = false;
+        for record in affected {
+            let frontends = self.frontends_of(&record);
+            if let Some(service) = self.services.get_mut(&record.full_name())
+                && service.frontends != frontends
+            {
+                service.frontends = frontends;
+                changed = true;
+            }
+        }
+        if changed { self.place_services() } else { Ok(()) }
+    }
+
+    /// The same of all namespaces.
+    pub(super) fn services_follow_all(&mut self) -> Result<(), DaemonError> {
+        let records: Vec<ServiceRecord> = self.services.values().map(|service| service.record.clone()).collect();
+        for record in records {
+            self.note_service(record);
+        }
+        self.place_services()
+    }
+
+    /// Makes the maps hold all services. Where two claim the same, the one whose name comes first has it on every node.
+    fn place_services(&mut self) -> Result<(), DaemonError> {
+        let mut desired: BTreeMap<ServiceKey, &Frontend> = BTreeMap::new();
+        for (name, service) in &self.services {
+            for (key, frontend) in &service.frontends {
+                if desired.contains_key(key) {
+                    tracing::error!(
+                        "service {name} has {} port {} of another one's",
+                        abi::address::ip(key.family, key.address),
+                        u16::from_be(key.port)
+                    );
+                } else {
+                    desired.insert(*key, frontend);
+                }
+            }
+        }
+        Ok(block_in_place(|| self.datapath.place_services(&desired))?)
+    }
+
+    pub(super) fn service_list(&self) -> Vec<ServiceView> {
+        self.services
+            .values()
+            .map(|service| self.service_view(service))
+            .collect()
+    }
+
+    fn service_view(&self, service: &Service) -> ServiceView {
+        let record = &service.record;
+        let ports = record.ports.iter().map(|port| {
+            // A node port's backends are those of the port.
+            let mut backends: BTreeMap<(IpAddr, u16), BackendView> = BTreeMap::new();
+            let its = plan::frontend_keys(record).filter(|(_, its)| *its == port);
+            let mut left_out = 0;
+            for (key, _) in its {
+                let placed = self.datapath.placed_services().get(&key);
+                left_out = left_out.max(placed.map_or(0, |placed| placed.left_out));
+                let frontend = service.frontends.get(&key);
+                for backend in frontend.iter().flat_map(|frontend| &frontend.backends) {
+                    let address = abi::address::ip(key.family, backend.address);
+                    let port = u16::from_be(backend.port);
+                    let name = self.names_mut().address(&address.into());
+                    backends.insert((address, port), BackendView { address, port, name });
+                }
+            }
+            ServicePortView {
+                port: format!("{}/{}", protocol_name(port.protocol), port.port),
+                target: match &port.target {
+                    TargetPort::Number(number) => number.to_string(),
+                    TargetPort::Name(name) => name.clone(),
+                },
+                node_port: port.node_port,
+                left_out,
+                backends: backends.into_values().collect(),
+            }
+        });
+        ServiceView {
+            namespace: record.namespace.clone(),
+            name: record.name.clone(),
+            addresses: record.addresses.clone(),
+            selector: record.selector.clone(),
+            affinity_seconds: record.affinity,
+            ports: ports.collect(),
+        }
+    }
+}

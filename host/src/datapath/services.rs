@@ -1,0 +1,149 @@
+//! The maps of services: frontends with their backends, and the addresses that are theirs.
+
+use super::{Datapath, DatapathError, full, gone};
+use crate::plan::{Frontend, Full, Numbers};
+use abi::{
+    AddressKey, Identity, IpcacheEntry, Service, ServiceKey, address::Address, ipcache::IPCACHE_SERVICE, map,
+    service::MAX_BACKENDS,
+};
+use aya::maps::{Array, MapData};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// What the maps hold of a frontend.
+#[derive(Debug, Default)]
+pub struct Placed {
+    frontend: Frontend,
+    numbers: Numbers,
+    /// Backends that found no place.
+    pub left_out: usize,
+}
+
+impl Datapath {
+    /// Makes the maps hold these frontends and no others. What is new is there before its address leads to it, and an
+    /// address that is none any more leads nowhere before its frontends go.
+    ///
+    /// # Errors
+    ///
+    /// Where they do not fit; nothing is changed then. Or where a map can't be written.
+    pub fn place_services(&mut self, desired: &BTreeMap<ServiceKey, &Frontend>) -> Result<(), DatapathError> {
+        self.check_services(desired.len())?;
+        let address = |key: &ServiceKey| AddressKey {
+            scope: key.scope,
+            family: key.family,
+            zero: 0,
+            address: key.address,
+        };
+        let addresses: BTreeSet<AddressKey> = desired
+            .keys()
+            .map(address)
+            .filter(|key| key.address != Address::NONE)
+            .collect();
+        for stale in self
+            .service_addresses
+            .difference(&addresses)
+            .copied()
+            .collect::<Vec<_>>()
+        {
+            gone(self.ipcache.remove(&stale), map::IPCACHE)?;
+            self.service_addresses.remove(&stale);
+        }
+        let stale: Vec<ServiceKey> = self
+            .placed_services
+            .keys()
+            .filter(|key| !desired.contains_key(key))
+            .copied()
+            .collect();
+        for key in stale {
+            gone(self.services.remove(&key), map::SERVICES)?;
+            self.placed_services.remove(&key);
+        }
+        for (key, frontend) in desired {
+            self.place_frontend(*key, frontend)?;
+        }
+        for new in addresses.difference(&self.service_addresses.clone()) {
+            self.place_service_address(*new)?;
+        }
+        Ok(())
+    }
+
+    fn place_frontend(&mut self, key: ServiceKey, frontend: &Frontend) -> Result<(), DatapathError> {
+        let before = self.placed_services.get(&key);
+        if before.is_some_and(|before| before.frontend == *frontend) {
+            return Ok(());
+        }
+        let mut numbers = before.map(|before| before.numbers.clone()).unwrap_or_default();
+        let left_out = numbers.follow(&frontend.backends);
+        if left_out > 0 {
+            tracing::error!(
+                "{} port {} has {left_out} backends more than the {MAX_BACKENDS} that there is room for",
+                abi::address::ip(key.family, key.address),
+                u16::from_be(key.port)
+            );
+        }
+        let entry = numbers.entry(key, frontend.affinity);
+        let failed = DatapathError::map(map::SERVICES);
+        let mut inner = Array::<MapData, Service>::create(1, 0).map_err(failed)?;
+        inner.set(0, *entry, 0).map_err(DatapathError::map(map::SERVICES))?;
+        self.services
+            .insert(key, &inner, 0)
+            .map_err(|error| full(error, map::SERVICES, "maps.services"))?;
+        let placed = Placed {
+            frontend: frontend.clone(),
+            numbers,
+            left_out,
+        };
+        self.placed_services.insert(key, placed);
+        Ok(())
+    }
+
+    /// Makes an address a service's, where nobody has it.
+    fn place_service_address(&mut self, address: AddressKey) -> Result<(), DatapathError> {
+        if self.placed.contains_key(&address) {
+            tracing::error!("{} is a service's address, but a pod or a node has it", address.ip());
+            return Ok(());
+        }
+        self.stamp = self.stamp.wrapping_add(1);
+        let entry = IpcacheEntry {
+            first_stamp: self.stamp,
+            address: address.address,
+            identity: [Identity::NONE; 2],
+            column: [0; 2],
+            owner: 0,
+            epoch: 0,
+            tunnel_endpoint: Address::NONE,
+            tunnel_family: 0,
+            flags: IPCACHE_SERVICE,
+            zero: [0; 6],
+            last_stamp: self.stamp,
+        };
+        self.ipcache
+            .insert(address, entry, 0)
+            .map_err(|error| full(error, map::IPCACHE, "maps.addresses"))?;
+        self.service_addresses.insert(address);
+        Ok(())
+    }
+
+    /// Whether so many frontends fit.
+    ///
+    /// # Errors
+    ///
+    /// Where they do not.
+    pub fn check_services(&self, needed: usize) -> Result<(), DatapathError> {
+        let capacity = self.service_capacity as usize;
+        if needed <= capacity {
+            return Ok(());
+        }
+        Err(DatapathError::TooMany(Full {
+            what: "frontends of services",
+            setting: "maps.services",
+            needed,
+            capacity,
+        }))
+    }
+
+    /// Frontends in the maps.
+    #[must_use]
+    pub fn placed_services(&self) -> &BTreeMap<ServiceKey, Placed> {
+        &self.placed_services
+    }
+}

@@ -1,0 +1,507 @@
+//! Services: what goes to a frontend, and what comes back.
+
+use super::{
+    bench::{BLUE, BLUE_PLACE, Bench, GREEN, RED_PLACE},
+    frame::{
+        ACK, FIN, Frame, GATEWAY_A, GATEWAY_B, OTHER_NODE, POD_A, POD_A_MAC, POD_A6, POD_B, POD_B_MAC, POD_B6, REMOTE,
+        REMOTE6, RST, SYN,
+    },
+    run::Outcome,
+};
+use abi::{
+    AddressKey, DropReason, Path, ServiceKey,
+    address::SHARED_SCOPE,
+    node::{GATEWAY_V4, GATEWAY_V6},
+    policy::{TCP, UDP},
+};
+use harness::kernel_test;
+use std::{collections::BTreeSet, net::IpAddr};
+
+const VIP: [u8; 4] = [172, 16, 0, 1];
+const OTHER_VIP: [u8; 4] = [172, 16, 0, 2];
+const VIP6: [u8; 16] = [0xfd, 0x96, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
+const SYN_ACK: u8 = SYN | ACK;
+
+/// What services drop packets for, as shown here.
+pub const REASONS: [DropReason; 4] = [
+    DropReason::NoService,
+    DropReason::NoBackends,
+    DropReason::BackendGone,
+    DropReason::ServicePorts,
+];
+
+fn frontend(address: impl Into<IpAddr>, protocol: u8, port: u16) -> ServiceKey {
+    let address = AddressKey::from(address.into());
+    ServiceKey {
+        address: address.address,
+        port: port.to_be(),
+        scope: SHARED_SCOPE,
+        family: address.family,
+        protocol,
+        zero: 0,
+    }
+}
+
+/// TCP port 80 and UDP port 53 of the service, which are 8080 and 5353 of these.
+fn bench_with(backends: &[IpAddr]) -> Bench {
+    let mut bench = Bench::new();
+    serve(&mut bench, backends);
+    bench
+}
+
+fn serve(bench: &mut Bench, backends: &[IpAddr]) {
+    for vip in [IpAddr::from(VIP), IpAddr::from(VIP6)] {
+        let of_family: Vec<IpAddr> = backends
+            .iter()
+            .filter(|one| one.is_ipv4() == vip.is_ipv4())
+            .copied()
+            .collect();
+        let at = |port| -> Vec<(IpAddr, u16)> { of_family.iter().map(|address| (*address, port)).collect() };
+        bench.put_service(frontend(vip, TCP, 80), &at(8080), 0);
+        bench.put_service(frontend(vip, UDP, 53), &at(5353), 0);
+    }
+}
+
+fn frame_of(outcome: Outcome) -> Frame {
+    match outcome {
+        Outcome::Sent { frame, .. } => frame,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Who gets a packet.
+fn receiver(outcome: Outcome) -> [u8; 4] {
+    frame_of(outcome).0[30..34].try_into().unwrap()
+}
+
+#[test]
+fn a_connection_goes_to_a_backend_and_its_answers_come_from_the_service() {
+    kernel_test!();
+    let mut bench = bench_with(&[POD_B.into(), POD_B6.into()]);
+    let into_b = |frame: Frame| frame.summed().after_hop(POD_B_MAC, GATEWAY_B);
+    let into_a = |frame: Frame| frame.summed().after_hop(POD_A_MAC, GATEWAY_A);
+    for (asked, got, answer, seen) in [
+        (
+            Frame::tcp(POD_A, 4000, VIP, 80, SYN),
+            Frame::tcp(POD_A, 4000, POD_B, 8080, SYN),
+            Frame::tcp(POD_B, 8080, POD_A, 4000, SYN_ACK),
+            Frame::tcp(VIP, 80, POD_A, 4000, SYN_ACK),
+        ),
+        (
+            Frame::udp(POD_A, 4000, VIP, 53),
+            Frame::udp(POD_A, 4000, POD_B, 5353),
+            Frame::udp(POD_B, 5353, POD_A, 4000),
+            Frame::udp(VIP, 53, POD_A, 4000),
+        ),
+        (
+            Frame::tcp6(POD_A6, 4000, VIP6, 80, SYN),
+            Frame::tcp6(POD_A6, 4000, POD_B6, 8080, SYN),
+            Frame::tcp6(POD_B6, 8080, POD_A6, 4000, SYN_ACK),
+            Frame::tcp6(VIP6, 80, POD_A6, 4000, SYN_ACK),
+        ),
+        (
+            Frame::udp6(POD_A6, 4000, VIP6, 53),
+            Frame::udp6(POD_A6, 4000, POD_B6, 5353),
+            Frame::udp6(POD_B6, 5353, POD_A6, 4000),
+            Frame::udp6(VIP6, 53, POD_A6, 4000),
+        ),
+    ] {
+        for _ in 0..2 {
+            let sent = bench.from_pod_a(&asked.clone().summed());
+            assert_eq!(sent.path(), Path::Local);
+            assert_eq!(frame_of(sent), into_b(got.clone()));
+            let answered = bench.from_pod_b(&answer.clone().summed());
+            assert_eq!(frame_of(answered), into_a(seen.clone()));
+        }
+    }
+}
+
+#[test]
+fn a_checksum_that_is_left_out_stays_left_out() {
+    kernel_test!();
+    let mut bench = bench_with(&[POD_B.into()]);
+    let sent = frame_of(bench.from_pod_a(&Frame::udp(POD_A, 4000, VIP, 53)));
+    assert_eq!(
+        sent,
+        Frame::udp(POD_A, 4000, POD_B, 5353).after_hop(POD_B_MAC, GATEWAY_B)
+    );
+}
+
+#[test]
+fn a_backend_on_another_node_is_reached_through_the_tunnel() {
+    kernel_test!();
+    let mut bench = bench_with(&[REMOTE.into(), REMOTE6.into()]);
+    let asked = Frame::tcp(POD_A, 4000, VIP, 80, SYN).summed();
+    let sent = bench.from_pod_a(&asked);
+    let Outcome::Sent {
+        path, tunnel, frame, ..
+    } = sent
+    else {
+        panic!("{sent:?}")
+    };
+    assert_eq!((path, tunnel.unwrap().1), (Path::Encap, OTHER_NODE));
+    let macs = (asked.0[..6].try_into().unwrap(), asked.0[6..12].try_into().unwrap());
+    let expected = Frame::tcp(POD_A, 4000, REMOTE, 8080, SYN).summed();
+    assert_eq!(frame, expected.after_hop(macs.0, macs.1));
+    let answer = Frame::tcp(REMOTE, 8080, POD_A, 4000, SYN_ACK).summed();
+    let seen = Frame::tcp(VIP, 80, POD_A, 4000, SYN_ACK).summed();
+    assert_eq!(
+        frame_of(bench.from_overlay(&answer, OTHER_NODE, GREEN)),
+        seen.delivered(POD_A_MAC, GATEWAY_A)
+    );
+    let asked = Frame::udp6(POD_A6, 4000, VIP6, 53).summed();
+    assert_eq!(bench.from_pod_a(&asked).path(), Path::Encap);
+    let answer = Frame::udp6(REMOTE6, 5353, POD_A6, 4000).summed();
+    let seen = Frame::udp6(VIP6, 53, POD_A6, 4000).summed();
+    assert_eq!(
+        frame_of(bench.from_overlay(&answer, OTHER_NODE, GREEN)),
+        seen.delivered(POD_A_MAC, GATEWAY_A)
+    );
+}
+
+#[test]
+fn policy_is_that_of_the_backend() {
+    kernel_test!();
+    let mut bench = bench_with(&[POD_B.into()]);
+    let asked = Frame::tcp(POD_A, 4000, VIP, 80, SYN).summed();
+    bench.deny_egress(RED_PLACE.0, BLUE_PLACE.1);
+    assert_eq!(bench.from_pod_a(&asked).reason(), DropReason::EgressDenied);
+    // By the backend's port, not the service's.
+    bench.set_port_set(1, &[(Some(TCP), 80, 80)]);
+    bench.set_cell(abi::Direction::Egress, RED_PLACE.0, BLUE_PLACE.1, 3);
+    assert_eq!(bench.from_pod_a(&asked).reason(), DropReason::EgressDenied);
+    bench.set_port_set(1, &[(Some(TCP), 8080, 8080)]);
+    assert_eq!(bench.from_pod_a(&asked).path(), Path::Local);
+    // What was allowed and is no longer stops in both directions.
+    bench.flip();
+    bench.set_cell(abi::Direction::Egress, RED_PLACE.0, BLUE_PLACE.1, 0);
+    assert_eq!(
+        bench
+            .from_pod_a(&Frame::tcp(POD_A, 4000, VIP, 80, ACK).summed())
+            .reason(),
+        DropReason::EgressDenied
+    );
+    assert!(matches!(
+        bench.from_pod_b(&Frame::tcp(POD_B, 8080, POD_A, 4000, ACK)).reason(),
+        DropReason::MidStream
+    ));
+}
+
+#[test]
+fn errors_are_translated_back_both_ways() {
+    kernel_test!();
+    let mut bench = bench_with(&[POD_B.into(), POD_B6.into(), REMOTE.into()]);
+    serve(&mut bench, &[POD_B.into(), POD_B6.into()]);
+    let into_b = |frame: Frame| frame.summed().after_hop(POD_B_MAC, GATEWAY_B);
+    let into_a = |frame: Frame| frame.summed().after_hop(POD_A_MAC, GATEWAY_A);
+    // The backend says that nobody listens there: the client reads that of the service.
+    let asked = Frame::udp(POD_A, 4000, VIP, 53).summed();
+    let got = Frame::udp(POD_A, 4000, POD_B, 5353).summed();
+    bench.from_pod_a(&asked);
+    let refused = bench.from_pod_b(&Frame::unreachable(POD_B, &got).summed());
+    assert_eq!(frame_of(refused), into_a(Frame::unreachable(VIP, &asked)));
+    // The client says so of an answer: the backend reads that of its own packet.
+    let answer = Frame::udp(POD_B, 5353, POD_A, 4000).summed();
+    let seen = Frame::udp(VIP, 53, POD_A, 4000).summed();
+    let refused = bench.from_pod_a(&Frame::unreachable(POD_A, &seen).summed());
+    assert_eq!(frame_of(refused), into_b(Frame::unreachable(POD_A, &answer)));
+    // A TCP header of which only the ports are quoted, and IPv6.
+    let asked = Frame::tcp(POD_A, 4001, VIP, 80, SYN).summed();
+    let got = Frame::tcp(POD_A, 4001, POD_B, 8080, SYN).summed();
+    bench.from_pod_a(&asked);
+    let refused = bench.from_pod_b(&Frame::unreachable(POD_B, &got).summed());
+    assert_eq!(frame_of(refused), into_a(Frame::unreachable(VIP, &asked)));
+    for (asked, got) in [
+        (
+            Frame::udp6(POD_A6, 4000, VIP6, 53).summed(),
+            Frame::udp6(POD_A6, 4000, POD_B6, 5353).summed(),
+        ),
+        (
+            Frame::tcp6(POD_A6, 4000, VIP6, 80, SYN).summed(),
+            Frame::tcp6(POD_A6, 4000, POD_B6, 8080, SYN).summed(),
+        ),
+    ] {
+        bench.from_pod_a(&asked);
+        let refused = bench.from_pod_b(&Frame::error6(POD_B6, 1, &got).summed());
+        assert_eq!(frame_of(refused), into_a(Frame::error6(VIP6, 1, &asked)));
+    }
+    // About nothing that was ever sent.
+    let stray = Frame::unreachable(POD_A, &Frame::udp(VIP, 53, POD_A, 4999)).summed();
+    assert_eq!(bench.from_pod_a(&stray).reason(), DropReason::IcmpUnrelated);
+}
+
+#[test]
+fn a_pod_reaches_itself() {
+    kernel_test!();
+    let mut bench = bench_with(&[POD_A.into(), POD_A6.into()]);
+    // Nobody forbids it.
+    bench.deny_egress(RED_PLACE.0, RED_PLACE.1);
+    let gateway = GATEWAY_V4;
+    for (asked, got, answer, seen) in [
+        (
+            Frame::tcp(POD_A, 4000, VIP, 80, SYN),
+            Frame::tcp(gateway, 4000, POD_A, 8080, SYN),
+            Frame::tcp(POD_A, 8080, gateway, 4000, SYN_ACK),
+            Frame::tcp(VIP, 80, POD_A, 4000, SYN_ACK),
+        ),
+        (
+            Frame::udp6(POD_A6, 4000, VIP6, 53),
+            Frame::udp6(GATEWAY_V6.0, 4000, POD_A6, 5353),
+            Frame::udp6(POD_A6, 5353, GATEWAY_V6.0, 4000),
+            Frame::udp6(VIP6, 53, POD_A6, 4000),
+        ),
+    ] {
+        for _ in 0..2 {
+            let sent = bench.from_pod_a(&asked.clone().summed());
+            assert_eq!(frame_of(sent), got.clone().summed().after_hop(POD_A_MAC, GATEWAY_A));
+            let answered = bench.from_pod_a(&answer.clone().summed());
+            assert_eq!(
+                frame_of(answered),
+                seen.clone().summed().after_hop(POD_A_MAC, GATEWAY_A)
+            );
+        }
+    }
+    let got = Frame::tcp(gateway, 4000, POD_A, 8080, SYN).summed();
+    let refused = bench.from_pod_a(&Frame::unreachable(POD_A, &got).summed());
+    let asked = Frame::tcp(POD_A, 4000, VIP, 80, SYN).summed();
+    let expected = Frame::unreachable(VIP, &asked).summed();
+    assert_eq!(frame_of(refused), expected.after_hop(POD_A_MAC, GATEWAY_A));
+    // Nobody else's words reach it that way, and the gateway is no host.
+    for stray in [
+        Frame::tcp(POD_A, 8080, gateway, 4001, SYN_ACK),
+        Frame::tcp(POD_A, 5000, gateway, 80, SYN),
+        Frame::udp(POD_A, 5000, gateway, 53),
+        Frame::echo(POD_A, gateway, false, 1),
+    ] {
+        assert_eq!(bench.from_pod_a(&stray).reason(), DropReason::UnknownDestination);
+    }
+    let other = Frame::tcp(POD_B, 8080, gateway, 4000, SYN_ACK);
+    assert_eq!(bench.from_pod_b(&other).reason(), DropReason::UnknownDestination);
+}
+
+#[test]
+fn who_asks_for_what_is_not_there_is_told() {
+    kernel_test!();
+    let mut bench = bench_with(&[]);
+    let mut told = |sent: &Frame| match bench.from_pod_a(sent) {
+        Outcome::Told(reason, frame) => (reason, frame),
+        other => panic!("{sent:?}: {other:?}"),
+    };
+    let numbered = |frame: Frame, sequence: u32, acknowledged: u32| {
+        let at = if frame.0[12] == 0x86 { 58 } else { 38 };
+        frame
+            .with(at, &sequence.to_be_bytes())
+            .with(at + 4, &acknowledged.to_be_bytes())
+    };
+    let as_told = |frame: Frame| {
+        let v4 = frame.0[12] == 8;
+        let frame = if v4 { frame.with(18, &[0, 0, 0, 0]) } else { frame };
+        frame.summed().delivered(POD_A_MAC, GATEWAY_A)
+    };
+    for (port, reason) in [(80, DropReason::NoBackends), (81, DropReason::NoService)] {
+        for (sent, answer) in [
+            (
+                numbered(Frame::tcp(POD_A, 4000, VIP, port, SYN), 1000, 0),
+                numbered(Frame::tcp(VIP, port, POD_A, 4000, RST | ACK), 0, 1001),
+            ),
+            (
+                numbered(Frame::tcp(POD_A, 4000, VIP, port, FIN), 1000, 0),
+                numbered(Frame::tcp(VIP, port, POD_A, 4000, RST | ACK), 0, 1001),
+            ),
+            (
+                numbered(Frame::tcp6(POD_A6, 4000, VIP6, port, ACK), 1000, 77),
+                numbered(Frame::tcp6(VIP6, port, POD_A6, 4000, RST), 77, 0),
+            ),
+        ] {
+            assert_eq!(told(&sent.summed()), (reason, as_told(answer)));
+        }
+    }
+    for (port, reason) in [(53, DropReason::NoBackends), (54, DropReason::NoService)] {
+        let sent = Frame::udp(POD_A, 4000, VIP, port).summed();
+        let (reason_told, frame) = told(&sent);
+        assert_eq!(reason_told, reason);
+        assert_eq!(frame.0[34..36], [3, 3], "port unreachable");
+        let sent = Frame::udp6(POD_A6, 4000, VIP6, port).summed();
+        let (reason_told, frame) = told(&sent);
+        assert_eq!(reason_told, reason);
+        assert_eq!(frame.0[54..56], [1, 4], "port unreachable");
+    }
+    let reset = Frame::tcp(POD_A, 4000, VIP, 80, RST).summed();
+    assert_eq!(
+        bench.from_pod_a(&reset),
+        Outcome::Dropped(DropReason::NoBackends),
+        "a reset is not answered"
+    );
+    assert_eq!(
+        bench.from_pod_a(&Frame::echo(POD_A, VIP, false, 1)).reason(),
+        DropReason::NoService
+    );
+    assert_eq!(
+        bench.from_pod_a(&Frame::ipv4(POD_A, VIP, 132, &[0; 12])).reason(),
+        DropReason::NoService
+    );
+}
+
+#[test]
+fn connections_are_spread_and_stay_where_they_are() {
+    kernel_test!();
+    let all: [IpAddr; 2] = [POD_B.into(), REMOTE.into()];
+    let mut bench = bench_with(&all);
+    let ports = 4000..4064;
+    let ask = |bench: &mut Bench, port: u16, flags: u8| {
+        receiver(bench.from_pod_a(&Frame::tcp(POD_A, port, VIP, 80, flags).summed()))
+    };
+    let first: Vec<[u8; 4]> = ports.clone().map(|port| ask(&mut bench, port, SYN)).collect();
+    let to_b = first.iter().filter(|to| **to == POD_B).count();
+    assert!((16..48).contains(&to_b), "{to_b} of 64 to one of two");
+    // Another backend takes none that is open.
+    bench.put_pod([10, 1, 0, 9], [BLUE; 2], BLUE_PLACE, 3, bench.pod_b);
+    serve(&mut bench, &[POD_B.into(), REMOTE.into(), [10, 1, 0, 9].into()]);
+    for (port, to) in ports.clone().zip(&first) {
+        assert_eq!(ask(&mut bench, port, ACK), *to, "{port}");
+    }
+    // New ones are spread over all, and most go where they would have gone.
+    let second: Vec<[u8; 4]> = (5000..5064).map(|port| ask(&mut bench, port, SYN)).collect();
+    assert_eq!(second.iter().collect::<BTreeSet<_>>().len(), 3);
+    // One that is no backend any more keeps the connections that are open, and gets no others.
+    serve(&mut bench, &[REMOTE.into()]);
+    for (port, to) in ports.clone().zip(&first) {
+        assert_eq!(ask(&mut bench, port, ACK), *to, "{port}");
+    }
+    assert!((6000..6032).all(|port| ask(&mut bench, port, SYN) == REMOTE));
+    // One whose pod is gone has none: the client is told at once.
+    let port = ports.clone().zip(&first).find(|(_, to)| **to == POD_B).unwrap().0;
+    bench.remove_pod(POD_B);
+    let gone = bench.from_pod_a(&Frame::tcp(POD_A, port, VIP, 80, ACK).summed());
+    assert!(matches!(gone, Outcome::Told(DropReason::BackendGone, _)), "{gone:?}");
+    assert_eq!(ask(&mut bench, port, SYN), REMOTE);
+}
+
+#[test]
+fn datagrams_go_to_another_backend_when_theirs_is_none_any_more() {
+    kernel_test!();
+    let mut bench = bench_with(&[POD_B.into()]);
+    let ask = |bench: &mut Bench| receiver(bench.from_pod_a(&Frame::udp(POD_A, 4000, VIP, 53).summed()));
+    assert_eq!(ask(&mut bench), POD_B);
+    serve(&mut bench, &[POD_B.into(), REMOTE.into()]);
+    assert_eq!(ask(&mut bench), POD_B);
+    serve(&mut bench, &[REMOTE.into()]);
+    assert_eq!(ask(&mut bench), REMOTE);
+    assert_eq!(ask(&mut bench), REMOTE);
+    serve(&mut bench, &[]);
+    let told = bench.from_pod_a(&Frame::udp(POD_A, 4000, VIP, 53).summed());
+    assert!(matches!(told, Outcome::Told(DropReason::NoBackends, _)), "{told:?}");
+}
+
+#[test]
+fn a_client_keeps_its_backend_where_the_service_says_so() {
+    kernel_test!();
+    let mut bench = Bench::new();
+    let two = [(POD_B.into(), 8080), (REMOTE.into(), 8080)];
+    bench.put_service(frontend(VIP, TCP, 80), &two, 60);
+    let ask =
+        |bench: &mut Bench, port: u16| receiver(bench.from_pod_a(&Frame::tcp(POD_A, port, VIP, 80, SYN).summed()));
+    let first = ask(&mut bench, 4000);
+    assert!((4001..4032).all(|port| ask(&mut bench, port) == first));
+    // Also when there are others, until its own goes.
+    let more: Vec<(IpAddr, u16)> = (0..20).map(|n| (IpAddr::from([203, 0, 113, n]), 8080)).collect();
+    bench.forward();
+    bench.put_service(frontend(VIP, TCP, 80), &[&two[..], &more].concat(), 60);
+    assert!((5000..5032).all(|port| ask(&mut bench, port) == first));
+    let others: Vec<(IpAddr, u16)> = two
+        .iter()
+        .filter(|(one, _)| *one != IpAddr::from(first))
+        .copied()
+        .collect();
+    bench.put_service(frontend(VIP, TCP, 80), &others, 60);
+    assert!((6000..6032).all(|port| ask(&mut bench, port) != first));
+}
+
+#[test]
+fn one_port_of_a_client_by_way_of_two_services_is_two_connections() {
+    kernel_test!();
+    let mut bench = bench_with(&[POD_B.into()]);
+    bench.put_service(frontend(OTHER_VIP, TCP, 80), &[(POD_B.into(), 8080)], 0);
+    let ask =
+        |bench: &mut Bench, vip, flags| frame_of(bench.from_pod_a(&Frame::tcp(POD_A, 4000, vip, 80, flags).summed()));
+    let port = |frame: &Frame| u16::from_be_bytes([frame.0[34], frame.0[35]]);
+    let (one, other) = (ask(&mut bench, VIP, SYN), ask(&mut bench, OTHER_VIP, SYN));
+    assert_eq!(port(&one), 4000);
+    assert_ne!(port(&other), 4000);
+    let expected = Frame::tcp(POD_A, port(&other), POD_B, 8080, SYN).summed();
+    assert_eq!(other, expected.after_hop(POD_B_MAC, GATEWAY_B));
+    // Each has its own answers, and goes on as it began.
+    for (vip, seen) in [(VIP, &one), (OTHER_VIP, &other)] {
+        let answer = Frame::tcp(POD_B, 8080, POD_A, port(seen), SYN_ACK).summed();
+        let expected = Frame::tcp(vip, 80, POD_A, 4000, SYN_ACK).summed();
+        assert_eq!(
+            frame_of(bench.from_pod_b(&answer)),
+            expected.after_hop(POD_A_MAC, GATEWAY_A)
+        );
+        assert_eq!(port(&ask(&mut bench, vip, ACK)), port(seen));
+    }
+}
+
+#[test]
+fn pieces_of_a_datagram_go_together() {
+    kernel_test!();
+    let mut bench = bench_with(&[POD_B.into()]);
+    let into_b = |frame: Frame| frame.after_hop(POD_B_MAC, GATEWAY_B);
+    let first = Frame::udp(POD_A, 4000, VIP, 53).with(40, &[0, 0]);
+    let payload = [0; 16];
+    let later = |from, to| Frame::ipv4(from, to, 17, &payload).piece(7, 16, false);
+    // Without the first nobody knows whose it is.
+    assert_eq!(
+        bench.from_pod_a(&later(POD_A, VIP)).reason(),
+        DropReason::FragmentUnknown
+    );
+    let first = Frame::ipv4(POD_A, VIP, 17, &[&first.0[34..42], &[0; 8]].concat()).piece(7, 0, true);
+    assert_eq!(receiver(bench.from_pod_a(&first)), POD_B);
+    assert_eq!(
+        frame_of(bench.from_pod_a(&later(POD_A, VIP))),
+        into_b(later(POD_A, POD_B))
+    );
+}
+
+#[test]
+fn a_client_has_no_more_entries_for_its_services_than_its_share() {
+    kernel_test!();
+    let mut bench = bench_with(&[POD_B.into()]);
+    bench.set_account(1, 0);
+    bench.from_pod_a(&Frame::tcp(POD_A, 4000, VIP, 80, SYN).summed());
+    assert_eq!(bench.tracked(), 2, "one for the frontend, one for the flow");
+    bench.from_pod_a(&Frame::tcp(POD_A, 4000, VIP, 80, ACK).summed());
+    assert_eq!(bench.tracked(), 2);
+    // A share of four, in a map that is full.
+    bench.set_tracked(u64::from(super::bench::FULL));
+    bench.set_account(1, 3);
+    bench.from_pod_a(&Frame::tcp(POD_A, 4001, VIP, 80, SYN).summed());
+    assert_eq!(
+        bench.tracked(),
+        u64::from(super::bench::FULL) + 1,
+        "the flow, and no frontend"
+    );
+    let refused = bench.from_pod_a(&Frame::tcp(POD_A, 4002, VIP, 80, SYN).summed());
+    assert_eq!(refused.reason(), DropReason::ConntrackShare);
+}
+
+#[test]
+fn a_client_whose_every_port_is_taken_is_refused() {
+    kernel_test!();
+    let mut bench = Bench::new();
+    let mut taken = vec![4000];
+    let refused = loop {
+        bench.reset();
+        serve(&mut bench, &[POD_B.into()]);
+        for port in &taken {
+            bench.from_pod_a(&Frame::tcp(POD_A, *port, POD_B, 8080, SYN).summed());
+        }
+        match bench.from_pod_a(&Frame::tcp(POD_A, 4000, VIP, 80, SYN).summed()) {
+            Outcome::Sent { frame, .. } => taken.push(u16::from_be_bytes([frame.0[34], frame.0[35]])),
+            other => break other,
+        }
+    };
+    assert_eq!(refused, Outcome::Dropped(DropReason::ServicePorts));
+    assert_eq!(taken.iter().collect::<BTreeSet<_>>().len(), 8);
+    assert!(taken.iter().all(|port| *port >= 1024), "{taken:?}");
+}
