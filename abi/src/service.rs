@@ -66,6 +66,10 @@ pub struct Service {
 impl Service {
     /// A frontend without backends.
     #[must_use]
+    #[cfg_attr(
+        feature = "user",
+        expect(clippy::large_stack_arrays, reason = "hostd makes one at a time, and boxes it")
+    )]
     pub const fn none(key: ServiceKey) -> Self {
         Self {
             key,

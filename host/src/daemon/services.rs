@@ -179,7 +179,7 @@ impl Daemon {
     }
 
     fn frontends_of(&self, record: &ServiceRecord) -> BTreeMap<ServiceKey, Frontend> {
-        plan::frontends(record, self.pods.values().map(|pod| &pod.record))
+        plan::frontends(record, &self.pods.values().map(|pod| &pod.record))
     }
 
     /// The cluster has a service no longer.

@@ -84,7 +84,7 @@ pub fn keys(service: &ServiceRecord) -> impl Iterator<Item = (ServiceKey, &Servi
 /// A service's frontends, with what stands behind them.
 pub fn frontends<'a>(
     service: &ServiceRecord,
-    pods: impl Iterator<Item = &'a PodRecord> + Clone,
+    pods: &(impl Iterator<Item = &'a PodRecord> + Clone),
 ) -> BTreeMap<ServiceKey, Frontend> {
     keys(service)
         .map(|(key, port)| {
@@ -199,7 +199,7 @@ mod tests {
                 ..pod("four", "web", ["10.1.0.4", "fd00::4"], 8080)
             },
         ];
-        let frontends = frontends(&service(), pods.iter());
+        let frontends = frontends(&service(), &pods.iter());
         let of = |address: &str, protocol: u8, port: u16| -> Vec<(String, u16)> {
             let (key, frontend) = frontends
                 .iter()
