@@ -38,6 +38,10 @@ pub const TRANSLATED: u32 = 1 << 5;
 pub const FRONTEND: u32 = 1 << 6;
 /// With [`TRANSLATED`] or [`FRONTEND`]: the client is its own backend, which sees the gateway in its place.
 pub const HAIRPIN: u32 = 1 << 7;
+/// With [`TRANSLATED`]: the client is outside and has asked at this node's own address, from which the answers leave.
+pub const NODE_PORT: u32 = 1 << 8;
+/// The client is outside and has asked at another node's address, which the translation holds: answers go back there.
+pub const VIA_NODE: u32 = 1 << 9;
 
 /// What the address of one end meant when the flow was judged.
 #[repr(C)]
@@ -86,7 +90,8 @@ pub struct ConntrackEntry {
     pub expires: u64,
     /// Generation that the verdict was given under.
     pub generation: u32,
-    /// [`SEEN_REPLY`], [`FIN_ORIGINAL`], [`FIN_REPLY`], [`RESET`], [`CONFIRMED`], [`TRANSLATED`], [`FRONTEND`], [`HAIRPIN`].
+    /// [`SEEN_REPLY`], [`FIN_ORIGINAL`], [`FIN_REPLY`], [`RESET`], [`CONFIRMED`], [`TRANSLATED`], [`FRONTEND`], [`HAIRPIN`],
+    /// [`NODE_PORT`], [`VIA_NODE`].
     pub state: u32,
     /// Lower and upper end, as they were when the flow was judged.
     pub peers: [Peer; 2],

@@ -56,7 +56,7 @@ reasons! {
     25 NoTunnelKey "no_tunnel_key" "A packet on the vxlan device without tunnel metadata.";
     26 UnknownNode "unknown_node" "A vxlan packet from an outer source that is no node of the cluster.";
     27 WrongNode "wrong_node" "A vxlan packet whose inner source does not live behind the node that sent it.";
-    28 ReservedVni "reserved_vni" "A VNI that neither a pod nor another node may send with.";
+    28 ReservedVni "reserved_vni" "A VNI that neither a pod, nor another node, nor what came in by its node ports may have.";
     29 WrongVni "wrong_vni" "A VNI that is not the identity of the inner source.";
     30 NotLocal "not_local" "A packet from the tunnel for an address that is neither a pod of this node nor the node itself.";
     31 TunnelFailed "tunnel_failed" "The kernel refused the tunnel key.";

@@ -12,6 +12,8 @@ pub enum Hook {
     FromOverlay = 2,
     /// tc egress of a pod's host veth: what the node's own stack sends or routes to the pod.
     ToPod = 3,
+    /// tc ingress of the interface with the node's underlay address, while there are node ports: what comes from outside.
+    FromNetdev = 4,
 }
 
 /// Where a packet went that was not dropped.
@@ -36,10 +38,14 @@ pub enum Path {
     FromOutside = 7,
     /// A neighbour solicitation for the gateway, answered.
     NeighbourReply = 8,
+    /// From outside by way of a node port into a pod.
+    NodePort = 9,
+    /// From a pod to outside, which had asked at a node port.
+    NodePortReply = 10,
 }
 
 /// Elements of the counter map.
-pub const PATHS: u32 = 9;
+pub const PATHS: u32 = 11;
 
 impl Path {
     /// All paths, by number.
@@ -53,6 +59,8 @@ impl Path {
         Self::ToOutside,
         Self::FromOutside,
         Self::NeighbourReply,
+        Self::NodePort,
+        Self::NodePortReply,
     ];
 
     /// Name, as in metrics and on the command line.
@@ -68,13 +76,15 @@ impl Path {
             Self::ToOutside => "to_outside",
             Self::FromOutside => "from_outside",
             Self::NeighbourReply => "neighbour_reply",
+            Self::NodePort => "node_port",
+            Self::NodePortReply => "node_port_reply",
         }
     }
 }
 
 impl Hook {
     /// All hooks.
-    pub const ALL: [Self; 3] = [Self::FromPod, Self::FromOverlay, Self::ToPod];
+    pub const ALL: [Self; 4] = [Self::FromPod, Self::FromOverlay, Self::ToPod, Self::FromNetdev];
 
     /// Name of the hook, which is its program's name too.
     #[must_use]
@@ -83,6 +93,7 @@ impl Hook {
             Self::FromPod => "from_pod",
             Self::FromOverlay => "from_overlay",
             Self::ToPod => "to_pod",
+            Self::FromNetdev => "from_netdev",
         }
     }
 }

@@ -37,6 +37,10 @@ pub struct NodeConfig {
     pub conntrack_limit: u32,
     /// Entries that every pod may have then.
     pub conntrack_share: u32,
+    /// Interface with the node's underlay address.
+    pub underlay_ifindex: u32,
+    /// 1 while there are node ports.
+    pub node_ports: u32,
 }
 
 /// The gateway that every pod sees. Link-local, so that every address of a pod CIDR is free for pods.
@@ -48,4 +52,4 @@ pub const GATEWAY_V6: Address = Address([0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 
 pub const TUNNEL_PORT: u16 = 8472;
 
 const _: () = assert!(size_of::<NodeEntry>() == 4);
-const _: () = assert!(size_of::<NodeConfig>() == 48);
+const _: () = assert!(size_of::<NodeConfig>() == 56);

@@ -9,8 +9,8 @@ use abi::{
     ConntrackEntry, ConntrackKey, DropReason, NodeConfig,
     address::{Address, SHARED_SCOPE},
     conntrack::{
-        Account, CONFIRMED, FIN_ORIGINAL, FIN_REPLY, FRONTEND, HAIRPIN, Peer, RESET, SECOND, SEEN_REPLY, TRANSLATED,
-        Translation,
+        Account, CONFIRMED, FIN_ORIGINAL, FIN_REPLY, FRONTEND, HAIRPIN, NODE_PORT, Peer, RESET, SECOND, SEEN_REPLY,
+        TRANSLATED, Translation, VIA_NODE,
     },
 };
 use aya_ebpf::{bindings::BPF_ANY, helpers::generated::bpf_ktime_get_ns};
@@ -164,11 +164,20 @@ impl Tracked {
         self.reply && self.entry.state & TRANSLATED != 0
     }
 
+    /// Notes by way of which node a packet goes back to a client outside.
+    #[inline(always)]
+    pub fn goes_via_node(&self, flow: &mut Flow) {
+        if self.reply && self.entry.state & VIA_NODE != 0 {
+            flow.via = self.entry.translation.address;
+        }
+    }
+
     /// Notes what becomes of a packet that comes from a service's backend.
     #[inline(always)]
     pub fn answer(&self, flow: &mut Flow) {
         let frontend = &self.entry.translation;
         flow.service = Service::Answered;
+        flow.leaves = self.entry.state & NODE_PORT != 0;
         flow.hairpin = self.entry.state & HAIRPIN != 0;
         flow.seen = flow.ends;
         flow.becomes = Ends {
@@ -339,10 +348,10 @@ fn enter(
 /// What a new flow's state says of a service.
 #[inline(always)]
 fn translated(flow: &Flow) -> u32 {
-    match (flow.service, flow.hairpin) {
-        (Service::Asked, true) => TRANSLATED | HAIRPIN,
-        (Service::Asked, false) => TRANSLATED,
-        _ => 0,
+    let flag = |is: bool, flag: u32| if is { flag } else { 0 };
+    match flow.service {
+        Service::Asked => TRANSLATED | flag(flow.hairpin, HAIRPIN) | flag(flow.from_outside, NODE_PORT),
+        _ => flag(flow.via != Address::NONE, VIA_NODE),
     }
 }
 

@@ -40,9 +40,14 @@ pub fn admit(flow: &mut Flow, from: &Party, to: &Party) -> Result<(), DropReason
     let tracked = conntrack::find(&place, now).filter(|tracked| tracked.is_between(&peers));
     if let Some(tracked) = tracked {
         if !opens_anew(flow, &tracked) {
+            tracked.goes_via_node(flow);
             if tracked.is_answer() {
                 tracked.answer(flow);
-            } else if is_answer_to_itself(flow) {
+            }
+            if flow.in_transit && !flow.leaves {
+                return Err(DropReason::NotLocal);
+            }
+            if is_answer_to_itself(flow) {
                 return Err(DropReason::UnknownDestination);
             }
             if tracked.is_current(flow, peers) {
@@ -65,6 +70,9 @@ pub fn admit(flow: &mut Flow, from: &Party, to: &Party) -> Result<(), DropReason
         }
     } else if flow.related || flow.answer {
         return Err(DropReason::IcmpUnrelated);
+    }
+    if flow.in_transit {
+        return Err(DropReason::NotLocal);
     }
     if is_answer_to_itself(flow) {
         return Err(DropReason::UnknownDestination);

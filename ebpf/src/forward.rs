@@ -6,7 +6,7 @@ use crate::{
     packet::Flow,
     parse::{self, ETHERNET_LEN, L3},
 };
-use abi::{DropReason, Family, Identity, NodeConfig, Path};
+use abi::{DropReason, Family, Identity, NodeConfig, Path, address::Address};
 use aya_ebpf::{
     bindings::{BPF_F_TUNINFO_IPV6, BPF_F_ZERO_CSUM_TX, bpf_tunnel_key},
     helpers::bpf_skb_set_tunnel_key,
@@ -57,6 +57,14 @@ pub fn deliver(
     action: &mut Action,
 ) -> Result<(), DropReason> {
     let place = &receiver.place;
+    if flow.leaves {
+        one_hop(ctx, flow)?;
+        *action = out_of_the_node()?;
+        return Ok(());
+    }
+    if flow.via != Address::NONE {
+        return encapsulate(ctx, flow, sender, &flow.via.words(), action);
+    }
     match place.way {
         Way::Pod => {
             one_hop(ctx, flow)?;
@@ -65,25 +73,64 @@ pub fn deliver(
         }
         Way::Host => *action = Action::go_on(Path::ToHost),
         Way::Outside => *action = Action::go_on(Path::ToOutside),
-        Way::Remote => {
-            let config = maps::config().ok_or(DropReason::Internal)?;
-            one_hop(ctx, flow)?;
-            fits(ctx, flow, config.tunnel_mtu)?;
-            set_tunnel_key(ctx, config, &place.tunnel, sender)?;
-            let v6 = config.underlay_family == Family::V6 as u8;
-            *action = Action::redirect(Path::Encap, config.vxlan_ifindex);
-            action.vni = sender;
-            action.remote = u32::from_be(if v6 { place.tunnel[3] } else { place.tunnel[0] });
-        }
+        Way::Remote => return encapsulate(ctx, flow, sender, &place.tunnel, action),
         Way::Service => return Err(DropReason::Internal),
     }
     Ok(())
 }
 
-/// Sends a packet from the tunnel into its pod, or up the node's stack.
+/// Into the tunnel, to another node.
 #[inline(always)]
-pub fn from_overlay(ctx: &TcContext, receiver: &Receiver) -> Result<Action, DropReason> {
+fn encapsulate(
+    ctx: &TcContext,
+    flow: &Flow,
+    sender: Identity,
+    node: &[u32; 4],
+    action: &mut Action,
+) -> Result<(), DropReason> {
+    let config = maps::config().ok_or(DropReason::Internal)?;
+    one_hop(ctx, flow)?;
+    fits(ctx, flow, config.tunnel_mtu)?;
+    set_tunnel_key(ctx, config, node, sender)?;
+    let v6 = config.underlay_family == Family::V6 as u8;
+    *action = Action::redirect(Path::Encap, config.vxlan_ifindex);
+    action.vni = sender;
+    action.remote = u32::from_be(if v6 { node[3] } else { node[0] });
+    Ok(())
+}
+
+/// Out by the interface with the underlay address, where what is answered has come in. The stack would take the packet
+/// for a forged one: it has the node's own address.
+#[inline(always)]
+fn out_of_the_node() -> Result<Action, DropReason> {
+    let config = maps::config().ok_or(DropReason::Internal)?;
+    Ok(Action::redirect(Path::NodePortReply, config.underlay_ifindex))
+}
+
+/// Sends what a client outside asks for to a backend: a pod.
+#[inline(never)]
+pub fn from_outside(ctx: &TcContext, flow: &Flow, receiver: &Receiver, action: &mut Action) -> Result<(), DropReason> {
+    let place = &receiver.place;
+    match place.way {
+        Way::Pod => {
+            one_hop(ctx, flow)?;
+            into_pod(ctx, place.macs)?;
+            *action = Action::redirect(Path::NodePort, place.ifindex);
+            Ok(())
+        }
+        // The other node says itself who the client is.
+        Way::Remote if receiver.party.peer.owner != 0 => encapsulate(ctx, flow, Identity::WORLD, &place.tunnel, action),
+        _ => Err(DropReason::BackendGone),
+    }
+}
+
+/// Sends a packet from the tunnel into its pod, up the node's stack, or back to a client outside.
+#[inline(always)]
+pub fn from_overlay(ctx: &TcContext, flow: &Flow, receiver: &Receiver) -> Result<Action, DropReason> {
     for_host(ctx)?;
+    if flow.leaves {
+        return out_of_the_node();
+    }
     if receiver.place.way == Way::Host {
         return Ok(Action::go_on(Path::ToHost));
     }

@@ -4,12 +4,12 @@ use crate::{
     maps,
     packet::{Flow, Fragment},
     parse::{IPV4_LEN, IPV6_LEN, L3},
+    service,
     tell::{self, Message, add, fold},
 };
 use abi::{
     DropReason, Family,
     address::Address,
-    node::{GATEWAY_V4, GATEWAY_V6},
     policy::{ICMP, ICMPV6},
 };
 use aya_ebpf::{helpers::generated::bpf_skb_load_bytes, programs::TcContext};
@@ -18,9 +18,11 @@ const ICMP_LEN: usize = 8;
 /// What an error quotes: the IP header and the ports behind it.
 const QUOTE4: usize = IPV4_LEN + 8;
 const QUOTE6: usize = IPV6_LEN + 8;
+/// The same where the packet is long enough: extension headers may be in front of the ports.
+const LONG_QUOTE6: usize = QUOTE6 + 40;
 const LEN4: usize = IPV4_LEN + ICMP_LEN + QUOTE4;
-const LEN6: usize = IPV6_LEN + ICMP_LEN + QUOTE6;
-const _: () = assert!(LEN6 == size_of::<Message>());
+const START6: usize = IPV6_LEN + ICMP_LEN;
+const _: () = assert!(START6 + LONG_QUOTE6 == size_of::<Message>());
 
 /// Type, code, and the word behind the checksum, for what a pod is told of.
 #[inline(always)]
@@ -50,20 +52,35 @@ pub fn tell_sender(ctx: &TcContext, flow: &Flow, reason: DropReason) -> Option<(
     }
     let message = tell::message()?;
     let sender = flow.sender();
+    // The gateway is the pods' only.
+    let from = if flow.from_outside {
+        *flow.addressee()
+    } else {
+        service::gateway(flow)
+    };
     let words = &mut message.words;
-    let (start, len) = if v6 { (10, LEN6) } else { (5, LEN4) };
+    let quoted = if ctx.len() as usize >= L3 + LONG_QUOTE6 {
+        LONG_QUOTE6
+    } else {
+        QUOTE6
+    };
+    let (start, len) = if v6 { (10, START6 + quoted) } else { (5, LEN4) };
     if v6 {
-        quote::<{ LEN6 - QUOTE6 }, QUOTE6>(ctx, words)?;
-        tell::header6(words, &GATEWAY_V6, sender, ICMPV6, ICMP_LEN + QUOTE6);
+        if quoted == LONG_QUOTE6 {
+            quote::<START6, LONG_QUOTE6>(ctx, words)?;
+        } else {
+            quote::<START6, QUOTE6>(ctx, words)?;
+        }
+        tell::header6(words, &from, sender, ICMPV6, ICMP_LEN + quoted);
     } else {
         quote::<{ LEN4 - QUOTE4 }, QUOTE4>(ctx, words)?;
-        tell::header4(words, u32::from_ne_bytes(GATEWAY_V4), sender.words()[0], ICMP, LEN4);
+        tell::header4(words, from.words()[0], sender.words()[0], ICMP, LEN4);
     }
     words[start] = u32::from_be_bytes([number, code, 0, 0]).to_be();
     words[start + 1] = word.to_be();
     let [high, low] = if v6 {
-        let sum = pseudo_header(&GATEWAY_V6, sender, (ICMP_LEN + QUOTE6) as u32);
-        fold(add(words[10..].as_ptr(), ICMP_LEN + QUOTE6, sum))
+        let sum = pseudo_header(&from, sender, (ICMP_LEN + quoted) as u32);
+        fold(add(words[10..].as_ptr(), ICMP_LEN + quoted, sum))
     } else {
         fold(add(words[5..].as_ptr(), ICMP_LEN + QUOTE4, 0))
     };

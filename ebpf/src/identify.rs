@@ -139,6 +139,10 @@ pub fn receiver(ctx: &TcContext, flow: &mut Flow, receiver: &mut Receiver) -> Re
         if !outside(flow, &key, &mut receiver.party) {
             return Err(DropReason::UnknownDestination);
         }
+        if receiver.party.identity == Identity::REMOTE_NODE && service::is_node_port(flow) {
+            place.way = Way::Service;
+            return Ok(());
+        }
         if receiver.party.identity == Identity::REMOTE_NODE {
             place.way = Way::Remote;
             place.tunnel = flow.ends.destination.words();
@@ -151,7 +155,7 @@ pub fn receiver(ctx: &TcContext, flow: &mut Flow, receiver: &mut Receiver) -> Re
         flow.to = receiver.party.identity;
         return Ok(());
     };
-    if service::is_frontend(&known) {
+    if service::is_frontend(&known) || (known.is_host() && service::is_node_port(flow)) {
         place.way = Way::Service;
         return Ok(());
     }
@@ -185,7 +189,14 @@ pub fn backend(ctx: &TcContext, flow: &mut Flow, place: &mut Receiver) -> Result
     }
 }
 
-/// Whom a packet from the tunnel is for: a pod of this node, or the node itself, which only pods write to this way.
+/// Whether a packet goes to this node's own address.
+#[inline(never)]
+pub fn is_for_host(flow: &Flow) -> bool {
+    ipcache(&key(flow, flow.ends.destination), flow.parity()).is_some_and(|known| known.is_host())
+}
+
+/// Whom a packet from the tunnel is for: a pod of this node, or the node itself, which only pods write to this way; or a
+/// client outside, which a pod answers that was asked by way of this node.
 #[inline(never)]
 pub fn overlay_receiver(flow: &mut Flow, sender: &Party, receiver: &mut Receiver) -> Result<(), DropReason> {
     let key = key(flow, flow.ends.destination);
@@ -194,13 +205,19 @@ pub fn overlay_receiver(flow: &mut Flow, sender: &Party, receiver: &mut Receiver
         receiver.place.way = Way::Pod;
         receiver.place.ifindex = pod.ifindex;
         receiver.place.macs = pod.macs;
-    } else {
-        let known = ipcache(&key, flow.parity()).ok_or(DropReason::NotLocal)?;
-        if !known.is_host() || sender.identity == Identity::REMOTE_NODE {
+    } else if let Some(known) = ipcache(&key, flow.parity()) {
+        if !known.is_host() || sender.identity == Identity::REMOTE_NODE || flow.via != Address::NONE {
             return Err(DropReason::NotLocal);
         }
         receiver.party = known.party;
         receiver.place.way = Way::Host;
+    } else {
+        let is_pod = sender.peer.owner != 0;
+        if !is_pod || !outside(flow, &key, &mut receiver.party) {
+            return Err(DropReason::NotLocal);
+        }
+        flow.in_transit = true;
+        receiver.place.way = Way::Outside;
     }
     flow.to = receiver.party.identity;
     Ok(())
@@ -244,9 +261,11 @@ pub fn outer_source(ctx: &TcContext, outer: &mut Outer) -> Result<(), DropReason
     Ok(())
 }
 
-/// The pod of another node that sent a packet, or that node itself, from its underlay address. A pod's VNI is believed only where the ipcache says that the inner source
-/// lives behind the outer one with that identity. While a policy is changed it may be the old one or the new one, for
-/// nodes do not switch at the same instant; what is enforced is always this node's own generation.
+/// The pod of another node that sent a packet; that node itself, from its underlay address; or a client outside, which
+/// has asked at a node port there. A pod's VNI is believed only where the ipcache says that the inner source lives behind
+/// the outer one with that identity. While a policy is changed it may be the old one or the new one, for nodes do not
+/// switch at the same instant; what is enforced is always this node's own generation. Who is outside is this node's own
+/// to say, whatever the VNI.
 #[inline(never)]
 pub fn remote_sender(flow: &mut Flow, outer: &Outer, sender: &mut Party) -> Result<(), DropReason> {
     flow.from = outer.vni;
@@ -256,6 +275,11 @@ pub fn remote_sender(flow: &mut Flow, outer: &Outer, sender: &mut Party) -> Resu
         }
         *sender = reserved(Identity::REMOTE_NODE);
         return is_about_sender(flow);
+    }
+    if outer.vni == Identity::WORLD {
+        flow.via = outer.node.address;
+        flow.translation.address = outer.node.address;
+        return client(flow, sender);
     }
     if !outer.vni.is_allocated() {
         return Err(DropReason::ReservedVni);
@@ -270,6 +294,22 @@ pub fn remote_sender(flow: &mut Flow, outer: &Outer, sender: &mut Party) -> Resu
     flow.from = known.party.identity;
     *sender = known.party;
     is_about_sender(flow)
+}
+
+/// A client outside, who asks at a node port. Nodes and pods have ways of their own.
+#[inline(never)]
+pub fn client(flow: &mut Flow, sender: &mut Party) -> Result<(), DropReason> {
+    let key = key(flow, flow.ends.source);
+    let is_known = maps::ENDPOINTS.get_ptr(&key).is_some() || maps::IPCACHE.get_ptr(&key).is_some();
+    if is_known || !outside(flow, &key, sender) || sender.identity == Identity::REMOTE_NODE {
+        return Err(DropReason::UnknownSource);
+    }
+    flow.from = sender.identity;
+    if flow.related && flow.about != flow.ends.source {
+        addressee(flow, sender)
+    } else {
+        Ok(())
+    }
 }
 
 /// Who sends what the node's stack gives to a pod: the node itself, or an address from which the node has routed the

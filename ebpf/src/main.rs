@@ -27,7 +27,7 @@ use aya_ebpf::{macros::classifier, programs::TcContext};
 use forward::Action;
 use identify::{Outer, Receiver, Way};
 use lookup::Party;
-use packet::Flow;
+use packet::{Flow, Fragment};
 
 /// tc ingress of a pod's host veth: what the pod sends.
 #[classifier]
@@ -92,11 +92,11 @@ fn overlay_delivers(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReas
     identify::overlay_receiver(flow, &sender, &mut receiver)?;
     // What goes to the node itself the sender's node has let out, and nothing is enforced here; and what the node sends
     // into the tunnel no program sees, so that there is no flow to look for.
-    if receiver.place.way == Way::Pod {
+    if receiver.place.way != Way::Host {
         enforce::admit(flow, &sender, &receiver.party)?;
     }
     translate::rewrite(ctx, flow)?;
-    forward::from_overlay(ctx, &receiver)
+    forward::from_overlay(ctx, flow, &receiver)
 }
 
 /// In front of everything for the moment in which a program is moved on its hook: rather no packet than one past it.
@@ -148,6 +148,55 @@ fn node_sends(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReason> {
     } else {
         Path::FromOutside
     }))
+}
+
+/// tc ingress of the interface with the node's underlay address, while there are node ports: what clients outside ask
+/// for there. Everything else is none of the programs' business, and goes on.
+#[classifier]
+pub fn from_netdev(ctx: TcContext) -> i32 {
+    let Some(flow) = Flow::begin() else {
+        return verdict::pass();
+    };
+    if !asks_at_node_port(&ctx, flow) {
+        return verdict::pass();
+    }
+    let outcome = outside_asks(&ctx, flow);
+    verdict::act(&ctx, Hook::FromNetdev, flow, outcome)
+}
+
+#[inline(always)]
+fn asks_at_node_port(ctx: &TcContext, flow: &mut Flow) -> bool {
+    let Ok(frame) = parse::frame(ctx) else { return false };
+    if frame.ethertype == parse::ETHERTYPE_ARP || parse::packet(ctx, &frame, flow).is_err() || flow.link != 0 {
+        return false;
+    }
+    if !identify::is_for_host(flow) {
+        return false;
+    }
+    // A later piece has its first one's ports, if that went to a node port.
+    if flow.fragment == Fragment::Later && fragment::track(flow).is_err() {
+        return false;
+    }
+    service::is_node_port(flow)
+}
+
+#[inline(always)]
+fn outside_asks(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReason> {
+    flow.from_outside = true;
+    if flow.fragment == Fragment::First {
+        fragment::track(flow)?;
+    }
+    let mut sender = Party::new();
+    identify::client(flow, &mut sender)?;
+    service::choose(flow, &sender)?;
+    let mut receiver = Receiver::new();
+    identify::backend(ctx, flow, &mut receiver)?;
+    enforce::admit(flow, &sender, &receiver.party)?;
+    service::keep(flow, &sender);
+    let mut action = Action::go_on(Path::NodePort);
+    forward::from_outside(ctx, flow, &receiver, &mut action)?;
+    translate::rewrite(ctx, flow)?;
+    Ok(action)
 }
 
 /// The programs cannot panic: every path that would is one that the verifier refuses.

@@ -83,6 +83,16 @@ pub struct Flow {
     /// With [`Service::Asked`]: what the backend's entry has to say of the frontend, or [`HAIRPIN`](abi::conntrack::HAIRPIN).
     pub translation: Translation,
     pub hairpin: bool,
+    /// The packet goes to a node's own address, by way of a node port perhaps.
+    pub at_node: bool,
+    /// It came in from outside, at a node port of this node.
+    pub from_outside: bool,
+    /// It came through the tunnel and goes to nobody here: it must be an answer to what came in at a node port.
+    pub in_transit: bool,
+    /// It is such an answer, and leaves with the node's address.
+    pub leaves: bool,
+    /// The node by way of which the other end asks or is answered, which is outside; or none.
+    pub via: Address,
     /// When the frontend's entry runs out, or zero where there is none yet; and the flow's own entry.
     pub frontend_expires: u64,
     pub expires: u64,
@@ -135,6 +145,11 @@ impl Flow {
             becomes: Ends::NONE,
             translation: Translation::NONE,
             hairpin: false,
+            at_node: false,
+            from_outside: false,
+            in_transit: false,
+            leaves: false,
+            via: Address::NONE,
             frontend_expires: 0,
             expires: 0,
             opened: false,

@@ -7,7 +7,7 @@ use crate::{
     conntrack, lookup,
     lookup::Party,
     maps,
-    packet::{Ends, Flow, Fragment, Service as Stage, TCP},
+    packet::{Ends, Flow, Fragment, Service as Stage, TCP, UDP},
 };
 use abi::{
     AffinityKey, DropReason, Family, Service, ServiceKey,
@@ -33,14 +33,18 @@ pub fn gateway(flow: &Flow) -> Address {
     }
 }
 
-/// The frontend that the packet goes to, at `address`.
+/// The frontend that the packet goes to: at its address, or at every node's.
 #[inline(always)]
-fn frontend(flow: &Flow, address: Address) -> Option<&'static Service> {
+fn frontend(flow: &Flow) -> Option<&'static Service> {
     let scratch = maps::scratch()?;
     // SAFETY: as in `Flow::begin`; nothing else refers to this part.
     let key = unsafe { &mut (*scratch).service };
     *key = ServiceKey {
-        address,
+        address: if flow.at_node {
+            Address::NONE
+        } else {
+            flow.ends.destination
+        },
         port: flow.ends.destination_port,
         scope: SHARED_SCOPE,
         family: flow.family,
@@ -53,13 +57,25 @@ fn frontend(flow: &Flow, address: Address) -> Option<&'static Service> {
     (service.key == *key).then_some(service)
 }
 
+/// Whether a packet to a node's address goes to a node port; notes it.
+#[inline(never)]
+pub fn is_node_port(flow: &mut Flow) -> bool {
+    let wanted = maps::config().is_some_and(|config| config.node_ports != 0);
+    if !wanted || !matches!(flow.protocol, TCP | UDP) || flow.fragment == Fragment::Ahead {
+        return false;
+    }
+    flow.at_node = true;
+    flow.at_node = frontend(flow).is_some();
+    flow.at_node
+}
+
 /// Sends a packet to a frontend's backend: the one that its connection has, or else one that is chosen for it.
 #[inline(never)]
 pub fn choose(flow: &mut Flow, client: &Party) -> Result<(), DropReason> {
     if flow.fragment == Fragment::Ahead {
         return Err(DropReason::FragmentUnknown);
     }
-    let service = frontend(flow, flow.ends.destination).ok_or(DropReason::NoService)?;
+    let service = frontend(flow).ok_or(DropReason::NoService)?;
     let now = conntrack::now();
     flow.seen = flow.ends;
     if goes_on(flow, service, client, now)? {

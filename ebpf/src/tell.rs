@@ -15,7 +15,7 @@ use aya_ebpf::{
 const HOP_LIMIT: u8 = 64;
 
 /// Words of the longest message: an ICMPv6 error with the headers that it quotes.
-pub const WORDS: usize = (IPV6_LEN + 8 + IPV6_LEN + 8) / 4;
+pub const WORDS: usize = (IPV6_LEN + 8 + IPV6_LEN + 48) / 4;
 
 /// Where a message is put together, without its ethernet header: words in network byte order.
 #[repr(C)]

@@ -14,7 +14,7 @@ use abi::{
 };
 use aya_ebpf::{
     bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC},
-    helpers::generated::{bpf_redirect, bpf_redirect_peer},
+    helpers::generated::{bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer},
     programs::TcContext,
 };
 
@@ -22,6 +22,12 @@ use aya_ebpf::{
 #[inline(always)]
 pub fn broken() -> i32 {
     TC_ACT_SHOT
+}
+
+/// For a packet that is none of the programs' business.
+#[inline(always)]
+pub fn pass() -> i32 {
+    TC_ACT_UNSPEC
 }
 
 /// Carries out an outcome.
@@ -41,11 +47,13 @@ pub fn act(ctx: &TcContext, hook: Hook, flow: &Flow, outcome: Result<Action, Dro
             if is_wanted(REPORT_DROPS) {
                 report(ctx, hook, flow, reason as u8, 0);
             }
-            if matches!(hook, Hook::FromPod) && tell::sender(ctx, flow, reason).is_some() {
-                // SAFETY: as in `carry_out`.
-                return unsafe { bpf_redirect_peer(lookup::ifindex(ctx), 0) } as i32;
+            let told = matches!(hook, Hook::FromPod | Hook::FromNetdev) && tell::sender(ctx, flow, reason).is_some();
+            // SAFETY: as in `carry_out`.
+            match hook {
+                Hook::FromPod if told => unsafe { bpf_redirect_peer(lookup::ifindex(ctx), 0) as i32 },
+                Hook::FromNetdev if told => unsafe { bpf_redirect(lookup::ifindex(ctx), 0) as i32 },
+                _ => TC_ACT_SHOT,
             }
-            TC_ACT_SHOT
         }
     }
 }
@@ -56,10 +64,11 @@ fn carry_out(action: &Action) -> i32 {
     // SAFETY: the helpers only note the target; they have no preconditions.
     unsafe {
         match action.path {
-            Path::Local | Path::Overlay | Path::ArpReply | Path::NeighbourReply => {
+            Path::Local | Path::Overlay | Path::ArpReply | Path::NeighbourReply | Path::NodePort => {
                 bpf_redirect_peer(action.ifindex, 0) as i32
             }
             Path::Encap => bpf_redirect(action.ifindex, 0) as i32,
+            Path::NodePortReply => bpf_redirect_neigh(action.ifindex, core::ptr::null_mut(), 0, 0) as i32,
             Path::ToHost | Path::ToOutside | Path::FromHost | Path::FromOutside => TC_ACT_UNSPEC,
         }
     }

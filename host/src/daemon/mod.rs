@@ -170,6 +170,8 @@ struct Daemon {
     file: EndpointFile,
     /// MTU of the pods, in bytes.
     pod_mtu: u32,
+    /// The interface with the underlay address.
+    underlay: String,
     names: Arc<RwLock<Names>>,
     monitors: (i32, i32),
     watch: Watch,

@@ -249,7 +249,14 @@ impl Daemon {
                 }
             }
         }
-        Ok(block_in_place(|| self.datapath.place_services(&desired))?)
+        block_in_place(|| self.datapath.place_services(&desired))?;
+        let started = self.datapath.is_adopted();
+        if started { self.attach_node_ports() } else { Ok(()) }
+    }
+
+    /// Attaches the program for node ports while there are any, and takes it away when there are none.
+    pub(super) fn attach_node_ports(&mut self) -> Result<(), DaemonError> {
+        Ok(block_in_place(|| self.datapath.attach_node_ports(&self.underlay))?)
     }
 
     pub(super) fn service_list(&self) -> Vec<ServiceView> {

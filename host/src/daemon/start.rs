@@ -127,6 +127,9 @@ pub async fn cleanup(config: &Config) -> anyhow::Result<()> {
     for cidr in &config.pod_cidrs {
         note(net::make_reachable(*cidr).map_err(|error| error.to_string()));
     }
+    if let Ok(underlay) = net::underlay(config.underlay) {
+        note(datapath::detach_node_ports(&underlay.name).map_err(|error| error.to_string()));
+    }
     note(datapath::cleanup(&config.bpffs).map_err(|error| error.to_string()));
     for key in [
         Key::new(Collection::Alive, &config.node),
@@ -160,7 +163,8 @@ struct Started {
 }
 
 async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>) -> anyhow::Result<Started> {
-    let pod_mtu = net::pod_mtu(config.underlay, config.has_ipv6())?;
+    let underlay = net::underlay(config.underlay)?;
+    let pod_mtu = net::pod_mtu(config.underlay, underlay.mtu, config.has_ipv6())?;
     let record = NodeRecord {
         name: config.node.clone(),
         underlay: config.underlay,
@@ -212,6 +216,7 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
         out_of_step: None,
         file,
         pod_mtu,
+        underlay: underlay.name,
         names,
         monitors: (0, 0),
         watch: Watch::new(),
@@ -219,6 +224,7 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
     };
     let vxlan = block_in_place(|| net::ensure_vxlan(abi::node::TUNNEL_PORT, pod_mtu, daemon.config.underlay))?;
     daemon.datapath.set_vxlan(vxlan, pod_mtu, daemon.config.underlay)?;
+    daemon.datapath.set_underlay(underlay.ifindex)?;
     daemon.restore()?;
     let key = Key::new(Collection::Nodes, &record.name);
     records::put(&*daemon.store, &key, &record, Expect::Any).await?;
@@ -440,8 +446,10 @@ impl Daemon {
             let (underlay, mtu) = (self.config.underlay, self.pod_mtu);
             block_in_place(|| net::prepare_node(&local.endpoint.interface, &local.veth, &addresses, underlay, mtu))?;
         }
+        self.attach_node_ports()?;
         let mut known: Vec<&str> = names.iter().map(String::as_str).collect();
         known.push(VXLAN_DEVICE);
+        known.push(&self.underlay);
         Ok(self.datapath.forget_links_except(&known)?)
     }
 

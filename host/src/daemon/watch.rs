@@ -40,6 +40,9 @@ impl Daemon {
             .flat_map(|name| [(Hook::FromPod, name.clone()), (Hook::ToPod, name)])
             .collect();
         hooks.push((Hook::FromOverlay, VXLAN_DEVICE.to_owned()));
+        if self.datapath.has_node_ports() {
+            hooks.push((Hook::FromNetdev, self.underlay.clone()));
+        }
         let mut problems = Vec::new();
         for (hook, interface) in hooks {
             match block_in_place(|| self.datapath.keep_attached(hook, &interface)) {

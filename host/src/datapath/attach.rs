@@ -43,7 +43,7 @@ pub struct Attacher {
 
 fn attach_type(hook: Hook) -> TcAttachType {
     match hook {
-        Hook::FromPod | Hook::FromOverlay => TcAttachType::Ingress,
+        Hook::FromPod | Hook::FromOverlay | Hook::FromNetdev => TcAttachType::Ingress,
         Hook::ToPod => TcAttachType::Egress,
     }
 }
@@ -172,6 +172,18 @@ impl Attacher {
         }
     }
 
+    /// Whether this object's program is on its hook.
+    pub fn is_attached(&mut self, hook: Hook, interface: &str) -> bool {
+        matches!(self.standing(hook, interface), Ok(Standing::First | Standing::Behind))
+    }
+
+    /// Takes a program away from an interface that stays.
+    pub fn take_away(&mut self, hook: Hook, interface: &str) -> Result<(), DatapathError> {
+        self.gates.remove(&(interface.to_owned(), hook.name()));
+        remove_pin(&self.pin(interface, hook))?;
+        remove_filter(hook, interface)
+    }
+
     pub fn detach(&mut self, interface: &str) -> Result<(), DatapathError> {
         self.gates.retain(|(name, _), _| name != interface);
         for hook in Hook::ALL {
@@ -284,6 +296,23 @@ fn remove_clsact(interface: &str, hook: Hook) -> Result<(), String> {
         Err(error) if chain(&error).contains("Invalid argument") => Ok(()),
         Err(error) => Err(chain(&error)),
     }
+}
+
+fn remove_filter(hook: Hook, interface: &str) -> Result<(), DatapathError> {
+    remove_clsact(interface, hook).map_err(|problem| DatapathError::Attach {
+        program: hook.name(),
+        interface: interface.to_owned(),
+        problem,
+    })
+}
+
+/// Takes the filter for node ports away from the underlay's interface, which stays when hostd leaves the node.
+///
+/// # Errors
+///
+/// Where the kernel refuses.
+pub fn detach_node_ports(interface: &str) -> Result<(), DatapathError> {
+    remove_filter(Hook::FromNetdev, interface)
 }
 
 /// Replaces our filter, or adds it. Where another is in front of it at the same priority, it goes there by way of a

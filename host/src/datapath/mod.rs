@@ -21,6 +21,7 @@ mod object;
 mod read;
 mod services;
 
+pub use attach::detach_node_ports;
 pub use error::DatapathError;
 pub use events::EventStream;
 pub use object::{Constants, load_programs};
@@ -101,6 +102,8 @@ pub struct Datapath {
     stamp: u32,
     node_config: NodeConfig,
     bpffs: PathBuf,
+    /// Its pins are those that count.
+    adopted: bool,
 }
 
 fn take(ebpf: &mut Ebpf, name: &str) -> Result<Map, DatapathError> {
@@ -213,8 +216,11 @@ impl Datapath {
                 timeouts: settings.timeouts,
                 conntrack_limit: 0,
                 conntrack_share: 0,
+                underlay_ifindex: 0,
+                node_ports: 0,
             },
             bpffs: settings.bpffs.clone(),
+            adopted: false,
         })
     }
 
@@ -223,8 +229,16 @@ impl Datapath {
     /// # Errors
     ///
     /// Where the pins can't be moved.
-    pub fn adopt_pins(&self) -> Result<(), DatapathError> {
-        object::swap_pins(&self.bpffs)
+    pub fn adopt_pins(&mut self) -> Result<(), DatapathError> {
+        object::swap_pins(&self.bpffs)?;
+        self.adopted = true;
+        Ok(())
+    }
+
+    /// Whether packets meet this object's programs.
+    #[must_use]
+    pub const fn is_adopted(&self) -> bool {
+        self.adopted
     }
 
     /// Shape of the policy matrix.
@@ -254,6 +268,16 @@ impl Datapath {
         self.node_config.vxlan_ifindex = ifindex;
         self.node_config.tunnel_mtu = mtu;
         self.node_config.underlay_family = AddressKey::from(underlay).family;
+        self.write_config()
+    }
+
+    /// Tells the programs which interface has the underlay address.
+    ///
+    /// # Errors
+    ///
+    /// Where the map can't be written.
+    pub fn set_underlay(&mut self, ifindex: u32) -> Result<(), DatapathError> {
+        self.node_config.underlay_ifindex = ifindex;
         self.write_config()
     }
 

@@ -3,7 +3,7 @@
 use super::{Datapath, DatapathError, full, gone};
 use crate::plan::{Frontend, Full, Numbers};
 use abi::{
-    AddressKey, Identity, IpcacheEntry, Service, ServiceKey, address::Address, ipcache::IPCACHE_SERVICE, map,
+    AddressKey, Hook, Identity, IpcacheEntry, Service, ServiceKey, address::Address, ipcache::IPCACHE_SERVICE, map,
     service::MAX_BACKENDS,
 };
 use aya::maps::{Array, MapData};
@@ -139,6 +139,33 @@ impl Datapath {
             needed,
             capacity,
         }))
+    }
+
+    /// Whether there are node ports.
+    #[must_use]
+    pub fn has_node_ports(&self) -> bool {
+        self.placed_services.keys().any(|key| key.address == Address::NONE)
+    }
+
+    /// Attaches the program for node ports to the underlay's interface while there are any: what comes in by it costs
+    /// nothing otherwise.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses.
+    pub fn attach_node_ports(&mut self, interface: &str) -> Result<(), DatapathError> {
+        let wanted = u32::from(self.has_node_ports());
+        if self.node_config.node_ports != wanted {
+            self.node_config.node_ports = wanted;
+            self.write_config()?;
+        } else if wanted != 0 && self.attacher.is_attached(Hook::FromNetdev, interface) {
+            return Ok(());
+        }
+        if wanted == 0 {
+            self.attacher.take_away(Hook::FromNetdev, interface)
+        } else {
+            self.attacher.attach(Hook::FromNetdev, interface)
+        }
     }
 
     /// Frontends in the maps.

@@ -14,7 +14,7 @@ pub use netns::{Netns, in_netns};
 pub use route::{make_reachable, make_unreachable, set_tunnel_routes};
 pub use table::{remove_table, set_table};
 pub use veth::{Veth, find_pod_link, make_pod_link, pod_links, prepare_node};
-pub use vxlan::{ensure_vxlan, pod_mtu};
+pub use vxlan::{Underlay, ensure_vxlan, pod_mtu, underlay};
 
 use std::{
     net::IpAddr,

@@ -15,12 +15,23 @@ use rtnetlink::{
 };
 use std::net::IpAddr;
 
-/// MTU of the interface that has the underlay address.
+/// The interface that has the underlay address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Underlay {
+    /// Its name.
+    pub name: String,
+    /// Its index.
+    pub ifindex: u32,
+    /// Its MTU, in bytes.
+    pub mtu: u32,
+}
+
+/// Finds the interface that has the underlay address.
 ///
 /// # Errors
 ///
 /// Where no interface has it.
-fn underlay_mtu(wanted: IpAddr) -> Result<u32, NetError> {
+pub fn underlay(wanted: IpAddr) -> Result<Underlay, NetError> {
     netlink_here(move |handle| {
         async move {
             let mut addresses = handle.address().get().execute();
@@ -42,7 +53,19 @@ fn underlay_mtu(wanted: IpAddr) -> Result<u32, NetError> {
                         .try_next()
                         .await
                         .map_err(NetError::kernel("looking at the underlay's interface"))?;
-                    return link.as_ref().map(mtu).ok_or(NetError::NoUnderlay(wanted));
+                    return link
+                        .and_then(|link| {
+                            let name = link.attributes.iter().find_map(|attribute| match attribute {
+                                LinkAttribute::IfName(name) => Some(name.clone()),
+                                _ => None,
+                            })?;
+                            Some(Underlay {
+                                name,
+                                ifindex: link.header.index,
+                                mtu: mtu(&link),
+                            })
+                        })
+                        .ok_or(NetError::NoUnderlay(wanted));
                 }
             }
             Err(NetError::NoUnderlay(wanted))
@@ -51,15 +74,13 @@ fn underlay_mtu(wanted: IpAddr) -> Result<u32, NetError> {
     })
 }
 
-/// MTU of the pods on a node with this underlay address: what fits into the tunnel.
+/// MTU of the pods on a node with this underlay address and MTU: what fits into the tunnel.
 ///
 /// # Errors
 ///
-/// Where no interface has the address, or its packets are too small: IPv4 demands 68 bytes of a link (RFC 791), IPv6 1280
-/// (RFC 8200, section 5).
-pub fn pod_mtu(underlay: IpAddr, ipv6: bool) -> Result<u32, NetError> {
+/// Where the underlay's packets are too small: IPv4 demands 68 bytes of a link (RFC 791), IPv6 1280 (RFC 8200, section 5).
+pub fn pod_mtu(underlay: IpAddr, mtu: u32, ipv6: bool) -> Result<u32, NetError> {
     let least = if ipv6 { 1280 } else { 68 };
-    let mtu = underlay_mtu(underlay)?;
     mtu.checked_sub(vxlan_overhead(underlay))
         .filter(|mtu| *mtu >= least)
         .ok_or(NetError::SmallMtu { underlay: mtu, least })

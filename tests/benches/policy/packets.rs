@@ -57,6 +57,8 @@ impl Packets {
             timeouts: abi::conntrack::Timeouts::default(),
             conntrack_limit: u32::MAX,
             conntrack_share: u32::MAX,
+            underlay_ifindex: 0,
+            node_ports: 0,
         };
         Array::<_, NodeConfig>::try_from(ebpf.map_mut(map::CONFIG).context("no map")?)?.set(0, config, 0)?;
         let own = AddressKey::v4([10, 1, 0, 2]);

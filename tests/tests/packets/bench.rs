@@ -61,6 +61,7 @@ pub struct Bench {
     pub pod_a: u32,
     pub pod_b: u32,
     pub vxlan: u32,
+    pub underlay: u32,
     generation: u64,
     /// Who has the addresses of the pods that are put.
     pub owner: u32,
@@ -81,7 +82,7 @@ impl Bench {
             let link = netns.ip(&["-o", "link", "show", name]).unwrap();
             link.split(':').next().unwrap().parse().unwrap()
         };
-        let (pod_a, pod_b, vxlan) = (index("va"), index("vb"), index("pa"));
+        let (pod_a, pod_b, vxlan, underlay) = (index("va"), index("vb"), index("pa"), index("pb"));
         let constants = Constants {
             shape: SHAPE,
             record_action: true,
@@ -102,6 +103,7 @@ impl Bench {
             pod_a,
             pod_b,
             vxlan,
+            underlay,
             generation: 2,
             owner: 1,
             numbers: BTreeMap::new(),
@@ -142,6 +144,8 @@ impl Bench {
             timeouts: abi::conntrack::Timeouts::default(),
             conntrack_limit: FULL,
             conntrack_share: 4,
+            underlay_ifindex: self.underlay,
+            node_ports: 1,
         };
         self.array::<NodeConfig>(map::CONFIG).set(0, config, 0).unwrap();
         let generation = self.generation;

@@ -12,4 +12,5 @@ mod flows;
 mod forwarding;
 mod fragments;
 mod ipv6;
+mod node_ports;
 mod told;

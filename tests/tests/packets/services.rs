@@ -30,7 +30,7 @@ pub const REASONS: [DropReason; 4] = [
     DropReason::ServicePorts,
 ];
 
-fn frontend(address: impl Into<IpAddr>, protocol: u8, port: u16) -> ServiceKey {
+pub fn frontend(address: impl Into<IpAddr>, protocol: u8, port: u16) -> ServiceKey {
     let address = AddressKey::from(address.into());
     ServiceKey {
         address: address.address,
@@ -62,7 +62,7 @@ fn serve(bench: &mut Bench, backends: &[IpAddr]) {
     }
 }
 
-fn frame_of(outcome: Outcome) -> Frame {
+pub fn frame_of(outcome: Outcome) -> Frame {
     match outcome {
         Outcome::Sent { frame, .. } => frame,
         other => panic!("{other:?}"),

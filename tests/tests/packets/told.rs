@@ -14,7 +14,11 @@ use harness::kernel_test;
 /// The error about `frame`, as it should be: type, code, and the word behind the checksum.
 fn error(frame: &Frame, kind: u8, code: u8, word: u32) -> Frame {
     let v6 = frame.0[12] == 0x86;
-    let quote = if v6 { 48 } else { 28 };
+    let quote = match (v6, frame.0.len()) {
+        (true, 102..) => 88,
+        (true, _) => 48,
+        _ => 28,
+    };
     let mut payload = vec![kind, code, 0, 0];
     payload.extend(word.to_be_bytes());
     payload.extend(&frame.0[14..14 + quote]);
