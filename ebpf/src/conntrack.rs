@@ -144,10 +144,12 @@ impl Tracked {
         self.entry.state & RESET != 0 || self.entry.state & fins == fins
     }
 
-    /// Whether the flow is between those who have its addresses now. If not, it is none of theirs.
+    /// Whether it is a flow, and between those who have its addresses now. If not, it is none of theirs.
     #[inline(always)]
-    pub fn is_between(&self, peers: &[Peer; 2]) -> bool {
-        self.entry.peers[0].owner == peers[0].owner && self.entry.peers[1].owner == peers[1].owner
+    pub fn is_flow_between(&self, peers: &[Peer; 2]) -> bool {
+        self.entry.state & FRONTEND == 0
+            && self.entry.peers[0].owner == peers[0].owner
+            && self.entry.peers[1].owner == peers[1].owner
     }
 
     /// Whether the verdict still holds: same generation, and both addresses mean what they meant.

@@ -37,7 +37,7 @@ pub fn admit(flow: &mut Flow, from: &Party, to: &Party) -> Result<(), DropReason
     let peers = conntrack::peers(&place, from, to);
     let now = conntrack::now();
 
-    let tracked = conntrack::find(&place, now).filter(|tracked| tracked.is_between(&peers));
+    let tracked = conntrack::find(&place, now).filter(|tracked| tracked.is_flow_between(&peers));
     if let Some(tracked) = tracked {
         if !opens_anew(flow, &tracked) {
             tracked.goes_via_node(flow);

@@ -47,6 +47,10 @@ pub enum Service {
 
 /// A packet's flow, and what is reported of it.
 #[derive(Clone, Copy)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is one thing that a stage has learnt; together they are no state"
+)]
 pub struct Flow {
     /// Generation in force when the packet arrived; selects policy and identities for its whole way.
     pub generation: u32,

@@ -24,7 +24,7 @@ pub fn tell_sender(ctx: &TcContext, flow: &Flow) -> Option<()> {
     let [sequence, acknowledged]: [u32; 2] = parse::load(ctx, usize::from(flow.transport) + 4).ok()?;
     // What opens or closes a connection counts as one byte.
     let counts = u32::from(flow.tcp_flags & TCP_SYN != 0) + u32::from(flow.tcp_flags & TCP_FIN != 0);
-    let (sequence, acknowledges, flags) = if flow.tcp_flags & TCP_ACK != 0 {
+    let (sequence, answered, flags) = if flow.tcp_flags & TCP_ACK != 0 {
         (acknowledged, 0, TCP_RST)
     } else {
         (
@@ -41,7 +41,7 @@ pub fn tell_sender(ctx: &TcContext, flow: &Flow) -> Option<()> {
     let mut header = [
         ports.to_be(),
         sequence,
-        acknowledges,
+        answered,
         u32::from_be_bytes([HEADER_WORDS, flags, 0, 0]).to_be(),
         0,
     ];

@@ -48,11 +48,17 @@ pub fn act(ctx: &TcContext, hook: Hook, flow: &Flow, outcome: Result<Action, Dro
                 report(ctx, hook, flow, reason as u8, 0);
             }
             let told = matches!(hook, Hook::FromPod | Hook::FromNetdev) && tell::sender(ctx, flow, reason).is_some();
+            if !told {
+                return TC_ACT_SHOT;
+            }
+            let back = lookup::ifindex(ctx);
             // SAFETY: as in `carry_out`.
-            match hook {
-                Hook::FromPod if told => unsafe { bpf_redirect_peer(lookup::ifindex(ctx), 0) as i32 },
-                Hook::FromNetdev if told => unsafe { bpf_redirect(lookup::ifindex(ctx), 0) as i32 },
-                _ => TC_ACT_SHOT,
+            unsafe {
+                if matches!(hook, Hook::FromPod) {
+                    bpf_redirect_peer(back, 0) as i32
+                } else {
+                    bpf_redirect(back, 0) as i32
+                }
             }
         }
     }
