@@ -31,7 +31,12 @@ const ICMPV6_ECHO: u16 = 128;
 #[inline(never)]
 pub fn admit(flow: &mut Flow, from: &Party, to: &Party) -> Result<(), DropReason> {
     if flow.fragment == Fragment::Ahead {
-        return ahead(flow, from, to);
+        // Whether it belongs to a flow of those that alone may go on this way nobody knows.
+        return match (flow.in_transit, is_answer_to_itself(flow)) {
+            (true, _) => Err(DropReason::NotLocal),
+            (_, true) => Err(DropReason::UnknownDestination),
+            _ => ahead(flow, from, to),
+        };
     }
     let mut place = conntrack::place(flow, &flow.ends).ok_or(DropReason::Internal)?;
     let peers = conntrack::peers(&place, from, to);

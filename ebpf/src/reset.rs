@@ -1,7 +1,7 @@
 //! Resets (RFC 9293, section 3.10.7.1): what a client is told whose connection goes nowhere.
 
 use crate::{
-    packet::{Flow, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN},
+    packet::{Flow, Fragment, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN},
     parse::{self, IPV4_LEN, IPV6_LEN},
     tell::{self, Message, add, fold},
 };
@@ -12,10 +12,11 @@ const TCP_LEN: usize = 20;
 /// A header of five words.
 const HEADER_WORDS: u8 = 5 << 4;
 
-/// Turns a packet of TCP into the reset that answers it, from whom it was for. `None` for what is a reset itself.
+/// Turns a packet of TCP into the reset that answers it, from whom it was for. `None` for what is a reset itself, and
+/// for a later fragment, which has no header.
 #[inline(never)]
 pub fn tell_sender(ctx: &TcContext, flow: &Flow) -> Option<()> {
-    if flow.tcp_flags & TCP_RST != 0 {
+    if flow.tcp_flags & TCP_RST != 0 || matches!(flow.fragment, Fragment::Later | Fragment::Ahead) {
         return None;
     }
     let v6 = flow.family == Family::V6 as u8;

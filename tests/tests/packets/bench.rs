@@ -5,7 +5,7 @@ use super::frame::{
 };
 use abi::{
     AddressKey, AffinityEntry, AffinityKey, ConntrackEntry, ConntrackKey, Direction, Endpoint, Family, FragmentEntry,
-    FragmentKey, Identity, IpcacheEntry, NetworkEntry, NodeConfig, NodeEntry, PortSet, Service, ServiceKey,
+    FragmentKey, Hook, Identity, IpcacheEntry, NetworkEntry, NodeConfig, NodeEntry, PortSet, Service, ServiceKey,
     address::Address,
     conntrack::{Account, SECOND},
     ipcache::{IPCACHE_HOST, IPCACHE_SERVICE},
@@ -18,7 +18,7 @@ use abi::{
 use aya::{
     Ebpf, EbpfLoader, Pod,
     maps::{
-        Array, HashMap, Map, MapData,
+        Array, HashMap, Map, MapData, RingBuf,
         lpm_trie::{Key, LpmTrie},
         of_maps::HashOfMaps,
     },
@@ -53,16 +53,27 @@ const SHAPE: Shape = Shape {
     breakpoints: 64,
 };
 
+fn clear<K: Pod + Eq + std::hash::Hash, V: Pod>(map: &mut Map) {
+    let mut map: HashMap<_, K, V> = HashMap::try_from(map).unwrap();
+    let keys: Vec<K> = map.keys().map(Result::unwrap).collect();
+    for key in keys {
+        map.remove(&key).unwrap();
+    }
+}
+
 /// The programs, and what they run in.
 pub struct Bench {
     pub(super) ebpf: Ebpf,
     pub(super) entry: Ebpf,
+    pub(super) events: RingBuf<MapData>,
+    /// The program that the entry leads to.
+    pub(super) target: Option<Hook>,
     pub(super) netns: Namespace,
     pub pod_a: u32,
     pub pod_b: u32,
     pub vxlan: u32,
     pub underlay: u32,
-    generation: u64,
+    pub generation: u64,
     /// Who has the addresses of the pods that are put.
     pub owner: u32,
     numbers: BTreeMap<ServiceKey, Numbers>,
@@ -91,7 +102,8 @@ impl Bench {
             conntrack: 1024,
             ..Maps::default()
         };
-        let ebpf = load_programs(&maps, &constants, None).unwrap();
+        let mut ebpf = load_programs(&maps, &constants, None).unwrap();
+        let events = RingBuf::try_from(ebpf.take_map(map::EVENTS).unwrap()).unwrap();
         let object = toolchain::target_dir().join("bpf/bpfel-unknown-none/release/packet_table");
         let mut entry = EbpfLoader::new().load_file(object).unwrap();
         let program: &mut SchedClassifier = entry.program_mut("packet_table").unwrap().try_into().unwrap();
@@ -99,6 +111,8 @@ impl Bench {
         let mut bench = Self {
             ebpf,
             entry,
+            events,
+            target: None,
             netns,
             pod_a,
             pod_b,
@@ -112,21 +126,19 @@ impl Bench {
         bench
     }
 
-    /// Makes the maps what they were at first: loading the programs for each case takes too long.
-    pub fn reset(&mut self) {
-        fn clear<K: Pod + Eq + std::hash::Hash, V: Pod>(map: &mut Map) {
-            let mut map: HashMap<_, K, V> = HashMap::try_from(map).unwrap();
-            let keys: Vec<K> = map.keys().map(Result::unwrap).collect();
-            for key in keys {
-                map.remove(&key).unwrap();
-            }
-        }
+    /// Forgets all flows.
+    pub fn forget(&mut self) {
         clear::<ConntrackKey, ConntrackEntry>(self.ebpf.map_mut(map::CONNTRACK).unwrap());
         clear::<FragmentKey, FragmentEntry>(self.ebpf.map_mut(map::FRAGMENTS).unwrap());
+        clear::<AffinityKey, AffinityEntry>(self.ebpf.map_mut(map::AFFINITY).unwrap());
+    }
+
+    /// Makes the maps what they were at first: loading the programs for each case takes too long.
+    pub fn reset(&mut self) {
+        self.forget();
         clear::<u32, Account>(self.ebpf.map_mut(map::ACCOUNTS).unwrap());
         clear::<AddressKey, Endpoint>(self.ebpf.map_mut(map::ENDPOINTS).unwrap());
         clear::<AddressKey, IpcacheEntry>(self.ebpf.map_mut(map::IPCACHE).unwrap());
-        clear::<AffinityKey, AffinityEntry>(self.ebpf.map_mut(map::AFFINITY).unwrap());
         self.clear_services();
         self.set_tracked(0);
         (self.generation, self.owner) = (2, 1);
@@ -318,7 +330,7 @@ impl Bench {
     }
 
     /// Puts a service's frontend, with its backends behind it; those that were there keep their numbers.
-    pub fn put_service(&mut self, key: ServiceKey, backends: &[(IpAddr, u16)], affinity: u32) {
+    pub fn put_service(&mut self, key: ServiceKey, backends: &[(IpAddr, u16)], affinity: u32) -> Box<Service> {
         let backends = backends.iter().map(|(address, port)| Backend {
             address: AddressKey::from(*address).address,
             port: port.to_be(),
@@ -328,7 +340,7 @@ impl Bench {
         assert_eq!(numbers.follow(&backends.collect()), 0);
         let entry = numbers.entry(key, affinity);
         let mut inner = Array::<MapData, Service>::create(1, 0).unwrap();
-        inner.set(0, *entry, 0).unwrap();
+        inner.set(0, *entry.clone(), 0).unwrap();
         let mut services: HashOfMaps<_, ServiceKey, Array<MapData, Service>> =
             self.ebpf.map_mut(map::SERVICES).unwrap().try_into().unwrap();
         services.insert(key, &inner, 0).unwrap();
@@ -336,6 +348,7 @@ impl Bench {
             let address = abi::address::ip(key.family, key.address);
             self.put_ipcache(address, [Identity::NONE; 2], 0, None, IPCACHE_SERVICE);
         }
+        entry
     }
 
     fn clear_services(&mut self) {
@@ -368,21 +381,40 @@ impl Bench {
         self.array::<u64>(map::GENERATION).set(0, generation, 0).unwrap();
     }
 
-    pub fn remove_pod(&mut self, address: [u8; 4]) {
+    pub fn remove_pod(&mut self, address: impl Into<IpAddr>) {
         self.hash::<Endpoint>(map::ENDPOINTS)
-            .remove(&AddressKey::v4(address))
+            .remove(&AddressKey::from(address.into()))
             .unwrap();
+    }
+
+    /// The flows that are tracked, and what is remembered of each.
+    pub fn flows(&mut self) -> Vec<(ConntrackKey, ConntrackEntry)> {
+        let tracked: HashMap<_, ConntrackKey, ConntrackEntry> =
+            HashMap::try_from(self.ebpf.map_mut(map::CONNTRACK).unwrap()).unwrap();
+        tracked.iter().map(Result::unwrap).collect()
+    }
+
+    /// Forgets one of them.
+    pub fn forget_flow(&mut self, key: &ConntrackKey) {
+        let mut tracked: HashMap<_, ConntrackKey, ConntrackEntry> =
+            HashMap::try_from(self.ebpf.map_mut(map::CONNTRACK).unwrap()).unwrap();
+        tracked.remove(key).unwrap();
+    }
+
+    /// Changes the node's settings.
+    pub fn configure(&mut self, change: impl FnOnce(&mut NodeConfig)) {
+        let mut config = self.array::<NodeConfig>(map::CONFIG).get(&0, 0).unwrap();
+        change(&mut config);
+        self.array::<NodeConfig>(map::CONFIG).set(0, config, 0).unwrap();
     }
 
     /// How long the one flow that is tracked lives from now on, in seconds.
     pub fn lifetime(&mut self) -> u64 {
-        let tracked: HashMap<_, ConntrackKey, ConntrackEntry> =
-            HashMap::try_from(self.ebpf.map_mut(map::CONNTRACK).unwrap()).unwrap();
-        let entries: Vec<_> = tracked.iter().map(|entry| entry.unwrap().1).collect();
+        let entries = self.flows();
         assert_eq!(entries.len(), 1);
         let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
         let now = u64::try_from(now.tv_sec).unwrap() * SECOND + u64::try_from(now.tv_nsec).unwrap();
-        (entries[0].expires - now).div_ceil(SECOND)
+        (entries[0].1.expires - now).div_ceil(SECOND)
     }
 
     /// Says how many flows are tracked in all.

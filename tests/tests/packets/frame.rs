@@ -182,6 +182,22 @@ impl Frame {
         Self(bytes)
     }
 
+    /// The same where there is a whole header to put it into.
+    pub fn summed_if_whole(self) -> Self {
+        let v6 = self.0[12] == 0x86;
+        let (start, protocol) = if v6 { (54, self.0[20]) } else { (34, self.0[23]) };
+        let least = match protocol {
+            6 => 20,
+            17 | 1 | 58 => 8,
+            _ => usize::MAX,
+        };
+        if self.0.len().saturating_sub(start) >= least {
+            self.summed()
+        } else {
+            self
+        }
+    }
+
     /// Puts the right checksum into TCP, UDP or ICMP behind an IP header without options or extensions.
     pub fn summed(mut self) -> Self {
         let v6 = self.0[12] == 0x86;

@@ -7,10 +7,12 @@ mod frame;
 mod run;
 mod services;
 
+mod differential;
 mod drops;
 mod flows;
 mod forwarding;
 mod fragments;
 mod ipv6;
+mod model;
 mod node_ports;
 mod told;

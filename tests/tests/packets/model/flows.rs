@@ -1,0 +1,464 @@
+//! Policy, connection tracking and services, as the architecture describes them.
+
+use super::packet::{End, FIN, Fragment, Packet, RST};
+use abi::{
+    DropReason, Identity,
+    conntrack::{
+        CONFIRMED, FIN_ORIGINAL, FIN_REPLY, FRONTEND, HAIRPIN, NODE_PORT, RESET, SEEN_REPLY, TRANSLATED, VIA_NODE,
+    },
+    policy::{ICMP, ICMPV6, TCP},
+    service::SLOTS,
+};
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::IpAddr,
+};
+
+/// One end of a flow, as policy sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Party {
+    pub identity: Identity,
+    /// Row in the policy matrix, where this node enforces this end's policy.
+    pub row: Option<u32>,
+    pub column: u32,
+    pub owner: u32,
+    pub epoch: u32,
+}
+
+impl Party {
+    pub fn reserved(identity: Identity) -> Self {
+        Self {
+            identity,
+            row: None,
+            column: identity.0,
+            owner: 0,
+            epoch: identity.0,
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Cell {
+    Deny,
+    /// Protocol (any where there is none), first and last port.
+    Ports(Vec<(Option<u8>, u16, u16)>),
+}
+
+/// Egress (true) or ingress, row, column; what is not there is allowed.
+pub type Cells = BTreeMap<(bool, u32, u32), Cell>;
+
+/// Rows and columns of the matrix.
+pub const SHAPE: (u32, u32) = (4, 32);
+
+fn permits(cells: &Cells, egress: bool, row: Option<u32>, column: u32, protocol: u8, port: u16) -> bool {
+    let Some(row) = row else { return true };
+    if row >= SHAPE.0 || column >= SHAPE.1 {
+        return false;
+    }
+    match cells.get(&(egress, row, column)) {
+        None => true,
+        Some(Cell::Deny) => false,
+        Some(Cell::Ports(rules)) => {
+            let port = match protocol {
+                ICMP => 8,
+                ICMPV6 => 128,
+                _ => port,
+            };
+            let matches = |(of, first, last): &(Option<u8>, u16, u16)| {
+                of.is_none_or(|of| of == protocol) && (*first..=*last).contains(&port)
+            };
+            rules.iter().any(matches)
+        }
+    }
+}
+
+/// What of a packet's ends becomes of it: source, destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rewrite {
+    pub seen: [End; 2],
+    pub becomes: [End; 2],
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Translation {
+    pub to: End,
+    pub client_port: u16,
+    pub backend: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    pub state: u32,
+    pub generation: u32,
+    /// Owner and epoch of who has opened it, and of the other end.
+    pub peers: [(u32, u32); 2],
+    pub originator: End,
+    pub account: u32,
+    pub translation: Option<Translation>,
+    /// The node by way of which the originator asks.
+    pub via: Option<IpAddr>,
+}
+
+/// Protocol and both ends, the lower one first.
+pub type Key = (u8, End, End);
+
+pub fn key(protocol: u8, one: End, other: End) -> Key {
+    (protocol, one.min(other), one.max(other))
+}
+
+pub type Conntrack = HashMap<Key, Entry>;
+
+/// A service's frontend: backends by number, and Maglev's slots.
+#[derive(Clone, Debug)]
+pub struct Frontend {
+    pub backends: BTreeMap<u32, End>,
+    pub slots: Vec<u32>,
+    pub affinity: bool,
+}
+
+/// What a packet is on its way through the programs.
+#[derive(Clone, Debug)]
+pub struct Travel {
+    pub packet: Packet,
+    pub source: End,
+    pub destination: End,
+    /// A service takes part: asked, or answering.
+    pub asked: bool,
+    pub answered: bool,
+    pub rewrite: Rewrite,
+    pub translation: Option<Translation>,
+    pub hairpin: bool,
+    pub at_node: bool,
+    pub from_outside: bool,
+    pub in_transit: bool,
+    pub leaves: bool,
+    pub via: Option<IpAddr>,
+}
+
+impl Travel {
+    pub fn new(packet: Packet) -> Self {
+        let ends = [packet.source, packet.destination];
+        Self {
+            source: packet.source,
+            destination: packet.destination,
+            packet,
+            asked: false,
+            answered: false,
+            rewrite: Rewrite {
+                seen: ends,
+                becomes: ends,
+            },
+            translation: None,
+            hairpin: false,
+            at_node: false,
+            from_outside: false,
+            in_transit: false,
+            leaves: false,
+            via: None,
+        }
+    }
+}
+
+fn next_state(travel: &Travel, reply: bool, before: u32) -> u32 {
+    let packet = &travel.packet;
+    if packet.related {
+        return before;
+    }
+    let mut state = before;
+    if reply {
+        state |= SEEN_REPLY;
+    } else if before & SEEN_REPLY != 0 && !packet.is_syn() {
+        state |= CONFIRMED;
+    }
+    if packet.protocol == TCP {
+        if packet.flags & FIN != 0 {
+            state |= if reply { FIN_REPLY } else { FIN_ORIGINAL };
+        }
+        state &= !RESET;
+        if packet.flags & RST != 0 {
+            state |= RESET;
+        }
+    }
+    state
+}
+
+fn is_closed(entry: &Entry) -> bool {
+    entry.state & RESET != 0 || entry.state & (FIN_ORIGINAL | FIN_REPLY) == FIN_ORIGINAL | FIN_REPLY
+}
+
+fn judge(cells: &Cells, travel: &Travel, from: &Party, to: &Party, port: u16) -> Result<(), DropReason> {
+    let protocol = travel.packet.protocol;
+    if travel.hairpin {
+        return Ok(());
+    }
+    if !permits(cells, true, from.row, to.column, protocol, port) {
+        return Err(DropReason::EgressDenied);
+    }
+    if !permits(cells, false, to.row, from.column, protocol, port) {
+        return Err(DropReason::IngressDenied);
+    }
+    Ok(())
+}
+
+/// A piece whose first one is not known passes where the two may talk at all, in either direction.
+fn ahead(cells: &Cells, from: &Party, to: &Party) -> Result<(), DropReason> {
+    let something = |egress: bool, row: Option<u32>, column: u32| {
+        row.is_none_or(|row| {
+            row < SHAPE.0 && column < SHAPE.1 && cells.get(&(egress, row, column)) != Some(&Cell::Deny)
+        })
+    };
+    let either =
+        |one: &Party, other: &Party| something(true, one.row, other.column) && something(false, other.row, one.column);
+    if either(from, to) || either(to, from) {
+        Ok(())
+    } else {
+        Err(DropReason::FragmentUnknown)
+    }
+}
+
+pub fn admit(
+    conntrack: &mut Conntrack,
+    cells: &Cells,
+    generation: u32,
+    travel: &mut Travel,
+    from: &Party,
+    to: &Party,
+) -> Result<(), DropReason> {
+    let packet = travel.packet.clone();
+    let nowhere = |travel: &Travel| travel.hairpin && !travel.asked && !travel.answered;
+    if packet.fragment == Fragment::Ahead {
+        return match (travel.in_transit, nowhere(travel)) {
+            (true, _) => Err(DropReason::NotLocal),
+            (_, true) => Err(DropReason::UnknownDestination),
+            _ => ahead(cells, from, to),
+        };
+    }
+    let key = key(packet.protocol, travel.source, travel.destination);
+    let known = conntrack.get(&key).cloned().filter(|entry| {
+        let owners = if entry.originator == travel.source {
+            [from.owner, to.owner]
+        } else {
+            [to.owner, from.owner]
+        };
+        entry.state & FRONTEND == 0 && entry.peers.map(|(owner, _)| owner) == owners
+    });
+    if let Some(entry) = known {
+        let reply = entry.originator != travel.source;
+        let anew = !packet.related && packet.is_syn() && (reply || is_closed(&entry));
+        if !anew {
+            if reply {
+                travel.via = entry.via.or(travel.via);
+            }
+            if let Some(frontend) = entry.translation.filter(|_| reply) {
+                travel.answered = true;
+                travel.hairpin = entry.state & HAIRPIN != 0;
+                travel.leaves = entry.state & NODE_PORT != 0;
+                let client = if travel.hairpin {
+                    travel.source.0
+                } else {
+                    travel.destination.0
+                };
+                travel.rewrite = Rewrite {
+                    seen: [travel.source, travel.destination],
+                    becomes: [frontend.to, (client, frontend.client_port)],
+                };
+            }
+            if travel.in_transit && !travel.leaves {
+                return Err(DropReason::NotLocal);
+            }
+            if nowhere(travel) {
+                return Err(DropReason::UnknownDestination);
+            }
+            let (opener, other, port) = if reply {
+                (to, from, travel.source.1)
+            } else {
+                (from, to, travel.destination.1)
+            };
+            let peers = [(opener.owner, opener.epoch), (other.owner, other.epoch)];
+            let current = entry.generation == generation && entry.peers == peers;
+            let verdict = if current {
+                Ok(())
+            } else {
+                judge(cells, travel, opener, other, port)
+            };
+            if packet.related {
+                return verdict;
+            }
+            if verdict.is_err() {
+                conntrack.remove(&key);
+                return verdict;
+            }
+            let state = next_state(travel, reply, entry.state);
+            let renewed = Entry {
+                state,
+                generation,
+                peers,
+                ..entry
+            };
+            conntrack.insert(key, renewed);
+            return Ok(());
+        }
+    } else if packet.related || packet.answer {
+        return Err(DropReason::IcmpUnrelated);
+    }
+    if travel.in_transit {
+        return Err(DropReason::NotLocal);
+    }
+    if nowhere(travel) {
+        return Err(DropReason::UnknownDestination);
+    }
+    judge(cells, travel, from, to, travel.destination.1)?;
+    if packet.protocol == TCP && !packet.is_syn() {
+        judge(cells, travel, to, from, travel.source.1).map_err(|_| DropReason::MidStream)?;
+    }
+    let flag = |is: bool, flag: u32| if is { flag } else { 0 };
+    let state = if travel.asked {
+        TRANSLATED | flag(travel.hairpin, HAIRPIN) | flag(travel.from_outside, NODE_PORT)
+    } else {
+        flag(travel.via.is_some(), VIA_NODE)
+    };
+    let entry = Entry {
+        state: next_state(travel, false, state),
+        generation,
+        peers: [(from.owner, from.epoch), (to.owner, to.epoch)],
+        originator: travel.source,
+        account: if from.row.is_some() { from.owner } else { to.owner },
+        translation: travel.translation.filter(|_| travel.asked),
+        via: travel.via.filter(|_| !travel.asked),
+    };
+    conntrack.insert(key, entry);
+    Ok(())
+}
+
+/// FNV-1a over 64-bit words of host byte order, with a shift in between: which backend a connection gets is part of what
+/// all nodes and all restarts agree on.
+fn hash(one: IpAddr, other: IpAddr, rest: u64) -> u64 {
+    let words = |address: IpAddr| {
+        let mut bytes = [0; 16];
+        match address {
+            IpAddr::V4(v4) => bytes[..4].copy_from_slice(&v4.octets()),
+            IpAddr::V6(v6) => bytes = v6.octets(),
+        }
+        let word = |at: usize| u64::from(u32::from_ne_bytes(bytes[at..at + 4].try_into().unwrap()));
+        [word(0) << 32 | word(4), word(8) << 32 | word(12)]
+    };
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    for part in [words(one), words(other)].concat().into_iter().chain([rest]) {
+        hash = (hash ^ part).wrapping_mul(0x0000_0100_0000_01b3);
+        hash ^= hash >> 29;
+    }
+    hash | 1
+}
+
+/// Clients' backends by frontend and address.
+pub type Affinity = HashMap<(End, u8, bool, IpAddr), (u32, End)>;
+
+pub fn choose(
+    conntrack: &Conntrack,
+    affinity: &mut Affinity,
+    frontend: &Frontend,
+    travel: &mut Travel,
+    client: &Party,
+    gateway: IpAddr,
+) -> Result<(), DropReason> {
+    let packet = travel.packet.clone();
+    let seen = [travel.source, travel.destination];
+    travel.rewrite.seen = seen;
+    let translate = |travel: &mut Travel, to: End, client_port: u16, backend: u32, hairpin: bool| {
+        travel.asked = true;
+        travel.hairpin = hairpin;
+        travel.source = (if hairpin { gateway } else { seen[0].0 }, client_port);
+        travel.destination = to;
+        travel.rewrite.becomes = [travel.source, to];
+        travel.translation = Some(Translation {
+            to: seen[1],
+            client_port: seen[0].1,
+            backend,
+        });
+    };
+    let has = |number: u32, backend: End| frontend.backends.get(&number) == Some(&backend);
+    let known = conntrack
+        .get(&key(packet.protocol, seen[0], seen[1]))
+        .filter(|entry| entry.state & FRONTEND != 0 && entry.originator == seen[0] && entry.peers[0].0 == client.owner);
+    match known.and_then(|entry| Some((entry, entry.translation?))) {
+        None if packet.related => return Err(DropReason::IcmpUnrelated),
+        None => {}
+        Some((entry, to)) => {
+            let open = packet.related || (packet.protocol == TCP && !packet.is_syn());
+            if open || has(to.backend, to.to) {
+                translate(travel, to.to, to.client_port, to.backend, entry.state & HAIRPIN != 0);
+                return Ok(());
+            }
+        }
+    }
+    if frontend.backends.is_empty() {
+        return Err(DropReason::NoBackends);
+    }
+    let port = |end: End| u64::from(end.1.to_be());
+    let rest = port(seen[0]) << 32 | port(seen[1]) << 16 | u64::from(packet.protocol);
+    let hash = hash(seen[0].0, seen[1].0, rest);
+    let mixed = (hash >> 32) ^ (hash & 0xffff_ffff);
+    let slot = usize::try_from((mixed * u64::from(SLOTS)) >> 32).unwrap();
+    let place = if travel.at_node { None } else { Some(seen[1].0) };
+    let unspecified: IpAddr = if packet.v6 { [0; 16].into() } else { [0; 4].into() };
+    let client_key = (
+        (place.unwrap_or(unspecified), seen[1].1),
+        packet.protocol,
+        packet.v6,
+        seen[0].0,
+    );
+    let sticky = affinity
+        .get(&client_key)
+        .copied()
+        .filter(|(number, backend)| has(*number, *backend));
+    let number = match sticky {
+        Some((number, _)) if frontend.affinity => number,
+        _ => frontend.slots[slot],
+    };
+    let backend = frontend.backends[&number];
+    if frontend.affinity {
+        affinity.insert(client_key, (number, backend));
+    }
+    let mut candidate = hash;
+    for attempt in 0..8 {
+        let port = if attempt == 0 {
+            seen[0].1
+        } else {
+            candidate = candidate.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            u16::try_from(1024 + ((candidate >> 32) * (0x1_0000 - 1024) >> 32)).unwrap()
+        };
+        translate(travel, backend, port, number, backend.0 == seen[0].0);
+        let free = conntrack
+            .get(&key(packet.protocol, travel.source, travel.destination))
+            .is_none_or(|entry| {
+                let ours = entry.translation.map(|known| (known.to, known.client_port)) == Some((seen[1], seen[0].1));
+                (entry.state & TRANSLATED != 0 && ours) || is_closed(entry)
+            });
+        if free {
+            return Ok(());
+        }
+    }
+    Err(DropReason::ServicePorts)
+}
+
+/// The frontend's entry, for as long as the flow's own lives.
+pub fn keep(conntrack: &mut Conntrack, generation: u32, travel: &Travel, client: &Party) {
+    let Some(translation) = travel.translation.filter(|_| travel.asked && !travel.packet.related) else {
+        return;
+    };
+    let [seen, frontend] = travel.rewrite.seen;
+    let entry = Entry {
+        state: FRONTEND | if travel.hairpin { HAIRPIN } else { 0 },
+        generation,
+        peers: [(client.owner, client.epoch), (0, 0)],
+        originator: seen,
+        account: client.owner,
+        translation: Some(Translation {
+            to: travel.rewrite.becomes[1],
+            client_port: travel.rewrite.becomes[0].1,
+            backend: translation.backend,
+        }),
+        via: None,
+    };
+    conntrack.insert(key(travel.packet.protocol, seen, frontend), entry);
+}

@@ -1,0 +1,650 @@
+//! A model of the datapath in plain Rust: what the programs should do with a packet, written from the architecture and the
+//! RFCs, and not from the programs. It knows no maps and no verifier, and time does not pass in it.
+
+mod flows;
+mod packet;
+mod write;
+
+pub use flows::{Cell, Cells, Conntrack, Entry, Frontend, Key, Translation, key};
+
+use abi::{
+    DropReason, Hook, Identity, Path,
+    node::{GATEWAY_V4, GATEWAY_V6, TUNNEL_PORT},
+    policy::{ICMPV6, TCP, UDP},
+};
+use flows::{Affinity, Party, Travel};
+use packet::{Fragment, L3, Packet, ethertype};
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::IpAddr,
+};
+
+/// A pod of this node.
+#[derive(Clone, Debug)]
+pub struct Pod {
+    pub ifindex: u32,
+    pub mac: [u8; 6],
+    pub gateway_mac: [u8; 6],
+    pub identity: Identity,
+    pub row: u32,
+    pub column: u32,
+    pub owner: u32,
+    pub epoch: u32,
+}
+
+/// A pod of another node.
+#[derive(Clone, Debug)]
+pub struct Remote {
+    pub identity: Identity,
+    pub column: u32,
+    pub node: IpAddr,
+    pub owner: u32,
+    pub epoch: u32,
+}
+
+/// What a prefix stands for; nothing, where nothing is routed to or from it.
+#[derive(Clone, Debug)]
+pub struct Network {
+    pub address: IpAddr,
+    pub length: u32,
+    pub identity: Option<Identity>,
+    pub column: u32,
+}
+
+/// Frontends by address (none for node ports), family, protocol and port.
+pub type Services = BTreeMap<(Option<IpAddr>, bool, u8, u16), Frontend>;
+
+type FragmentKey = (IpAddr, IpAddr, u32, u8);
+
+/// What the model does with a packet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    Dropped(DropReason),
+    Told(DropReason, Vec<u8>),
+    Passed,
+    Sent {
+        path: Path,
+        ifindex: u32,
+        tunnel: Option<(Identity, IpAddr)>,
+        frame: Vec<u8>,
+    },
+}
+
+/// What a node knows, and what it remembers.
+#[derive(Clone, Debug, Default)]
+pub struct Model {
+    pub pods: BTreeMap<IpAddr, Pod>,
+    pub remotes: BTreeMap<IpAddr, Remote>,
+    /// The node's own address, as its pods and other nodes know it, and others that it has.
+    pub own: Vec<IpAddr>,
+    pub nodes: Vec<IpAddr>,
+    pub networks: Vec<Network>,
+    pub services: Services,
+    /// Both generations' cells, by parity.
+    pub cells: [Cells; 2],
+    pub generation: u32,
+    pub vxlan: u32,
+    pub underlay: u32,
+    pub tunnel_mtu: usize,
+    pub conntrack: Conntrack,
+    pub affinity: Affinity,
+    /// Length of the first fragment, its protocol and ports, and whether it is an echo reply.
+    pub fragments: HashMap<FragmentKey, (u32, u8, u16, u16, bool)>,
+}
+
+enum Place {
+    Pod(Pod),
+    Host,
+    Outside,
+    Remote(IpAddr),
+    Service,
+}
+
+type Step<T> = Result<T, DropReason>;
+
+fn gateway(v6: bool) -> IpAddr {
+    if v6 { GATEWAY_V6.0.into() } else { GATEWAY_V4.into() }
+}
+
+impl Pod {
+    fn party(&self) -> Party {
+        Party {
+            identity: self.identity,
+            row: Some(self.row),
+            column: self.column,
+            owner: self.owner,
+            epoch: self.epoch,
+        }
+    }
+}
+
+impl Remote {
+    fn party(&self) -> Party {
+        Party {
+            identity: self.identity,
+            row: None,
+            column: self.column,
+            owner: self.owner,
+            epoch: self.epoch,
+        }
+    }
+}
+
+impl Network {
+    fn holds(&self, address: IpAddr) -> bool {
+        let (mine, other) = (write::octets(self.address), write::octets(address));
+        let bit = |octets: &[u8], bit: u32| octets[bit as usize / 8] >> (7 - bit % 8) & 1;
+        mine.len() == other.len() && (0..self.length).all(|at| bit(&mine, at) == bit(&other, at))
+    }
+}
+
+impl Model {
+    fn cells(&self) -> &Cells {
+        &self.cells[(self.generation & 1) as usize]
+    }
+
+    /// Forgets all flows.
+    pub fn forget(&mut self) {
+        self.conntrack.clear();
+        self.affinity.clear();
+        self.fragments.clear();
+    }
+
+    /// The node's own address that everybody knows.
+    fn is_host(&self, address: IpAddr) -> bool {
+        self.own.first() == Some(&address)
+    }
+
+    fn is_service(&self, address: IpAddr) -> bool {
+        self.services.keys().any(|(at, ..)| *at == Some(address))
+    }
+
+    fn is_known(&self, address: IpAddr) -> bool {
+        self.pods.contains_key(&address)
+            || self.remotes.contains_key(&address)
+            || self.is_host(address)
+            || self.is_service(address)
+    }
+
+    /// Who has an address that is no pod's and not the node's.
+    fn outside(&self, address: IpAddr) -> Option<Party> {
+        if self.nodes.contains(&address) {
+            return Some(Party::reserved(Identity::REMOTE_NODE));
+        }
+        let longest = self.networks.iter().filter(|network| network.holds(address));
+        let Some(network) = longest.max_by_key(|network| network.length) else {
+            return Some(Party::reserved(Identity::WORLD));
+        };
+        Some(Party {
+            column: network.column,
+            ..Party::reserved(network.identity?)
+        })
+    }
+
+    /// What a program does with a packet.
+    pub fn run(
+        &mut self,
+        hook: Hook,
+        frame: &[u8],
+        ifindex: u32,
+        came_in_by: u32,
+        outer: Option<(IpAddr, Identity)>,
+    ) -> Verdict {
+        let mut out = frame.to_vec();
+        let mut travel = None;
+        let result = match hook {
+            Hook::FromPod => self.from_pod(&mut out, ifindex, &mut travel),
+            Hook::FromOverlay => self.from_overlay(&mut out, outer, &mut travel),
+            Hook::ToPod => self.to_pod(&mut out, ifindex, came_in_by, &mut travel),
+            Hook::FromNetdev => match self.from_netdev(&mut out, &mut travel) {
+                Some(result) => result,
+                None => return Verdict::Passed,
+            },
+        };
+        match result {
+            Ok((path, ifindex, tunnel)) => Verdict::Sent {
+                path,
+                ifindex,
+                tunnel,
+                frame: out,
+            },
+            Err(reason) => {
+                let is_told = matches!(hook, Hook::FromPod | Hook::FromNetdev);
+                let told = travel.filter(|_| is_told).and_then(|travel: Travel| {
+                    let [source, destination] = travel.rewrite.seen;
+                    let from = if travel.from_outside {
+                        destination.0
+                    } else {
+                        gateway(travel.packet.v6)
+                    };
+                    write::told(
+                        &out,
+                        &travel.packet,
+                        reason,
+                        (source.0, destination.0),
+                        from,
+                        self.tunnel_mtu,
+                    )
+                });
+                told.map_or(Verdict::Dropped(reason), |told| Verdict::Told(reason, told))
+            }
+        }
+    }
+
+    fn from_pod(&mut self, frame: &mut Vec<u8>, ifindex: u32, kept: &mut Option<Travel>) -> Step<Sent> {
+        if ethertype(frame)? == 0x0806 {
+            return self.arp(frame, ifindex);
+        }
+        let packet = Packet::parse(frame)?;
+        if packet.link != 0 {
+            return self.neighbour(frame, &packet, ifindex);
+        }
+        let travel = kept.insert(Travel::new(packet));
+        let sender = self
+            .pods
+            .get(&travel.source.0)
+            .ok_or(DropReason::SpoofedAddress)?
+            .clone();
+        if sender.ifindex != ifindex {
+            return Err(DropReason::SpoofedAddress);
+        }
+        if frame[6..12] != sender.mac {
+            return Err(DropReason::SpoofedMac);
+        }
+        if frame[..6] != sender.gateway_mac {
+            return Err(DropReason::NotForGateway);
+        }
+        about_sender(travel)?;
+        self.track(travel)?;
+        let (mut party, mut place) = self.receiver(travel)?;
+        if matches!(place, Place::Service) {
+            self.choose(travel, &sender.party())?;
+            (party, place) = self.backend(travel)?;
+        }
+        self.admit(travel, &sender.party(), &party)?;
+        flows::keep(&mut self.conntrack, self.generation, travel, &sender.party());
+        let sent = self.deliver(frame, travel, sender.identity, place)?;
+        self.finish(frame, travel);
+        Ok(sent)
+    }
+
+    fn finish(&self, frame: &mut [u8], travel: &Travel) {
+        if travel.asked || travel.answered {
+            write::rewrite(frame, &travel.packet, &travel.rewrite);
+        }
+    }
+
+    fn admit(&mut self, travel: &mut Travel, from: &Party, to: &Party) -> Step<()> {
+        let cells = self.cells().clone();
+        flows::admit(&mut self.conntrack, &cells, self.generation, travel, from, to)
+    }
+
+    fn choose(&mut self, travel: &mut Travel, client: &Party) -> Step<()> {
+        if travel.packet.fragment == Fragment::Ahead {
+            return Err(DropReason::FragmentUnknown);
+        }
+        let (address, port) = travel.destination;
+        let at = if travel.at_node { None } else { Some(address) };
+        let key = (at, travel.packet.v6, travel.packet.protocol, port);
+        let frontend = self.services.get(&key).ok_or(DropReason::NoService)?;
+        let gateway = gateway(travel.packet.v6);
+        flows::choose(&self.conntrack, &mut self.affinity, frontend, travel, client, gateway)
+    }
+
+    fn is_node_port(&self, travel: &mut Travel) -> bool {
+        let packet = &travel.packet;
+        let key = (None, packet.v6, packet.protocol, travel.destination.1);
+        travel.at_node = matches!(packet.protocol, TCP | UDP)
+            && packet.fragment != Fragment::Ahead
+            && self.services.contains_key(&key);
+        travel.at_node
+    }
+
+    fn receiver(&self, travel: &mut Travel) -> Step<(Party, Place)> {
+        let for_gateway = travel.destination.0 == gateway(travel.packet.v6);
+        travel.hairpin |= for_gateway;
+        let address = if for_gateway {
+            travel.source.0
+        } else {
+            travel.destination.0
+        };
+        if let Some(pod) = self.pods.get(&address) {
+            return Ok((pod.party(), Place::Pod(pod.clone())));
+        }
+        let packet = &travel.packet;
+        let to_tunnel = packet.protocol == UDP && !packet.related && travel.destination.1 == TUNNEL_PORT;
+        let nobody = Party::reserved(Identity::NONE);
+        if let Some(remote) = self.remotes.get(&address) {
+            return Ok((remote.party(), Place::Remote(remote.node)));
+        }
+        if self.is_service(address) || (self.is_host(address) && self.is_node_port(travel)) {
+            return Ok((nobody, Place::Service));
+        }
+        if to_tunnel {
+            return Err(DropReason::TunnelPort);
+        }
+        if self.is_host(address) {
+            return Ok((Party::reserved(Identity::HOST), Place::Host));
+        }
+        let party = self.outside(address).ok_or(DropReason::UnknownDestination)?;
+        if party.identity == Identity::REMOTE_NODE {
+            return if self.is_node_port(travel) {
+                Ok((nobody, Place::Service))
+            } else {
+                Ok((party, Place::Remote(address)))
+            };
+        }
+        if self.own.contains(&address) {
+            return Ok((Party::reserved(Identity::HOST), Place::Host));
+        }
+        Ok((party, Place::Outside))
+    }
+
+    fn backend(&self, travel: &mut Travel) -> Step<(Party, Place)> {
+        match self.receiver(travel) {
+            Ok((_, Place::Service)) | Err(DropReason::UnknownDestination) => Err(DropReason::BackendGone),
+            other => other,
+        }
+    }
+
+    fn encapsulate(&self, frame: &mut [u8], v6: bool, vni: Identity, node: IpAddr) -> Step<Sent> {
+        write::one_hop(frame, v6)?;
+        write::fits(frame, v6, self.tunnel_mtu)?;
+        Ok((Path::Encap, self.vxlan, Some((vni, node))))
+    }
+
+    fn deliver(&self, frame: &mut [u8], travel: &Travel, vni: Identity, place: Place) -> Step<Sent> {
+        let v6 = travel.packet.v6;
+        if travel.leaves {
+            write::one_hop(frame, v6)?;
+            return Ok((Path::NodePortReply, self.underlay, None));
+        }
+        if let Some(node) = travel.via {
+            return self.encapsulate(frame, v6, vni, node);
+        }
+        match place {
+            Place::Pod(pod) => {
+                write::one_hop(frame, v6)?;
+                write::macs(frame, pod.mac, pod.gateway_mac);
+                Ok((Path::Local, pod.ifindex, None))
+            }
+            Place::Host => Ok((Path::ToHost, 0, None)),
+            Place::Outside => Ok((Path::ToOutside, 0, None)),
+            Place::Remote(node) => self.encapsulate(frame, v6, vni, node),
+            Place::Service => unreachable!(),
+        }
+    }
+
+    /// Later pieces have the ports of the first one, where it has been here.
+    fn track(&mut self, travel: &mut Travel) -> Step<()> {
+        let packet = &mut travel.packet;
+        let protocol = if packet.v6 { 0 } else { packet.protocol };
+        let key = (travel.source.0, travel.destination.0, packet.identification, protocol);
+        match packet.fragment {
+            Fragment::None => {}
+            Fragment::First => {
+                let (from, to) = (travel.source.1, travel.destination.1);
+                let first = (packet.length, packet.protocol, from, to, packet.answer);
+                self.fragments.insert(key, first);
+            }
+            Fragment::Later | Fragment::Ahead => match self.fragments.get(&key) {
+                Some((length, ..)) if packet.offset < *length => return Err(DropReason::FragmentOverlap),
+                Some((_, protocol, from, to, answer)) => {
+                    (packet.protocol, packet.answer) = (*protocol, *answer);
+                    (travel.source.1, travel.destination.1) = (*from, *to);
+                    travel.rewrite.seen = [travel.source, travel.destination];
+                }
+                None => packet.fragment = Fragment::Ahead,
+            },
+        }
+        Ok(())
+    }
+
+    fn from_overlay(
+        &mut self,
+        frame: &mut Vec<u8>,
+        outer: Option<(IpAddr, Identity)>,
+        kept: &mut Option<Travel>,
+    ) -> Step<Sent> {
+        let (node, vni) = outer.ok_or(DropReason::NoTunnelKey)?;
+        if !self.nodes.contains(&node) && !self.is_host(node) {
+            return Err(DropReason::UnknownNode);
+        }
+        ethertype(frame)?;
+        let travel = kept.insert(Travel::new(Packet::parse(frame)?));
+        if travel.packet.link != 0 {
+            return Err(DropReason::LinkControl);
+        }
+        let sender = self.remote_sender(travel, node, vni)?;
+        self.track(travel)?;
+        let address = travel.destination.0;
+        let (party, place) = if let Some(pod) = self.pods.get(&address) {
+            (pod.party(), Place::Pod(pod.clone()))
+        } else if self.is_host(address) {
+            if sender.identity == Identity::REMOTE_NODE || travel.via.is_some() {
+                return Err(DropReason::NotLocal);
+            }
+            (Party::reserved(Identity::HOST), Place::Host)
+        } else {
+            let party = self
+                .outside(address)
+                .filter(|_| sender.owner != 0 && !self.is_known(address));
+            travel.in_transit = true;
+            (party.ok_or(DropReason::NotLocal)?, Place::Outside)
+        };
+        if !matches!(place, Place::Host) {
+            self.admit(travel, &sender, &party)?;
+        }
+        self.finish(frame, travel);
+        if travel.leaves {
+            return Ok((Path::NodePortReply, self.underlay, None));
+        }
+        match place {
+            Place::Pod(pod) => {
+                write::macs(frame, pod.mac, pod.gateway_mac);
+                Ok((Path::Overlay, pod.ifindex, None))
+            }
+            _ => Ok((Path::ToHost, 0, None)),
+        }
+    }
+
+    fn remote_sender(&self, travel: &mut Travel, node: IpAddr, vni: Identity) -> Step<Party> {
+        let source = travel.source.0;
+        if vni == Identity::REMOTE_NODE {
+            if source != node {
+                return Err(DropReason::WrongNode);
+            }
+            about_sender(travel)?;
+            return Ok(Party::reserved(vni));
+        }
+        if vni == Identity::WORLD {
+            travel.via = Some(node);
+            return self.client(travel);
+        }
+        if !vni.is_allocated() {
+            return Err(DropReason::ReservedVni);
+        }
+        let remote = self.remotes.get(&source).filter(|remote| remote.node == node);
+        let remote = remote.ok_or(DropReason::WrongNode)?;
+        if vni != remote.identity {
+            return Err(DropReason::WrongVni);
+        }
+        about_sender(travel)?;
+        Ok(remote.party())
+    }
+
+    /// A client outside.
+    fn client(&self, travel: &mut Travel) -> Step<Party> {
+        let address = travel.source.0;
+        let party = self.outside(address).filter(|_| !self.is_known(address));
+        let party = party.ok_or(DropReason::UnknownSource)?;
+        if party.identity == Identity::REMOTE_NODE {
+            return Err(DropReason::UnknownSource);
+        }
+        if travel.packet.related && travel.packet.about != address {
+            return self.addressee(travel);
+        }
+        Ok(party)
+    }
+
+    /// Who a router's error is about takes the router's place.
+    fn addressee(&self, travel: &mut Travel) -> Step<Party> {
+        let address = travel.packet.about;
+        travel.source.0 = address;
+        travel.rewrite.seen[0].0 = address;
+        if self.is_host(address) {
+            return Ok(Party::reserved(Identity::HOST));
+        }
+        // Pods of this node are no addresses of the cluster in these tables.
+        let known = self.remotes.contains_key(&address) || self.is_service(address);
+        self.outside(address)
+            .filter(|_| !known)
+            .ok_or(DropReason::IcmpUnrelated)
+    }
+
+    fn to_pod(&mut self, frame: &mut Vec<u8>, ifindex: u32, came_in_by: u32, kept: &mut Option<Travel>) -> Step<Sent> {
+        if ethertype(frame)? == 0x0806 {
+            return Err(DropReason::UnexpectedArp);
+        }
+        let travel = kept.insert(Travel::new(Packet::parse(frame)?));
+        if travel.packet.link != 0 {
+            return Err(DropReason::LinkControl);
+        }
+        let source = travel.source.0;
+        let router = travel.packet.related && travel.packet.about != source;
+        let mut sender = if came_in_by == 0 && self.own.contains(&source) {
+            Party::reserved(Identity::HOST)
+        } else {
+            let party = self.outside(source).filter(|_| !self.is_known(source));
+            let party = party.ok_or(DropReason::UnknownSource)?;
+            if party.identity == Identity::REMOTE_NODE && !router {
+                return Err(DropReason::UnknownSource);
+            }
+            party
+        };
+        let identity = sender.identity;
+        if router {
+            sender = self.addressee(travel)?;
+        }
+        self.track(travel)?;
+        let pod = self
+            .pods
+            .get(&travel.destination.0)
+            .ok_or(DropReason::NotLocal)?
+            .clone();
+        if pod.ifindex != ifindex {
+            return Err(DropReason::NotLocal);
+        }
+        self.admit(travel, &sender, &pod.party())?;
+        self.finish(frame, travel);
+        let identity = if router { sender.identity } else { identity };
+        let path = if identity == Identity::HOST {
+            Path::FromHost
+        } else {
+            Path::FromOutside
+        };
+        Ok((path, 0, None))
+    }
+
+    /// Nothing, where the packet is nobody's business here.
+    fn from_netdev(&mut self, frame: &mut Vec<u8>, kept: &mut Option<Travel>) -> Option<Step<Sent>> {
+        let mut travel = Travel::new(Packet::parse(frame).ok()?);
+        if travel.packet.link != 0 || !self.is_host(travel.destination.0) {
+            return None;
+        }
+        if travel.packet.fragment == Fragment::Later {
+            self.track(&mut travel).ok()?;
+        }
+        if !self.is_node_port(&mut travel) {
+            return None;
+        }
+        travel.from_outside = true;
+        let travel = kept.insert(travel);
+        Some(self.outside_asks(frame, travel))
+    }
+
+    fn outside_asks(&mut self, frame: &mut [u8], travel: &mut Travel) -> Step<Sent> {
+        if travel.packet.fragment == Fragment::First {
+            self.track(travel)?;
+        }
+        let sender = self.client(travel)?;
+        self.choose(travel, &sender)?;
+        let (party, place) = self.backend(travel)?;
+        self.admit(travel, &sender, &party)?;
+        flows::keep(&mut self.conntrack, self.generation, travel, &sender);
+        let sent = match place {
+            Place::Pod(pod) => {
+                write::one_hop(frame, travel.packet.v6)?;
+                write::macs(frame, pod.mac, pod.gateway_mac);
+                (Path::NodePort, pod.ifindex, None)
+            }
+            Place::Remote(node) if party.owner != 0 => {
+                self.encapsulate(frame, travel.packet.v6, Identity::WORLD, node)?
+            }
+            _ => return Err(DropReason::BackendGone),
+        };
+        self.finish(frame, travel);
+        Ok(sent)
+    }
+
+    fn arp(&self, frame: &mut [u8], ifindex: u32) -> Step<Sent> {
+        let request = frame.get(L3..L3 + 28).ok_or(DropReason::Truncated)?.to_vec();
+        if request[..8] != [0, 1, 8, 0, 6, 4, 0, 1] || request[24..28] != GATEWAY_V4 {
+            return Err(DropReason::UnexpectedArp);
+        }
+        let sender: [u8; 4] = request[14..18].try_into().unwrap();
+        let pod = self.pods.get(&IpAddr::from(sender)).ok_or(DropReason::SpoofedArp)?;
+        if pod.ifindex != ifindex || pod.mac != request[8..14] || pod.mac != frame[6..12] {
+            return Err(DropReason::SpoofedArp);
+        }
+        write::macs(frame, pod.mac, pod.gateway_mac);
+        frame[L3 + 7] = 2;
+        frame[L3 + 8..L3 + 14].copy_from_slice(&pod.gateway_mac);
+        frame[L3 + 14..L3 + 18].copy_from_slice(&GATEWAY_V4);
+        frame[L3 + 18..L3 + 24].copy_from_slice(&pod.mac);
+        frame[L3 + 24..L3 + 28].copy_from_slice(&sender);
+        Ok((Path::ArpReply, ifindex, None))
+    }
+
+    fn neighbour(&self, frame: &mut [u8], packet: &Packet, ifindex: u32) -> Step<Sent> {
+        if packet.link != 135 || packet.fragment != Fragment::None {
+            return Err(DropReason::LinkControl);
+        }
+        let body = frame.get(L3 + 40..L3 + 72).ok_or(DropReason::Truncated)?.to_vec();
+        if body[8..24] != GATEWAY_V6.0 {
+            return Err(DropReason::LinkControl);
+        }
+        let whole = frame[L3 + 4..L3 + 8] == [0, 32, ICMPV6, 255];
+        if !whole || body[1] != 0 || body[24..26] != [1, 1] {
+            return Err(DropReason::SpoofedNeighbour);
+        }
+        let pod = self.pods.get(&packet.source.0).ok_or(DropReason::SpoofedNeighbour)?;
+        if pod.ifindex != ifindex || pod.mac != frame[6..12] || pod.mac != body[26..32] {
+            return Err(DropReason::SpoofedNeighbour);
+        }
+        let mut answer = vec![136, 0, 0, 0, 0xe0, 0, 0, 0];
+        answer.extend(GATEWAY_V6.0);
+        answer.extend([2, 1]);
+        answer.extend(pod.gateway_mac);
+        let header = [
+            &pod.mac[..],
+            &pod.gateway_mac,
+            &frame[12..22],
+            &GATEWAY_V6.0,
+            &write::octets(packet.source.0),
+        ];
+        let whole = super::frame::Frame([&header.concat()[..], &answer].concat()).summed();
+        frame[..L3 + 72].copy_from_slice(&whole.0);
+        Ok((Path::NeighbourReply, ifindex, None))
+    }
+}
+
+/// Path, interface, and tunnel.
+type Sent = (Path, u32, Option<(Identity, IpAddr)>);
+
+fn about_sender(travel: &Travel) -> Step<()> {
+    if travel.packet.related && travel.packet.about != travel.source.0 {
+        return Err(DropReason::IcmpUnrelated);
+    }
+    Ok(())
+}
