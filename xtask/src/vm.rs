@@ -221,7 +221,7 @@ fn script(programs: &[PathBuf], filter: Option<&str>) -> String {
          /bin/busybox --install -s /bin\n\
          mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev\n\
          mount -t tmpfs run /run; mount -t bpf bpf /sys/fs/bpf\n\
-         export PATH=/usr/sbin:/usr/bin:/sbin:/bin WASMGATE_REQUIRE_KERNEL=1\n\
+         export PATH=/usr/sbin:/usr/bin:/sbin:/bin WASMGATE_REQUIRE_KERNEL=1 PROPTEST_CASES=40\n\
          ip link set lo up\n\
          for module in {MODULES}; do modprobe $module; done\n"
     );

@@ -118,6 +118,10 @@ pub struct Frontend {
 
 /// What a packet is on its way through the programs.
 #[derive(Clone, Debug)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is one thing that is known of the packet"
+)]
 pub struct Travel {
     pub packet: Packet,
     pub source: End,
@@ -311,13 +315,19 @@ pub fn admit(
     if packet.protocol == TCP && !packet.is_syn() {
         judge(cells, travel, to, from, travel.source.1).map_err(|_| DropReason::MidStream)?;
     }
+    conntrack.insert(key, opened(generation, travel, from, to));
+    Ok(())
+}
+
+/// The entry of a flow that is new.
+fn opened(generation: u32, travel: &Travel, from: &Party, to: &Party) -> Entry {
     let flag = |is: bool, flag: u32| if is { flag } else { 0 };
     let state = if travel.asked {
         TRANSLATED | flag(travel.hairpin, HAIRPIN) | flag(travel.from_outside, NODE_PORT)
     } else {
         flag(travel.via.is_some(), VIA_NODE)
     };
-    let entry = Entry {
+    Entry {
         state: next_state(travel, false, state),
         generation,
         peers: [(from.owner, from.epoch), (to.owner, to.epoch)],
@@ -325,9 +335,7 @@ pub fn admit(
         account: if from.row.is_some() { from.owner } else { to.owner },
         translation: travel.translation.filter(|_| travel.asked),
         via: travel.via.filter(|_| !travel.asked),
-    };
-    conntrack.insert(key, entry);
-    Ok(())
+    }
 }
 
 /// FNV-1a over 64-bit words of host byte order, with a shift in between: which backend a connection gets is part of what
@@ -425,7 +433,7 @@ pub fn choose(
             seen[0].1
         } else {
             candidate = candidate.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-            u16::try_from(1024 + ((candidate >> 32) * (0x1_0000 - 1024) >> 32)).unwrap()
+            u16::try_from(1024 + (((candidate >> 32) * (0x1_0000 - 1024)) >> 32)).unwrap()
         };
         translate(travel, backend, port, number, backend.0 == seen[0].0);
         let free = conntrack

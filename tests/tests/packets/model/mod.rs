@@ -2,6 +2,8 @@
 //! RFCs, and not from the programs. It knows no maps and no verifier, and time does not pass in it.
 
 mod flows;
+mod link;
+mod outside;
 mod packet;
 mod write;
 
@@ -10,10 +12,10 @@ pub use flows::{Cell, Cells, Conntrack, Entry, Frontend, Key, Translation, key};
 use abi::{
     DropReason, Hook, Identity, Path,
     node::{GATEWAY_V4, GATEWAY_V6, TUNNEL_PORT},
-    policy::{ICMPV6, TCP, UDP},
+    policy::{TCP, UDP},
 };
 use flows::{Affinity, Party, Travel};
-use packet::{Fragment, L3, Packet, ethertype};
+use packet::{Fragment, Packet, ethertype};
 use std::{
     collections::{BTreeMap, HashMap},
     net::IpAddr,
@@ -138,6 +140,7 @@ impl Network {
     }
 }
 
+#[expect(clippy::wrong_self_convention, reason = "methods are named after the hooks")]
 impl Model {
     fn cells(&self) -> &Cells {
         &self.cells[(self.generation & 1) as usize]
@@ -231,7 +234,7 @@ impl Model {
         }
     }
 
-    fn from_pod(&mut self, frame: &mut Vec<u8>, ifindex: u32, kept: &mut Option<Travel>) -> Step<Sent> {
+    fn from_pod(&mut self, frame: &mut [u8], ifindex: u32, kept: &mut Option<Travel>) -> Step<Sent> {
         if ethertype(frame)? == 0x0806 {
             return self.arp(frame, ifindex);
         }
@@ -264,14 +267,8 @@ impl Model {
         self.admit(travel, &sender.party(), &party)?;
         flows::keep(&mut self.conntrack, self.generation, travel, &sender.party());
         let sent = self.deliver(frame, travel, sender.identity, place)?;
-        self.finish(frame, travel);
+        finish(frame, travel);
         Ok(sent)
-    }
-
-    fn finish(&self, frame: &mut [u8], travel: &Travel) {
-        if travel.asked || travel.answered {
-            write::rewrite(frame, &travel.packet, &travel.rewrite);
-        }
     }
 
     fn admit(&mut self, travel: &mut Travel, from: &Party, to: &Party) -> Step<()> {
@@ -400,109 +397,7 @@ impl Model {
         Ok(())
     }
 
-    fn from_overlay(
-        &mut self,
-        frame: &mut Vec<u8>,
-        outer: Option<(IpAddr, Identity)>,
-        kept: &mut Option<Travel>,
-    ) -> Step<Sent> {
-        let (node, vni) = outer.ok_or(DropReason::NoTunnelKey)?;
-        if !self.nodes.contains(&node) && !self.is_host(node) {
-            return Err(DropReason::UnknownNode);
-        }
-        ethertype(frame)?;
-        let travel = kept.insert(Travel::new(Packet::parse(frame)?));
-        if travel.packet.link != 0 {
-            return Err(DropReason::LinkControl);
-        }
-        let sender = self.remote_sender(travel, node, vni)?;
-        self.track(travel)?;
-        let address = travel.destination.0;
-        let (party, place) = if let Some(pod) = self.pods.get(&address) {
-            (pod.party(), Place::Pod(pod.clone()))
-        } else if self.is_host(address) {
-            if sender.identity == Identity::REMOTE_NODE || travel.via.is_some() {
-                return Err(DropReason::NotLocal);
-            }
-            (Party::reserved(Identity::HOST), Place::Host)
-        } else {
-            let party = self
-                .outside(address)
-                .filter(|_| sender.owner != 0 && !self.is_known(address));
-            travel.in_transit = true;
-            (party.ok_or(DropReason::NotLocal)?, Place::Outside)
-        };
-        if !matches!(place, Place::Host) {
-            self.admit(travel, &sender, &party)?;
-        }
-        self.finish(frame, travel);
-        if travel.leaves {
-            return Ok((Path::NodePortReply, self.underlay, None));
-        }
-        match place {
-            Place::Pod(pod) => {
-                write::macs(frame, pod.mac, pod.gateway_mac);
-                Ok((Path::Overlay, pod.ifindex, None))
-            }
-            _ => Ok((Path::ToHost, 0, None)),
-        }
-    }
-
-    fn remote_sender(&self, travel: &mut Travel, node: IpAddr, vni: Identity) -> Step<Party> {
-        let source = travel.source.0;
-        if vni == Identity::REMOTE_NODE {
-            if source != node {
-                return Err(DropReason::WrongNode);
-            }
-            about_sender(travel)?;
-            return Ok(Party::reserved(vni));
-        }
-        if vni == Identity::WORLD {
-            travel.via = Some(node);
-            return self.client(travel);
-        }
-        if !vni.is_allocated() {
-            return Err(DropReason::ReservedVni);
-        }
-        let remote = self.remotes.get(&source).filter(|remote| remote.node == node);
-        let remote = remote.ok_or(DropReason::WrongNode)?;
-        if vni != remote.identity {
-            return Err(DropReason::WrongVni);
-        }
-        about_sender(travel)?;
-        Ok(remote.party())
-    }
-
-    /// A client outside.
-    fn client(&self, travel: &mut Travel) -> Step<Party> {
-        let address = travel.source.0;
-        let party = self.outside(address).filter(|_| !self.is_known(address));
-        let party = party.ok_or(DropReason::UnknownSource)?;
-        if party.identity == Identity::REMOTE_NODE {
-            return Err(DropReason::UnknownSource);
-        }
-        if travel.packet.related && travel.packet.about != address {
-            return self.addressee(travel);
-        }
-        Ok(party)
-    }
-
-    /// Who a router's error is about takes the router's place.
-    fn addressee(&self, travel: &mut Travel) -> Step<Party> {
-        let address = travel.packet.about;
-        travel.source.0 = address;
-        travel.rewrite.seen[0].0 = address;
-        if self.is_host(address) {
-            return Ok(Party::reserved(Identity::HOST));
-        }
-        // Pods of this node are no addresses of the cluster in these tables.
-        let known = self.remotes.contains_key(&address) || self.is_service(address);
-        self.outside(address)
-            .filter(|_| !known)
-            .ok_or(DropReason::IcmpUnrelated)
-    }
-
-    fn to_pod(&mut self, frame: &mut Vec<u8>, ifindex: u32, came_in_by: u32, kept: &mut Option<Travel>) -> Step<Sent> {
+    fn to_pod(&mut self, frame: &mut [u8], ifindex: u32, came_in_by: u32, kept: &mut Option<Travel>) -> Step<Sent> {
         if ethertype(frame)? == 0x0806 {
             return Err(DropReason::UnexpectedArp);
         }
@@ -536,7 +431,7 @@ impl Model {
             return Err(DropReason::NotLocal);
         }
         self.admit(travel, &sender, &pod.party())?;
-        self.finish(frame, travel);
+        finish(frame, travel);
         let identity = if router { sender.identity } else { identity };
         let path = if identity == Identity::HOST {
             Path::FromHost
@@ -545,102 +440,16 @@ impl Model {
         };
         Ok((path, 0, None))
     }
-
-    /// Nothing, where the packet is nobody's business here.
-    fn from_netdev(&mut self, frame: &mut Vec<u8>, kept: &mut Option<Travel>) -> Option<Step<Sent>> {
-        let mut travel = Travel::new(Packet::parse(frame).ok()?);
-        if travel.packet.link != 0 || !self.is_host(travel.destination.0) {
-            return None;
-        }
-        if travel.packet.fragment == Fragment::Later {
-            self.track(&mut travel).ok()?;
-        }
-        if !self.is_node_port(&mut travel) {
-            return None;
-        }
-        travel.from_outside = true;
-        let travel = kept.insert(travel);
-        Some(self.outside_asks(frame, travel))
-    }
-
-    fn outside_asks(&mut self, frame: &mut [u8], travel: &mut Travel) -> Step<Sent> {
-        if travel.packet.fragment == Fragment::First {
-            self.track(travel)?;
-        }
-        let sender = self.client(travel)?;
-        self.choose(travel, &sender)?;
-        let (party, place) = self.backend(travel)?;
-        self.admit(travel, &sender, &party)?;
-        flows::keep(&mut self.conntrack, self.generation, travel, &sender);
-        let sent = match place {
-            Place::Pod(pod) => {
-                write::one_hop(frame, travel.packet.v6)?;
-                write::macs(frame, pod.mac, pod.gateway_mac);
-                (Path::NodePort, pod.ifindex, None)
-            }
-            Place::Remote(node) if party.owner != 0 => {
-                self.encapsulate(frame, travel.packet.v6, Identity::WORLD, node)?
-            }
-            _ => return Err(DropReason::BackendGone),
-        };
-        self.finish(frame, travel);
-        Ok(sent)
-    }
-
-    fn arp(&self, frame: &mut [u8], ifindex: u32) -> Step<Sent> {
-        let request = frame.get(L3..L3 + 28).ok_or(DropReason::Truncated)?.to_vec();
-        if request[..8] != [0, 1, 8, 0, 6, 4, 0, 1] || request[24..28] != GATEWAY_V4 {
-            return Err(DropReason::UnexpectedArp);
-        }
-        let sender: [u8; 4] = request[14..18].try_into().unwrap();
-        let pod = self.pods.get(&IpAddr::from(sender)).ok_or(DropReason::SpoofedArp)?;
-        if pod.ifindex != ifindex || pod.mac != request[8..14] || pod.mac != frame[6..12] {
-            return Err(DropReason::SpoofedArp);
-        }
-        write::macs(frame, pod.mac, pod.gateway_mac);
-        frame[L3 + 7] = 2;
-        frame[L3 + 8..L3 + 14].copy_from_slice(&pod.gateway_mac);
-        frame[L3 + 14..L3 + 18].copy_from_slice(&GATEWAY_V4);
-        frame[L3 + 18..L3 + 24].copy_from_slice(&pod.mac);
-        frame[L3 + 24..L3 + 28].copy_from_slice(&sender);
-        Ok((Path::ArpReply, ifindex, None))
-    }
-
-    fn neighbour(&self, frame: &mut [u8], packet: &Packet, ifindex: u32) -> Step<Sent> {
-        if packet.link != 135 || packet.fragment != Fragment::None {
-            return Err(DropReason::LinkControl);
-        }
-        let body = frame.get(L3 + 40..L3 + 72).ok_or(DropReason::Truncated)?.to_vec();
-        if body[8..24] != GATEWAY_V6.0 {
-            return Err(DropReason::LinkControl);
-        }
-        let whole = frame[L3 + 4..L3 + 8] == [0, 32, ICMPV6, 255];
-        if !whole || body[1] != 0 || body[24..26] != [1, 1] {
-            return Err(DropReason::SpoofedNeighbour);
-        }
-        let pod = self.pods.get(&packet.source.0).ok_or(DropReason::SpoofedNeighbour)?;
-        if pod.ifindex != ifindex || pod.mac != frame[6..12] || pod.mac != body[26..32] {
-            return Err(DropReason::SpoofedNeighbour);
-        }
-        let mut answer = vec![136, 0, 0, 0, 0xe0, 0, 0, 0];
-        answer.extend(GATEWAY_V6.0);
-        answer.extend([2, 1]);
-        answer.extend(pod.gateway_mac);
-        let header = [
-            &pod.mac[..],
-            &pod.gateway_mac,
-            &frame[12..22],
-            &GATEWAY_V6.0,
-            &write::octets(packet.source.0),
-        ];
-        let whole = super::frame::Frame([&header.concat()[..], &answer].concat()).summed();
-        frame[..L3 + 72].copy_from_slice(&whole.0);
-        Ok((Path::NeighbourReply, ifindex, None))
-    }
 }
 
 /// Path, interface, and tunnel.
 type Sent = (Path, u32, Option<(Identity, IpAddr)>);
+
+fn finish(frame: &mut [u8], travel: &Travel) {
+    if travel.asked || travel.answered {
+        write::rewrite(frame, &travel.packet, &travel.rewrite);
+    }
+}
 
 fn about_sender(travel: &Travel) -> Step<()> {
     if travel.packet.related && travel.packet.about != travel.source.0 {

@@ -142,7 +142,7 @@ impl Packet {
         if offset == 0 && !more {
             return Ok(());
         }
-        if length == 0 || (more && length % 8 != 0) || offset + length > 65535 {
+        if length == 0 || (more && !length.is_multiple_of(8)) || offset + length > 65535 {
             return Err(DropReason::InvalidHeader);
         }
         self.fragment = if offset == 0 { Fragment::First } else { Fragment::Later };
