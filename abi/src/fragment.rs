@@ -2,29 +2,31 @@
 
 use crate::address::Address;
 
-/// Key of a packet in pieces (RFC 791, section 3.2; RFC 8200, section 4.5).
+/// Key of a packet in pieces: one of the few places that its sender has. So nobody can push out what others' packets need.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FragmentKey {
     /// Source address.
     pub source: Address,
-    /// Destination address.
-    pub destination: Address,
-    /// Identification, in network byte order; IPv4's has 16 bits.
-    pub identification: u32,
-    /// Scope of both addresses.
+    /// Which of the [`SLOTS`] places of the sender: by the hash of what else the packet is known by.
+    pub slot: u32,
+    /// Scope of the address.
     pub scope: u16,
-    /// [`Family`](crate::Family) of both addresses.
+    /// [`Family`](crate::Family) of the address.
     pub family: u8,
-    /// IP protocol number for IPv4; zero for IPv6, where it is no part of the identity.
-    pub protocol: u8,
+    /// Zero.
+    pub zero: u8,
 }
+
+/// Packets in pieces of one sender that are remembered at a time, at the most.
+pub const SLOTS: u32 = 64;
 
 /// What the first fragment said.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FragmentEntry {
-    /// Hash of the packet's own key, as in [`ConntrackEntry`](crate::ConntrackEntry).
+    /// Hash of what the packet is known by (RFC 791, section 3.2; RFC 8200, section 4.5): addresses, identification,
+    /// and protocol for IPv4. As in [`ConntrackEntry`](crate::ConntrackEntry).
     pub cookie: u64,
     /// When the entry ends, in nanoseconds of `CLOCK_MONOTONIC`.
     pub expires: u64,
@@ -45,5 +47,5 @@ pub struct FragmentEntry {
 /// Fragments of one packet have to arrive within this time: the kernel's `ipfrag_time`.
 pub const REASSEMBLY_NS: u64 = 30 * crate::conntrack::SECOND;
 
-const _: () = assert!(size_of::<FragmentKey>() == 40);
+const _: () = assert!(size_of::<FragmentKey>() == 24);
 const _: () = assert!(size_of::<FragmentEntry>() == 32);

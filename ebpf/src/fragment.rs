@@ -2,13 +2,18 @@
 //!
 //! The programs do not put packets together. They remember the ports of a first fragment, so that the others of its
 //! packet are judged as it was. One that arrives before its first passes where policy lets the two talk at all: without
-//! the first, which is judged by its ports, nobody can make a packet of it.
+//! the first, which is judged by its ports, nobody can make a packet of it. Every sender has places of its own to be
+//! remembered in.
 
 use crate::{
     conntrack, maps,
     packet::{Flow, Fragment},
 };
-use abi::{DropReason, Family, FragmentKey, address::SHARED_SCOPE, fragment::REASSEMBLY_NS};
+use abi::{
+    DropReason, Family, FragmentKey,
+    address::SHARED_SCOPE,
+    fragment::{REASSEMBLY_NS, SLOTS},
+};
 use aya_ebpf::bindings::BPF_ANY;
 
 /// Remembers a first fragment, or gives a later one the ports of its first. The sender must be known to be who it says.
@@ -21,24 +26,22 @@ pub fn track(flow: &mut Flow) -> Result<(), DropReason> {
     }
 }
 
+/// Fills in the key of the packet's place; the answer is the hash that tells it from others in that place.
 #[inline(always)]
-fn fill(key: &mut FragmentKey, flow: &Flow) {
-    key.source = flow.ends.source;
-    key.destination = flow.ends.destination;
-    key.identification = flow.identification;
-    key.scope = SHARED_SCOPE;
-    key.family = flow.family;
-    key.protocol = if flow.family == Family::V6 as u8 {
+fn fill(key: &mut FragmentKey, flow: &Flow) -> u64 {
+    let protocol = if flow.family == Family::V6 as u8 {
         0
     } else {
         flow.protocol
     };
-}
-
-#[inline(always)]
-fn cookie(key: &FragmentKey) -> u64 {
-    let rest = u64::from(key.identification) << 16 | u64::from(key.family) << 8 | u64::from(key.protocol);
-    conntrack::hash(&key.source, &key.destination, rest)
+    let rest = u64::from(flow.identification) << 16 | u64::from(flow.family) << 8 | u64::from(protocol);
+    let cookie = conntrack::hash(&flow.ends.source, &flow.ends.destination, rest);
+    key.source = flow.ends.source;
+    key.slot = (cookie >> 32) as u32 % SLOTS;
+    key.scope = SHARED_SCOPE;
+    key.family = flow.family;
+    key.zero = 0;
+    cookie
 }
 
 #[inline(always)]
@@ -46,8 +49,7 @@ fn remember(flow: &Flow) -> Result<(), DropReason> {
     let scratch = maps::scratch().ok_or(DropReason::Internal)?;
     // SAFETY: as in `Flow::begin`; these parts are taken once a packet, here or in `recall`.
     let (key, entry) = unsafe { (&mut (*scratch).fragment_key, &mut (*scratch).fragment) };
-    fill(key, flow);
-    entry.cookie = cookie(key);
+    entry.cookie = fill(key, flow);
     entry.expires = conntrack::now() + REASSEMBLY_NS;
     entry.length = flow.fragment_length;
     entry.source_port = flow.ends.source_port;
@@ -65,7 +67,7 @@ fn recall(flow: &mut Flow) -> Result<(), DropReason> {
     let scratch = maps::scratch().ok_or(DropReason::Internal)?;
     // SAFETY: as in `remember`.
     let key = unsafe { &mut (*scratch).fragment_key };
-    fill(key, flow);
+    let cookie = fill(key, flow);
     let found = maps::FRAGMENTS.get_ptr(&*key).map(|pointer| {
         // SAFETY: as in `conntrack::find`.
         unsafe {
@@ -76,7 +78,6 @@ fn recall(flow: &mut Flow) -> Result<(), DropReason> {
             )
         }
     });
-    let cookie = cookie(key);
     match found {
         Some((before, first, after)) if before == cookie && after == cookie && first.expires > conntrack::now() => {
             if flow.fragment_offset < first.length {

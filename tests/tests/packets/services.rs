@@ -9,12 +9,12 @@ use super::{
     run::Outcome,
 };
 use abi::{
-    AddressKey, DropReason, Path, ServiceKey,
+    AddressKey, DropReason, Hook, Path, ServiceKey,
     address::SHARED_SCOPE,
     node::{GATEWAY_V4, GATEWAY_V6},
     policy::{TCP, UDP},
 };
-use harness::kernel_test;
+use harness::{in_netns, kernel_test};
 use std::{collections::BTreeSet, net::IpAddr};
 
 const VIP: [u8; 4] = [172, 16, 0, 1];
@@ -461,6 +461,26 @@ fn pieces_of_a_datagram_go_together() {
         frame_of(bench.from_pod_a(&later(POD_A, VIP))),
         into_b(later(POD_A, POD_B))
     );
+}
+
+#[test]
+fn no_pod_makes_the_programs_forget_anothers_pieces() {
+    kernel_test!();
+    let mut bench = bench_with(&[REMOTE.into()]);
+    let first = |source, identification| {
+        let whole = Frame::udp(source, 4000, VIP, 53);
+        Frame::ipv4(source, VIP, 17, &[&whole.0[34..42], &[0; 8]].concat()).piece(identification, 0, true)
+    };
+    bench.from_pod_b(&first(POD_B, 7));
+    let (netns, ifindex) = (bench.netns.name().to_owned(), bench.pod_a);
+    in_netns(&netns, || {
+        for identification in 0..20_000 {
+            bench.run_here(Hook::FromPod, &first(POD_A, identification), ifindex, 0, None);
+        }
+    })
+    .unwrap();
+    let later = Frame::ipv4(POD_B, VIP, 17, &[0; 16]).piece(7, 16, false);
+    assert_eq!(receiver(bench.from_pod_b(&later)), REMOTE);
 }
 
 #[test]

@@ -340,7 +340,7 @@ fn opened(generation: u32, travel: &Travel, from: &Party, to: &Party) -> Entry {
 
 /// FNV-1a over 64-bit words of host byte order, with a shift in between: which backend a connection gets is part of what
 /// all nodes and all restarts agree on.
-fn hash(one: IpAddr, other: IpAddr, rest: u64) -> u64 {
+pub fn hash(one: IpAddr, other: IpAddr, rest: u64) -> u64 {
     let words = |address: IpAddr| {
         let mut bytes = [0; 16];
         match address {

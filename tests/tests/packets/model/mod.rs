@@ -56,7 +56,18 @@ pub struct Network {
 /// Frontends by address (none for node ports), family, protocol and port.
 pub type Services = BTreeMap<(Option<IpAddr>, bool, u8, u16), Frontend>;
 
-type FragmentKey = (IpAddr, IpAddr, u32, u8);
+/// Source, and one of its places.
+type FragmentKey = (IpAddr, u64);
+
+/// What is known of a packet in pieces.
+#[derive(Clone, Debug)]
+pub struct FirstPiece {
+    cookie: u64,
+    length: u32,
+    protocol: u8,
+    ports: (u16, u16),
+    answer: bool,
+}
 
 /// What the model does with a packet.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -90,8 +101,7 @@ pub struct Model {
     pub tunnel_mtu: usize,
     pub conntrack: Conntrack,
     pub affinity: Affinity,
-    /// Length of the first fragment, its protocol and ports, and whether it is an echo reply.
-    pub fragments: HashMap<FragmentKey, (u32, u8, u16, u16, bool)>,
+    pub fragments: HashMap<FragmentKey, FirstPiece>,
 }
 
 enum Place {
@@ -375,23 +385,37 @@ impl Model {
     /// Later pieces have the ports of the first one, where it has been here.
     fn track(&mut self, travel: &mut Travel) -> Step<()> {
         let packet = &mut travel.packet;
-        let protocol = if packet.v6 { 0 } else { packet.protocol };
-        let key = (travel.source.0, travel.destination.0, packet.identification, protocol);
+        let (family, protocol) = if packet.v6 { (10, 0) } else { (2, packet.protocol) };
+        let identification = if packet.v6 {
+            packet.identification.to_be()
+        } else {
+            u32::from(u16::try_from(packet.identification).unwrap().to_be())
+        };
+        let rest = u64::from(identification) << 16 | family << 8 | u64::from(protocol);
+        let cookie = flows::hash(travel.source.0, travel.destination.0, rest);
+        let key = (travel.source.0, (cookie >> 32) % u64::from(abi::fragment::SLOTS));
         match packet.fragment {
             Fragment::None => {}
             Fragment::First => {
-                let (from, to) = (travel.source.1, travel.destination.1);
-                let first = (packet.length, packet.protocol, from, to, packet.answer);
+                let first = FirstPiece {
+                    cookie,
+                    length: packet.length,
+                    protocol: packet.protocol,
+                    ports: (travel.source.1, travel.destination.1),
+                    answer: packet.answer,
+                };
                 self.fragments.insert(key, first);
             }
             Fragment::Later | Fragment::Ahead => match self.fragments.get(&key) {
-                Some((length, ..)) if packet.offset < *length => return Err(DropReason::FragmentOverlap),
-                Some((_, protocol, from, to, answer)) => {
-                    (packet.protocol, packet.answer) = (*protocol, *answer);
-                    (travel.source.1, travel.destination.1) = (*from, *to);
+                Some(first) if first.cookie == cookie => {
+                    if packet.offset < first.length {
+                        return Err(DropReason::FragmentOverlap);
+                    }
+                    (packet.protocol, packet.answer) = (first.protocol, first.answer);
+                    (travel.source.1, travel.destination.1) = first.ports;
                     travel.rewrite.seen = [travel.source, travel.destination];
                 }
-                None => packet.fragment = Fragment::Ahead,
+                _ => packet.fragment = Fragment::Ahead,
             },
         }
         Ok(())
