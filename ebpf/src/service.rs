@@ -85,9 +85,15 @@ pub fn choose(flow: &mut Flow, client: &Party) -> Result<(), DropReason> {
         return Err(DropReason::NoBackends);
     }
     let hash = conntrack::hash(&flow.seen.source, &flow.seen.destination, ports(flow));
-    let number = match affine(flow, service, now) {
-        Some(number) => number,
-        None => slot(service, (hash >> 32) as u32 ^ hash as u32),
+    let known = if service.affinity == 0 {
+        MAX_BACKENDS
+    } else {
+        affine(flow, service, now)
+    };
+    let number = if known < MAX_BACKENDS {
+        known
+    } else {
+        slot(service, (hash >> 32) as u32 ^ hash as u32)
     };
     let Some(backend) = service.backend.get((number & (MAX_BACKENDS - 1)) as usize) else {
         return Err(DropReason::Internal);
@@ -168,7 +174,7 @@ fn goes_on(flow: &mut Flow, service: &Service, client: &Party, now: u64) -> Resu
 }
 
 /// What the packet becomes.
-#[inline(always)]
+#[inline(never)]
 fn translate(flow: &mut Flow, to: &Translation, hairpin: bool) {
     flow.service = Stage::Asked;
     flow.hairpin = hairpin;
@@ -203,14 +209,15 @@ fn is_free(flow: &Flow, now: u64) -> bool {
     is_ours || known.is_closed()
 }
 
-/// The backend that the client had last, while that counts.
-#[inline(always)]
-fn affine(flow: &Flow, service: &Service, now: u64) -> Option<u32> {
-    if service.affinity == 0 {
-        return None;
-    }
-    let key = affinity_key(flow, service)?;
-    let pointer = maps::AFFINITY.get_ptr(&*key)?;
+/// The backend that the client had last, while that counts; [`MAX_BACKENDS`] where there is none.
+#[inline(never)]
+fn affine(flow: &Flow, service: &Service, now: u64) -> u32 {
+    let Some(key) = affinity_key(flow, service) else {
+        return MAX_BACKENDS;
+    };
+    let Some(pointer) = maps::AFFINITY.get_ptr(&*key) else {
+        return MAX_BACKENDS;
+    };
     // SAFETY: as in `conntrack::find`.
     let (before, entry, after) = unsafe {
         (
@@ -221,7 +228,11 @@ fn affine(flow: &Flow, service: &Service, now: u64) -> Option<u32> {
     };
     let cookie = affinity_cookie(key);
     let holds = before == cookie && after == cookie && entry.expires > now;
-    (holds && has(service, entry.number, &entry.backend.address, entry.backend.port)).then_some(entry.number)
+    if holds && has(service, entry.number, &entry.backend.address, entry.backend.port) {
+        entry.number
+    } else {
+        MAX_BACKENDS
+    }
 }
 
 #[inline(always)]
@@ -242,7 +253,7 @@ fn affinity_cookie(key: &AffinityKey) -> u64 {
 }
 
 /// Remembers the client's backend.
-#[inline(always)]
+#[inline(never)]
 fn stick(flow: &Flow, service: &Service, number: u32, backend: &Backend, now: u64) {
     let (Some(key), Some(scratch)) = (affinity_key(flow, service), maps::scratch()) else {
         return;
