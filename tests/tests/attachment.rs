@@ -197,3 +197,51 @@ fn what_can_not_be_put_right_is_said_once() {
     assert_eq!(said(), 1, "{}", stage.node().log());
     assert_eq!(stage.repairs(), 0);
 }
+
+#[test]
+fn what_the_stack_has_for_pods_is_put_right() {
+    kernel_test!();
+    let outside: IpAddr = "203.0.113.1".parse().unwrap();
+    let mut cluster = Cluster::with(&Options {
+        externals: vec![outside],
+        ..Options::default()
+    })
+    .unwrap();
+    cluster.add_pod(0, "red/a", &[]).unwrap();
+    cluster.add_pod(1, "red/b", &[]).unwrap();
+    cluster.settle().unwrap();
+    cluster.load("allow-all").unwrap();
+    let node = &cluster.nodes[0];
+    let external = cluster.external.as_ref().unwrap();
+    let _listener = Listener::new(external.name(), 80).unwrap();
+    let _other = Listener::new(cluster.pod("red/b").netns.name(), 80).unwrap();
+    // Without masquerade nobody outside would know the way back.
+    external.ip(&["route", "del", "10.1.0.0/24"]).unwrap();
+    let out = || tcp_exchange(cluster.pod("red/a").netns.name(), outside, 80, WAIT).unwrap() == TcpOutcome::Open;
+    let over = || tcp_exchange(node.netns.name(), cluster.pod("red/b").address, 80, WAIT).unwrap() == TcpOutcome::Open;
+    let repairs = || node.json(&["status"]).unwrap()["repairs"].as_u64().unwrap();
+    assert!(out() && over());
+    let netns = node.netns.name();
+    run("ip", &["netns", "exec", netns, "nft", "flush", "ruleset"]).unwrap();
+    assert!(!out());
+    assert!(wait_until(LONG, || repairs() == 1) && out(), "{}", node.log());
+    run(
+        "ip",
+        &[
+            "netns",
+            "exec",
+            netns,
+            "nft",
+            "flush",
+            "chain",
+            "inet",
+            "wasmgate",
+            "postrouting",
+        ],
+    )
+    .unwrap();
+    assert!(wait_until(LONG, || repairs() == 2) && out(), "{}", node.log());
+    node.netns.ip(&["route", "flush", "dev", "wasmgate_vxlan"]).unwrap();
+    assert!(!over());
+    assert!(wait_until(LONG, || repairs() == 3) && over(), "{}", node.log());
+}

@@ -61,7 +61,8 @@ pub struct Status {
     pub version: String,
     /// `tcx` or `clsact`.
     pub attach: String,
-    /// Times that a program was no longer first on its hook, and was put there again, since hostd was started.
+    /// Times that a program was no longer first on its hook, or the table of nftables or a route was gone, and was put
+    /// right, since hostd was started.
     pub repairs: u64,
     /// MTU of the pods.
     pub pod_mtu: u32,

@@ -127,8 +127,14 @@ impl Daemon {
     /// The node's own way to the pods of other nodes.
     pub(super) fn route_to_nodes(&self) -> Result<(), DaemonError> {
         let own = self.config.underlay;
+        Ok(block_in_place(|| net::set_tunnel_routes(&self.tunnel_routes(), own))?)
+    }
+
+    /// CIDRs of the other nodes' pods, of the underlay's family, each with its node.
+    pub(super) fn tunnel_routes(&self) -> BTreeMap<IpNet, IpAddr> {
+        let own = self.config.underlay;
         let others = self.nodes.values().filter(|node| node.record.name != self.config.node);
-        let wanted: BTreeMap<IpNet, IpAddr> = others
+        others
             .flat_map(|node| {
                 node.record
                     .pod_cidrs
@@ -136,8 +142,7 @@ impl Daemon {
                     .map(|cidr| (cidr.trunc(), node.record.underlay))
             })
             .filter(|(cidr, node)| cidr.addr().is_ipv4() == own.is_ipv4() && node.is_ipv4() == own.is_ipv4())
-            .collect();
-        Ok(block_in_place(|| net::set_tunnel_routes(&wanted, own))?)
+            .collect()
     }
 
     fn pods_of(&self, node: &str) -> Vec<AddressKey> {

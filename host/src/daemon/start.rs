@@ -455,13 +455,11 @@ impl Daemon {
 
     /// What is for an address of this node's pod CIDRs that no pod has ends here, and does not go back to where it came
     /// from; what pods send to the outside, and what is answered, is let through.
-    fn route(&self) -> Result<(), DaemonError> {
+    fn route(&mut self) -> Result<(), DaemonError> {
         for cidr in &self.config.pod_cidrs {
             block_in_place(|| net::make_unreachable(*cidr))?;
         }
-        let config = &self.config;
-        let masqueraded = if config.masquerade { &config.pod_cidrs[..] } else { &[] };
-        block_in_place(|| net::set_table(masqueraded, &config.masquerade_except))?;
+        self.set_table()?;
         self.route_to_nodes()?;
         if self.config.forwarding {
             block_in_place(|| net::enable_forwarding(self.config.has_ipv6()))?;

@@ -1,17 +1,23 @@
-//! Watching the attachment: somebody may remove or replace the programs, or put another in front.
+//! Watching what hostd has made: somebody may remove or replace the programs, or put another in front, or take away what
+//! the node's stack has for the pods.
 
-use super::Daemon;
-use crate::net::VXLAN_DEVICE;
+use super::{Daemon, DaemonError};
+use crate::net::{self, VXLAN_DEVICE};
 use abi::Hook;
 use std::time::{Duration, Instant};
 use tokio::task::block_in_place;
 
 /// How often the hooks are looked at.
 const WATCH: Duration = Duration::from_secs(1);
+/// How often the table of nftables and the routes into the tunnel are.
+const WATCH_STACK: Duration = Duration::from_secs(5);
 
 /// What is known of the attachment.
 pub struct Watch {
     looked: Instant,
+    looked_at_stack: Instant,
+    /// The table of nftables as it was shown when it was set.
+    table: Option<String>,
     /// Times that something was put right.
     pub repairs: u64,
     /// What was said last of what can't be put right, so that it is said once.
@@ -22,6 +28,8 @@ impl Watch {
     pub fn new() -> Self {
         Self {
             looked: Instant::now(),
+            looked_at_stack: Instant::now(),
+            table: None,
             repairs: 0,
             said: Vec::new(),
         }
@@ -54,9 +62,47 @@ impl Daemon {
                 Err(error) => problems.push(error.to_string()),
             }
         }
+        if self.watch.looked_at_stack.elapsed() >= WATCH_STACK {
+            self.watch.looked_at_stack = Instant::now();
+            match self.keep_stack() {
+                Ok(wrong) => {
+                    for what in wrong {
+                        self.watch.repairs += 1;
+                        tracing::warn!("{what}; put right");
+                    }
+                }
+                Err(error) => problems.push(error.to_string()),
+            }
+        }
         for problem in problems.iter().filter(|problem| !self.watch.said.contains(problem)) {
             tracing::error!("{problem}");
         }
         self.watch.said = problems;
+    }
+
+    /// Gives the node's stack its table of nftables.
+    pub(super) fn set_table(&mut self) -> Result<(), DaemonError> {
+        let config = &self.config;
+        let masqueraded = if config.masquerade { &config.pod_cidrs[..] } else { &[] };
+        self.watch.table = block_in_place(|| {
+            net::set_table(masqueraded, &config.masquerade_except)?;
+            net::table()
+        })?;
+        Ok(())
+    }
+
+    /// Puts right what the node's stack has for the pods; what was wrong.
+    fn keep_stack(&mut self) -> Result<Vec<&'static str>, DaemonError> {
+        let mut wrong = Vec::new();
+        if block_in_place(net::table)? != self.watch.table {
+            self.set_table()?;
+            wrong.push("the table `wasmgate` of nftables was gone or changed");
+        }
+        let routes = self.tunnel_routes();
+        if !block_in_place(|| net::has_tunnel_routes(&routes, self.config.underlay))? {
+            self.route_to_nodes()?;
+            wrong.push("a route to another node's pods was gone");
+        }
+        Ok(wrong)
     }
 }

@@ -109,6 +109,23 @@ pub fn set_tunnel_routes(wanted: &BTreeMap<IpNet, IpAddr>, own: IpAddr) -> Resul
     })
 }
 
+/// Whether the node has a way to all of these CIDRs through the tunnel.
+///
+/// # Errors
+///
+/// Where the kernel refuses.
+pub fn has_tunnel_routes(wanted: &BTreeMap<IpNet, IpAddr>, own: IpAddr) -> Result<bool, NetError> {
+    let wanted: Vec<IpNet> = wanted.keys().copied().collect();
+    netlink_here(move |handle| {
+        async move {
+            let device = get(&handle, VXLAN_DEVICE).await?.header.index;
+            let there = tunnel_routes(&handle, device, own).await?;
+            Ok(wanted.iter().all(|cidr| there.iter().any(|(known, _)| known == cidr)))
+        }
+        .boxed()
+    })
+}
+
 fn into_tunnel(route: RouteMessageBuilder<IpAddr>, node: IpAddr, device: u32) -> RouteMessageBuilder<IpAddr> {
     let id = u64::from(Identity::REMOTE_NODE.0);
     let route = route.output_interface(device).scope(RouteScope::Link);

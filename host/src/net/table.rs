@@ -23,6 +23,21 @@ pub fn set_table(masqueraded: &[IpNet], except: &[IpNet]) -> Result<(), NetError
     nft(&script(masqueraded, except)).map_err(NetError::kernel("setting the table `wasmgate` of nftables"))
 }
 
+/// The table as `nft` shows it now; none where it is not there.
+///
+/// # Errors
+///
+/// Where `nft` can't be run.
+pub fn table() -> Result<Option<String>, NetError> {
+    let listed = Command::new("nft")
+        .args(["list", "table"])
+        .args(TABLE.split(' '))
+        .output();
+    let listed = listed.map_err(NetError::kernel("listing the table `wasmgate` of nftables"))?;
+    let text = || String::from_utf8_lossy(&listed.stdout).into_owned();
+    Ok(listed.status.success().then(text))
+}
+
 /// Takes that back; that it is not there is no error.
 ///
 /// # Errors
