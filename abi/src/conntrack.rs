@@ -93,16 +93,20 @@ pub struct ConntrackEntry {
     /// [`SEEN_REPLY`], [`FIN_ORIGINAL`], [`FIN_REPLY`], [`RESET`], [`CONFIRMED`], [`TRANSLATED`], [`FRONTEND`], [`HAIRPIN`],
     /// [`NODE_PORT`], [`VIA_NODE`].
     pub state: u32,
-    /// Lower and upper end, as they were when the flow was judged.
+    /// Lower and upper end, as they were when the flow was judged; in a [`FRONTEND`]'s entry client and backend, each at
+    /// its side.
     pub peers: [Peer; 2],
     /// 0 where the lower end opened the flow, 1 where the upper one did.
     pub originator: u32,
     /// Owner of the address of the pod of this node whose share of the map the entry takes: of the one that opened the
-    /// flow, or else of the one it was opened to.
+    /// flow, or else of the one it was opened to; [`OUTSIDE`] where neither is.
     pub account: u32,
     /// What a service makes of the flow.
     pub translation: Translation,
 }
+
+/// The account of what is no pod's of this node on either end: clients of node ports with backends elsewhere.
+pub const OUTSIDE: u32 = 0;
 
 /// Nanoseconds in a second.
 pub const SECOND: u64 = 1_000_000_000;

@@ -56,8 +56,9 @@ pub mod map {
     pub const FRAGMENTS: &str = "FRAGMENTS";
     /// Hash of maps: [`ServiceKey`](crate::ServiceKey) to an array of one [`Service`](crate::Service).
     pub const SERVICES: &str = "SERVICES";
-    /// LRU hash: [`AffinityKey`](crate::AffinityKey) to [`AffinityEntry`](crate::AffinityEntry).
-    pub const AFFINITY: &str = "AFFINITY";
+    /// LRU hashes: [`AffinityKey`](crate::AffinityKey) to [`AffinityEntry`](crate::AffinityEntry), of pods, and of clients
+    /// outside, who may be as many as they like.
+    pub const AFFINITY: [&str; 2] = ["AFFINITY", "AFFINITY_OUTSIDE"];
     /// Array of one `u64`: the generation word (see [`policy`](crate::policy)).
     pub const GENERATION: &str = "GENERATION";
     /// Array of one [`NodeConfig`](crate::NodeConfig).

@@ -160,10 +160,16 @@ impl Tracked {
 }
 
 impl Tracked {
-    /// Whether the flow goes to a service's backend, and the packet comes from there.
+    /// Whether the flow goes to a service's backend.
+    #[inline(always)]
+    pub fn is_translated(&self) -> bool {
+        self.entry.state & TRANSLATED != 0
+    }
+
+    /// Whether it does, and the packet comes from there.
     #[inline(always)]
     pub fn is_answer(&self) -> bool {
-        self.reply && self.entry.state & TRANSLATED != 0
+        self.reply && self.is_translated()
     }
 
     /// Notes by way of which node a packet goes back to a client outside.
@@ -260,7 +266,7 @@ fn has_room(config: &NodeConfig, all: *const u64, own: Option<*mut Account>) -> 
 /// Enters what becomes of what a client sends to a frontend, on the client's account, for as long as its flow lives.
 /// Where the map takes no entry the next packet finds its backend as this one did.
 #[inline(never)]
-pub fn keep_frontend(flow: &Flow, client: &Party) {
+pub fn keep_frontend(flow: &Flow, client: &Party, backend: &Party) {
     let account = client.peer.owner;
     let (Some(config), Some(all)) = (maps::config(), maps::TRACKED.get_ptr_mut(0)) else {
         return;
@@ -271,16 +277,15 @@ pub fn keep_frontend(flow: &Flow, client: &Party) {
         return;
     }
     let Some(place) = place(flow, &flow.seen) else { return };
-    let nobody = Peer { owner: 0, epoch: 0 };
     let entry = place.entry;
     entry.cookie = cookie(place.key);
     entry.expires = flow.expires;
     entry.generation = flow.generation;
     entry.state = FRONTEND | if flow.hairpin { HAIRPIN } else { 0 };
     entry.peers = if place.sender == 0 {
-        [client.peer, nobody]
+        [client.peer, backend.peer]
     } else {
-        [nobody, client.peer]
+        [backend.peer, client.peer]
     };
     entry.originator = place.sender;
     entry.account = account;

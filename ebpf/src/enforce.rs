@@ -8,6 +8,7 @@ use crate::{
 };
 use abi::{
     Direction, DropReason,
+    conntrack::OUTSIDE,
     policy::{
         CELL_ALLOW, CELL_DENY, CELL_PORT_SET, CELLS_PER_ELEMENT, ICMP, ICMPV6, NOT_ENFORCED, SEARCH_STEPS,
         breakpoint_allows, breakpoint_key, cell_index, port_key,
@@ -44,7 +45,11 @@ pub fn admit(flow: &mut Flow, from: &Party, to: &Party) -> Result<(), DropReason
 
     let tracked = conntrack::find(&place, now).filter(|tracked| tracked.is_flow_between(&peers));
     if let Some(tracked) = tracked {
-        if !opens_anew(flow, &tracked) {
+        let crossed = is_crossed(flow, &tracked);
+        if crossed && flow.protocol == TCP && !tracked.is_closed() {
+            return Err(DropReason::ServicePorts);
+        }
+        if !crossed && !opens_anew(flow, &tracked) {
             tracked.goes_via_node(flow);
             if tracked.is_answer() {
                 tracked.answer(flow);
@@ -95,11 +100,20 @@ pub fn admit(flow: &mut Flow, from: &Party, to: &Party) -> Result<(), DropReason
 /// Whose flow it is: the pod's of this node that opens it, or else the one's that it is opened to.
 #[inline(always)]
 fn account(from: &Party, to: &Party) -> u32 {
-    if from.row == NOT_ENFORCED {
+    if from.row != NOT_ENFORCED {
+        from.peer.owner
+    } else if to.row != NOT_ENFORCED {
         to.peer.owner
     } else {
-        from.peer.owner
+        OUTSIDE
     }
+}
+
+/// Whether the flow was opened through a service, or else directly, and the packet goes the other way. Who gets both can't
+/// tell them apart: datagrams are answered where they were sent last.
+#[inline(always)]
+fn is_crossed(flow: &Flow, tracked: &Tracked) -> bool {
+    !flow.related && !tracked.reply && tracked.is_translated() != (flow.service == Service::Asked)
 }
 
 /// What goes to the gateway answers a flow of the pod's to itself, or nobody wants it.

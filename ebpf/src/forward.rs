@@ -2,13 +2,15 @@
 
 use crate::{
     identify::{Receiver, Way},
+    lookup::is_node,
     maps,
     packet::Flow,
     parse::{self, ETHERNET_LEN, L3},
+    translate::store,
 };
-use abi::{DropReason, Family, Identity, NodeConfig, Path, address::Address};
+use abi::{AddressKey, DropReason, Family, Identity, NodeConfig, Path, address::Address};
 use aya_ebpf::{
-    bindings::{BPF_F_TUNINFO_IPV6, BPF_F_ZERO_CSUM_TX, bpf_tunnel_key},
+    bindings::{BPF_F_RECOMPUTE_CSUM, BPF_F_TUNINFO_IPV6, BPF_F_ZERO_CSUM_TX, bpf_tunnel_key},
     helpers::bpf_skb_set_tunnel_key,
     programs::TcContext,
 };
@@ -63,6 +65,9 @@ pub fn deliver(
         return Ok(());
     }
     if flow.via != Address::NONE {
+        if !is_node(&underlay(flow.via)?) {
+            return Err(DropReason::UnknownNode);
+        }
         return encapsulate(ctx, flow, sender, &flow.via.words(), action);
     }
     match place.way {
@@ -77,6 +82,18 @@ pub fn deliver(
         Way::Service => return Err(DropReason::Internal),
     }
     Ok(())
+}
+
+/// Key of an underlay address.
+#[inline(always)]
+fn underlay(address: Address) -> Result<AddressKey, DropReason> {
+    let config = maps::config().ok_or(DropReason::Internal)?;
+    let family = if config.underlay_family == Family::V6 as u8 {
+        Family::V6
+    } else {
+        Family::V4
+    };
+    Ok(AddressKey::new(family, address))
 }
 
 /// Into the tunnel, to another node.
@@ -107,7 +124,17 @@ fn out_of_the_node() -> Result<Action, DropReason> {
     Ok(Action::redirect(Path::NodePortReply, config.underlay_ifindex))
 }
 
-/// Sends what a client outside asks for to a backend: a pod.
+/// Whether a backend's answers to a client outside come by this node again: a pod's do.
+#[inline(always)]
+pub fn has_way_back(receiver: &Receiver) -> Result<(), DropReason> {
+    match receiver.place.way {
+        Way::Pod => Ok(()),
+        Way::Remote if receiver.party.peer.owner != 0 => Ok(()),
+        _ => Err(DropReason::BackendGone),
+    }
+}
+
+/// Sends what a client outside asks for to a backend.
 #[inline(never)]
 pub fn from_outside(ctx: &TcContext, flow: &Flow, receiver: &Receiver, action: &mut Action) -> Result<(), DropReason> {
     let place = &receiver.place;
@@ -119,8 +146,8 @@ pub fn from_outside(ctx: &TcContext, flow: &Flow, receiver: &Receiver, action: &
             Ok(())
         }
         // The other node says itself who the client is.
-        Way::Remote if receiver.party.peer.owner != 0 => encapsulate(ctx, flow, Identity::WORLD, &place.tunnel, action),
-        _ => Err(DropReason::BackendGone),
+        Way::Remote => encapsulate(ctx, flow, Identity::WORLD, &place.tunnel, action),
+        _ => Err(DropReason::Internal),
     }
 }
 
@@ -164,6 +191,10 @@ fn one_hop(ctx: &TcContext, flow: &Flow) -> Result<(), DropReason> {
     let hops: u8 = parse::read(ctx, offset)?;
     if hops <= 1 {
         return Err(DropReason::TtlExceeded);
+    }
+    // A device may have summed up the packet, and IPv6 has no checksum that would make up for the change.
+    if v6 && flow.from_outside {
+        return store(ctx, offset, &[hops - 1], u64::from(BPF_F_RECOMPUTE_CSUM));
     }
     parse::write(ctx, offset, hops - 1)?;
     if v6 {

@@ -176,23 +176,34 @@ pub fn receiver(ctx: &TcContext, flow: &mut Flow, receiver: &mut Receiver) -> Re
     Ok(())
 }
 
-/// Whom a packet is for that a service sends to a backend.
+/// Whom a packet is for that a service sends to a backend. Of one that is nowhere for the moment, or of which somebody else
+/// has the address, an open connection is told only where it won't come back.
 #[inline(always)]
 pub fn backend(ctx: &TcContext, flow: &mut Flow, place: &mut Receiver) -> Result<(), DropReason> {
-    receiver(ctx, flow, place).map_err(|reason| match reason {
-        DropReason::UnknownDestination => DropReason::BackendGone,
-        _ => reason,
-    })?;
-    match place.place.way {
-        Way::Service => Err(DropReason::BackendGone),
-        _ => Ok(()),
+    if let Err(reason) = receiver(ctx, flow, place) {
+        let is_known = maps::IPCACHE.get_ptr(&key(flow, flow.ends.destination)).is_some();
+        return Err(match reason {
+            DropReason::UnknownDestination if !is_known => DropReason::BackendGone,
+            _ => reason,
+        });
     }
+    if place.place.way == Way::Service || service::is_gone(flow, &place.party) {
+        return Err(DropReason::BackendGone);
+    }
+    Ok(())
 }
 
 /// Whether a packet goes to this node's own address.
 #[inline(never)]
 pub fn is_for_host(flow: &Flow) -> bool {
     ipcache(&key(flow, flow.ends.destination), flow.parity()).is_some_and(|known| known.is_host())
+}
+
+/// Whether a packet that came in natively says that it is another node's. Pods' answers to nodes take the tunnel, so that a
+/// node port could not serve it; it is the stack's.
+#[inline(never)]
+pub fn is_from_node(flow: &Flow) -> bool {
+    is_node(&key(flow, flow.ends.source))
 }
 
 /// Whom a packet from the tunnel is for: a pod of this node, or the node itself, which only pods write to this way; or a

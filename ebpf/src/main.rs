@@ -61,7 +61,7 @@ fn pod_sends(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReason> {
         identify::backend(ctx, flow, &mut receiver)?;
     }
     enforce::admit(flow, &sender, &receiver.party)?;
-    service::keep(flow, &sender);
+    service::keep(flow, &sender, &receiver.party);
     let mut action = Action::go_on(Path::ToHost);
     forward::deliver(ctx, flow, sender.identity, &receiver, &mut action)?;
     translate::rewrite(ctx, flow)?;
@@ -170,7 +170,7 @@ fn asks_at_node_port(ctx: &TcContext, flow: &mut Flow) -> bool {
     if frame.ethertype == parse::ETHERTYPE_ARP || parse::packet(ctx, &frame, flow).is_err() || flow.link != 0 {
         return false;
     }
-    if !identify::is_for_host(flow) {
+    if !identify::is_for_host(flow) || identify::is_from_node(flow) {
         return false;
     }
     // A later piece has its first one's ports, if that went to a node port.
@@ -183,16 +183,17 @@ fn asks_at_node_port(ctx: &TcContext, flow: &mut Flow) -> bool {
 #[inline(always)]
 fn outside_asks(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReason> {
     flow.from_outside = true;
+    let mut sender = Party::new();
+    identify::client(flow, &mut sender)?;
     if flow.fragment == Fragment::First {
         fragment::track(flow)?;
     }
-    let mut sender = Party::new();
-    identify::client(flow, &mut sender)?;
     service::choose(flow, &sender)?;
     let mut receiver = Receiver::new();
     identify::backend(ctx, flow, &mut receiver)?;
+    forward::has_way_back(&receiver)?;
     enforce::admit(flow, &sender, &receiver.party)?;
-    service::keep(flow, &sender);
+    service::keep(flow, &sender, &receiver.party);
     let mut action = Action::go_on(Path::NodePort);
     forward::from_outside(ctx, flow, &receiver, &mut action)?;
     translate::rewrite(ctx, flow)?;

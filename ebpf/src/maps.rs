@@ -42,6 +42,8 @@ pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentEntry, 8192> = LruHashMap:
 pub static SERVICES: HashOfMaps<ServiceKey, Array<Service, 1>, 4096, NO_PREALLOC> = HashOfMaps::new();
 #[btf_map]
 pub static AFFINITY: LruHashMap<AffinityKey, AffinityEntry, 65536> = LruHashMap::new();
+#[btf_map]
+pub static AFFINITY_OUTSIDE: LruHashMap<AffinityKey, AffinityEntry, 65536> = LruHashMap::new();
 /// What the stack of 512 bytes has no room for.
 #[repr(C)]
 pub struct Scratch {

@@ -97,6 +97,11 @@ pub struct Flow {
     pub leaves: bool,
     /// The node by way of which the other end asks or is answered, which is outside; or none.
     pub via: Address,
+    /// The packet is of a connection that is open, whose entry says who its backend was.
+    pub is_open: bool,
+    pub backend_owner: u32,
+    /// Seconds for which the client keeps the backend that was chosen for it.
+    pub affinity: u32,
     /// When the frontend's entry runs out, or zero where there is none yet; and the flow's own entry.
     pub frontend_expires: u64,
     pub expires: u64,
@@ -154,6 +159,9 @@ impl Flow {
             in_transit: false,
             leaves: false,
             via: Address::NONE,
+            is_open: false,
+            backend_owner: 0,
+            affinity: 0,
             frontend_expires: 0,
             expires: 0,
             opened: false,

@@ -51,9 +51,15 @@ fn frontend(flow: &Flow) -> Option<&'static Service> {
         protocol: flow.protocol,
         zero: 0,
     };
+    find(key).or_else(|| find(key))
+}
+
+/// The entry of a frontend. One that is replaced just as it is read is looked at once more: that was one write of hostd's.
+#[inline(always)]
+fn find(key: &ServiceKey) -> Option<&'static Service> {
     // SAFETY: an inner map is freed after a grace period only, and hostd never writes one that is in its place. That the
     // element was not handed to another key the entry itself says.
-    let service = unsafe { maps::SERVICES.get(&*key) }?.get(0)?;
+    let service = unsafe { maps::SERVICES.get(key) }?.get(0)?;
     (service.key == *key).then_some(service)
 }
 
@@ -61,7 +67,9 @@ fn frontend(flow: &Flow) -> Option<&'static Service> {
 #[inline(never)]
 pub fn is_node_port(flow: &mut Flow) -> bool {
     let wanted = maps::config().is_some_and(|config| config.node_ports != 0);
-    if !wanted || !matches!(flow.protocol, TCP | UDP) || flow.fragment == Fragment::Ahead {
+    // A backend's address is none that could stand for another one.
+    if !wanted || flow.service != Stage::None || !matches!(flow.protocol, TCP | UDP) || flow.fragment == Fragment::Ahead
+    {
         return false;
     }
     flow.at_node = true;
@@ -98,12 +106,11 @@ pub fn choose(flow: &mut Flow, client: &Party) -> Result<(), DropReason> {
     let Some(backend) = service.backend.get((number & (MAX_BACKENDS - 1)) as usize) else {
         return Err(DropReason::Internal);
     };
-    if service.affinity != 0 {
-        stick(flow, service, number, backend, now);
-    }
+    flow.affinity = service.affinity;
     let mut candidate = hash;
     for attempt in 0..ATTEMPTS {
-        let port = if attempt == 0 {
+        // A client outside may ask at other nodes from the same port, which the backend could not tell apart.
+        let port = if attempt == 0 && !flow.from_outside {
             flow.seen.source_port
         } else {
             candidate = candidate.wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -164,13 +171,21 @@ fn goes_on(flow: &mut Flow, service: &Service, client: &Party, now: u64) -> Resu
     let translation = &known.entry.translation;
     // Whatever is chosen, it takes this entry's place.
     flow.frontend_expires = known.entry.expires;
+    flow.backend_owner = known.entry.peers[1 - (place.sender & 1) as usize].owner;
     let is_open = flow.related || (flow.protocol == TCP && !flow.is_syn());
     if !is_open && !has(service, translation.backend, &translation.address, translation.port) {
         flow.frontend_expires = 1;
         return Ok(false);
     }
+    flow.is_open = is_open;
     translate(flow, translation, known.entry.state & HAIRPIN != 0);
     Ok(true)
+}
+
+/// What is left of an open connection whose backend has another one's address now, or has none.
+#[inline(always)]
+pub fn is_gone(flow: &Flow, backend: &Party) -> bool {
+    flow.is_open && flow.backend_owner != backend.peer.owner
 }
 
 /// What the packet becomes.
@@ -215,9 +230,12 @@ fn affine(flow: &Flow, service: &Service, now: u64) -> u32 {
     let Some(key) = affinity_key(flow, service) else {
         return MAX_BACKENDS;
     };
-    let Some(pointer) = maps::AFFINITY.get_ptr(&*key) else {
-        return MAX_BACKENDS;
+    let found = if flow.from_outside {
+        maps::AFFINITY_OUTSIDE.get_ptr(&*key)
+    } else {
+        maps::AFFINITY.get_ptr(&*key)
     };
+    let Some(pointer) = found else { return MAX_BACKENDS };
     // SAFETY: as in `conntrack::find`.
     let (before, entry, after) = unsafe {
         (
@@ -252,28 +270,46 @@ fn affinity_cookie(key: &AffinityKey) -> u64 {
     conntrack::hash(&key.client, &key.frontend.address, rest)
 }
 
-/// Remembers the client's backend.
+/// Remembers the client's backend, once policy has let it get there.
 #[inline(never)]
-fn stick(flow: &Flow, service: &Service, number: u32, backend: &Backend, now: u64) {
-    let (Some(key), Some(scratch)) = (affinity_key(flow, service), maps::scratch()) else {
-        return;
+fn stick(flow: &Flow) {
+    let Some(scratch) = maps::scratch() else { return };
+    // SAFETY: as in `Flow::begin`; nothing else refers to these parts. The key is the frontend's still.
+    let (key, entry, frontend) = unsafe {
+        (
+            &mut (*scratch).affinity_key,
+            &mut (*scratch).affinity,
+            &(*scratch).service,
+        )
     };
-    // SAFETY: as in `Flow::begin`; nothing else refers to this part.
-    let entry = unsafe { &mut (*scratch).affinity };
+    key.frontend = *frontend;
+    key.client = flow.seen.source;
     entry.cookie = affinity_cookie(key);
-    entry.expires = now + u64::from(service.affinity) * SECOND;
-    entry.backend = *backend;
-    entry.number = number;
+    entry.expires = conntrack::now() + u64::from(flow.affinity) * SECOND;
+    entry.backend = Backend {
+        address: flow.becomes.destination,
+        port: flow.becomes.destination_port,
+        zero: 0,
+    };
+    entry.number = flow.translation.backend;
     // Where the map takes no entry the client's next connection is on its own.
-    let _ = maps::AFFINITY.insert(&*key, &*entry, u64::from(BPF_ANY));
+    let _ = if flow.from_outside {
+        maps::AFFINITY_OUTSIDE.insert(&*key, &*entry, u64::from(BPF_ANY))
+    } else {
+        maps::AFFINITY.insert(&*key, &*entry, u64::from(BPF_ANY))
+    };
 }
 
 /// Remembers which backend the connection has, for as long as its flow is tracked.
 #[inline(always)]
-pub fn keep(flow: &Flow, client: &Party) {
+pub fn keep(flow: &Flow, client: &Party, backend: &Party) {
+    if flow.opened && flow.affinity != 0 {
+        stick(flow);
+    }
     let same_time = flow.expires.wrapping_sub(flow.frontend_expires) < SECOND;
-    if flow.service == Stage::Asked && !flow.related && !same_time {
-        conntrack::keep_frontend(flow, client);
+    let same_backend = flow.backend_owner == backend.peer.owner;
+    if flow.service == Stage::Asked && !flow.related && !(same_time && same_backend) {
+        conntrack::keep_frontend(flow, client, backend);
     }
 }
 

@@ -35,6 +35,8 @@ struct Header<'a> {
     /// Where the checksum is that covers a pseudo-header of it, or zero.
     checksum: usize,
     flags: u64,
+    /// What an error quotes: the checksum of ICMP makes up for all of its changes.
+    quoted: bool,
 }
 
 /// Writes what a service makes of the packet, where one takes part.
@@ -60,6 +62,7 @@ pub fn rewrite(ctx: &TcContext, flow: &Flow) -> Result<(), DropReason> {
         ip: L3,
         checksum,
         flags,
+        quoted: false,
     };
     let (seen, becomes) = (&flow.seen, &flow.becomes);
     header.address(false, &seen.source, &becomes.source)?;
@@ -86,6 +89,7 @@ fn about(ctx: &TcContext, flow: &Flow) -> Result<(), DropReason> {
         ip: L3,
         checksum: if v6 { icmp } else { 0 },
         flags: 0,
+        quoted: false,
     };
     let (seen, becomes) = (&flow.seen, &flow.becomes);
     // A router's has an address of its own.
@@ -109,6 +113,7 @@ fn about(ctx: &TcContext, flow: &Flow) -> Result<(), DropReason> {
         ip: usize::from(flow.quoted),
         checksum: if before == 0 { 0 } else { checksum },
         flags: 0,
+        quoted: true,
     };
     // IPv4's own checksum makes up for the address; ICMP's has to make up for everything else.
     inner.address(true, &seen.source, &becomes.source)?;
@@ -154,14 +159,21 @@ impl Header<'_> {
         if old == new {
             return Ok(());
         }
-        let flags = self.flags | u64::from(BPF_F_PSEUDO_HDR);
+        // A sum that a device has made of the packet changes where no checksum in the packet makes up for the address.
+        let (flags, recompute) = if self.quoted {
+            (self.flags, 0)
+        } else {
+            (
+                self.flags | u64::from(BPF_F_PSEUDO_HDR),
+                u64::from(BPF_F_RECOMPUTE_CSUM),
+            )
+        };
         if self.v6 {
             if self.checksum != 0 {
                 adjust(self.ctx, self.checksum, 0, difference(old, new), flags)?;
             }
             let offset = self.ip + if destination { DESTINATION6 } else { SOURCE6 };
-            // No checksum in the header makes up for it in the sum over the packet, if the device has made one.
-            return store(self.ctx, offset, &new.0, u64::from(BPF_F_RECOMPUTE_CSUM));
+            return store(self.ctx, offset, &new.0, recompute);
         }
         let (old, new) = (u64::from(old.words()[0]), new.words()[0]);
         if self.checksum != 0 {
@@ -213,8 +225,9 @@ fn adjust(ctx: &TcContext, offset: usize, old: u64, new: u64, flags: u64) -> Res
     }
 }
 
+/// Writes bytes of the packet, wherever it has them.
 #[inline(always)]
-fn store(ctx: &TcContext, offset: usize, bytes: &[u8], flags: u64) -> Result<(), DropReason> {
+pub fn store(ctx: &TcContext, offset: usize, bytes: &[u8], flags: u64) -> Result<(), DropReason> {
     // SAFETY: the context is valid, and so are the bytes; the helper checks the packet's bounds.
     let failed = unsafe {
         bpf_skb_store_bytes(

@@ -3,7 +3,7 @@
 use super::{Datapath, DatapathError};
 use abi::{
     ConntrackEntry, ConntrackKey,
-    conntrack::{Account, SECOND},
+    conntrack::{Account, OUTSIDE, SECOND},
     map,
 };
 use aya::maps::{HashMap, Map, MapData, MapError};
@@ -102,7 +102,8 @@ impl Datapath {
         let capacity = u64::from(self.conntrack_capacity);
         let limit = capacity * LIMIT / 100;
         // The kernel begins to give entries away a little before the map is full (`kernel/bpf/bpf_lru_list.c`).
-        let share = (capacity * FULL / 100 - limit) / u64::try_from(pods.max(1)).unwrap_or(u64::MAX);
+        // One more for clients outside.
+        let share = (capacity * FULL / 100 - limit) / u64::try_from(pods + 1).unwrap_or(u64::MAX);
         self.node_config.conntrack_limit = u32::try_from(limit).unwrap_or(u32::MAX);
         self.node_config.conntrack_share = u32::try_from(share).unwrap_or(u32::MAX);
         self.write_config()
@@ -162,6 +163,7 @@ impl Datapath {
             .placed
             .values()
             .filter_map(|desired| Some(desired.endpoint?.owner))
+            .chain([OUTSIDE])
             .collect();
         for (owner, flows) in after {
             if used.contains(&owner) {

@@ -34,7 +34,7 @@ use crate::{
 };
 use abi::{
     AddressKey, Endpoint, Family, IpcacheEntry, NetworkEntry, NodeConfig, NodeEntry, PortSet, Service, ServiceKey,
-    conntrack::{Account, Timeouts},
+    conntrack::{Account, OUTSIDE, Timeouts},
     event::Counter,
     map,
 };
@@ -147,7 +147,8 @@ impl Datapath {
         };
         let mut ebpf = load_programs(&settings.maps, &constants, before.conntrack.as_deref())?;
         let ring: RingBuf<MapData> = typed!(&mut ebpf, map::EVENTS);
-        let datapath = Self::from_object(ebpf, settings, shape)?;
+        let mut datapath = Self::from_object(ebpf, settings, shape)?;
+        datapath.open_account(OUTSIDE)?;
         // Verdicts that conntrack carries over from an earlier hostd must not pass for this one's.
         datapath.generation.store_u64(0, u64::from(before.generation) + 2);
         Ok((datapath, EventStream::new(ring)?))

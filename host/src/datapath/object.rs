@@ -55,12 +55,13 @@ pub fn load_programs(maps: &Maps, constants: &Constants, conntrack: Option<&Path
         .map_max_entries(map::NETWORKS, 2 * maps.networks + 1)
         // A pod may have an address of each family, and others while it comes and goes.
         .map_max_entries(map::ENDPOINTS, 2 * maps.endpoints)
-        .map_max_entries(map::ACCOUNTS, 4 * maps.endpoints)
+        .map_max_entries(map::ACCOUNTS, 4 * maps.endpoints + 1)
         .map_max_entries(map::IPCACHE, maps.addresses)
         .map_max_entries(map::CONNTRACK, maps.conntrack)
         .map_max_entries(map::FRAGMENTS, maps.fragments)
         .map_max_entries(map::SERVICES, maps.services)
-        .map_max_entries(map::AFFINITY, maps.affinity);
+        .map_max_entries(map::AFFINITY[0], maps.affinity)
+        .map_max_entries(map::AFFINITY[1], maps.affinity);
     if let Some(pin) = conntrack {
         loader.map_pin_path(map::CONNTRACK, pin.to_owned());
     }

@@ -130,7 +130,9 @@ impl Bench {
     pub fn forget(&mut self) {
         clear::<ConntrackKey, ConntrackEntry>(self.ebpf.map_mut(map::CONNTRACK).unwrap());
         clear::<FragmentKey, FragmentEntry>(self.ebpf.map_mut(map::FRAGMENTS).unwrap());
-        clear::<AffinityKey, AffinityEntry>(self.ebpf.map_mut(map::AFFINITY).unwrap());
+        for name in map::AFFINITY {
+            clear::<AffinityKey, AffinityEntry>(self.ebpf.map_mut(name).unwrap());
+        }
     }
 
     /// Makes the maps what they were at first: loading the programs for each case takes too long.

@@ -36,6 +36,12 @@ fn serve(bench: &mut Bench, backends: &[[u8; 4]]) {
     }
 }
 
+/// The port that a client outside has towards its backend: one of the node's choice.
+fn port_of(sent: &Outcome) -> u16 {
+    let frame = frame_of(sent.clone());
+    u16::from_be_bytes([frame.0[34], frame.0[35]])
+}
+
 fn tunnel(outcome: &Outcome) -> (Path, (Identity, [u8; 4])) {
     match outcome {
         Outcome::Sent { path, tunnel, .. } => (*path, tunnel.unwrap()),
@@ -47,22 +53,21 @@ fn tunnel(outcome: &Outcome) -> (Path, (Identity, [u8; 4])) {
 fn a_client_outside_is_answered_from_where_it_asked() {
     kernel_test!();
     let mut bench = bench_with(&[POD_B]);
-    for (asked, got, answer, seen) in [
-        (
-            Frame::tcp(NOBODY, 5000, NODE, PORT, SYN),
-            Frame::tcp(NOBODY, 5000, POD_B, 8080, SYN),
-            Frame::tcp(POD_B, 8080, NOBODY, 5000, SYN_ACK),
-            Frame::tcp(NODE, PORT, NOBODY, 5000, SYN_ACK),
-        ),
-        (
-            Frame::udp(NOBODY, 5000, NODE, PORT),
-            Frame::udp(NOBODY, 5000, POD_B, 8080),
-            Frame::udp(POD_B, 8080, NOBODY, 5000),
-            Frame::udp(NODE, PORT, NOBODY, 5000),
-        ),
-    ] {
+    for tcp in [true, false] {
+        let packet = |from, from_port, to, to_port, flags| {
+            if tcp {
+                Frame::tcp(from, from_port, to, to_port, flags)
+            } else {
+                Frame::udp(from, from_port, to, to_port)
+            }
+        };
+        let asked = packet(NOBODY, 5000, NODE, PORT, SYN);
+        let seen = packet(NODE, PORT, NOBODY, 5000, SYN_ACK);
         for _ in 0..2 {
             let sent = bench.from_netdev(&asked.clone().summed());
+            let port = port_of(&sent);
+            let got = packet(NOBODY, port, POD_B, 8080, SYN);
+            let answer = packet(POD_B, 8080, NOBODY, port, SYN_ACK);
             assert_eq!(sent.path(), Path::NodePort);
             assert_eq!(frame_of(sent), got.clone().summed().after_hop(POD_B_MAC, GATEWAY_B));
             let answered = bench.from_pod_b(&answer.clone().summed());
@@ -77,7 +82,8 @@ fn a_client_outside_is_answered_from_where_it_asked() {
         }
     }
     // An error comes from the node, too, and one about an answer reaches the pod.
-    let got = Frame::udp(NOBODY, 5000, POD_B, 8080).summed();
+    let port = port_of(&bench.from_netdev(&Frame::udp(NOBODY, 5000, NODE, PORT).summed()));
+    let got = Frame::udp(NOBODY, port, POD_B, 8080).summed();
     let refused = bench.from_pod_b(&Frame::unreachable(POD_B, &got).summed());
     let asked = Frame::udp(NOBODY, 5000, NODE, PORT).summed();
     let expected = Frame::unreachable(NODE, &asked).summed();
@@ -85,7 +91,7 @@ fn a_client_outside_is_answered_from_where_it_asked() {
     let router = [198, 51, 100, 7];
     let seen = Frame::udp(NODE, PORT, NOBODY, 5000).summed();
     let told = bench.from_netdev(&Frame::unreachable(router, &seen).summed());
-    let answer = Frame::udp(POD_B, 8080, NOBODY, 5000).summed();
+    let answer = Frame::udp(POD_B, 8080, NOBODY, port).summed();
     let expected = Frame::unreachable(router, &answer).summed();
     assert_eq!(frame_of(told), expected.after_hop(POD_B_MAC, GATEWAY_B));
 }
@@ -97,19 +103,20 @@ fn a_backend_on_another_node_is_told_who_asks_and_answers_by_way_of_this_one() {
     let asked = Frame::tcp(NOBODY, 5000, NODE, PORT, SYN).summed();
     let sent = bench.from_netdev(&asked);
     assert_eq!(tunnel(&sent), (Path::Encap, (Identity::WORLD, OTHER_NODE)));
-    let got = Frame::tcp(NOBODY, 5000, REMOTE, 8080, SYN).summed();
+    let port = port_of(&sent);
+    let got = Frame::tcp(NOBODY, port, REMOTE, 8080, SYN).summed();
     assert_eq!(frame_of(sent), got.after_hop(MACS.0, MACS.1));
-    let answer = Frame::tcp(REMOTE, 8080, NOBODY, 5000, SYN_ACK).summed();
+    let answer = Frame::tcp(REMOTE, 8080, NOBODY, port, SYN_ACK).summed();
     let answered = bench.from_overlay(&answer, OTHER_NODE, GREEN);
     assert_eq!(answered.path(), Path::NodePortReply);
     let seen = Frame::tcp(NODE, PORT, NOBODY, 5000, SYN_ACK).summed();
     assert_eq!(frame_of(answered), seen.delivered(MACS.0, MACS.1));
     // Nothing else goes out that way.
     for stray in [
-        Frame::tcp(REMOTE, 8080, NOBODY, 5001, SYN_ACK),
-        Frame::tcp(REMOTE, 8080, NOBODY, 5001, SYN),
-        Frame::udp(REMOTE, 8080, NOBODY, 5000),
-        Frame::unreachable(REMOTE, &Frame::udp(NOBODY, 5000, REMOTE, 8080)),
+        Frame::tcp(REMOTE, 8080, NOBODY, port ^ 1, SYN_ACK),
+        Frame::tcp(REMOTE, 8080, NOBODY, port ^ 1, SYN),
+        Frame::udp(REMOTE, 8080, NOBODY, port),
+        Frame::unreachable(REMOTE, &Frame::udp(NOBODY, port, REMOTE, 8080)),
     ] {
         let outcome = bench.from_overlay(&stray, OTHER_NODE, GREEN);
         assert!(
@@ -150,13 +157,15 @@ fn policy_is_that_of_the_client_and_the_pod() {
     let asked = Frame::tcp(NOBODY, 5000, NODE, PORT, SYN).summed();
     assert_eq!(bench.from_netdev(&asked).reason(), DropReason::IngressDenied);
     bench.set_cell(Direction::Ingress, BLUE_PLACE.0, Identity::WORLD.0, 1);
-    assert_eq!(bench.from_netdev(&asked).path(), Path::NodePort);
+    let sent = bench.from_netdev(&asked);
+    assert_eq!(sent.path(), Path::NodePort);
+    let port = port_of(&sent);
     bench.flip();
     bench.set_cell(Direction::Ingress, BLUE_PLACE.0, Identity::WORLD.0, 0);
     let again = Frame::tcp(NOBODY, 5000, NODE, PORT, ACK).summed();
     assert_eq!(bench.from_netdev(&again).reason(), DropReason::IngressDenied);
     bench.deny_egress(BLUE_PLACE.0, Identity::WORLD.0);
-    let answer = Frame::tcp(POD_B, 8080, NOBODY, 5000, ACK).summed();
+    let answer = Frame::tcp(POD_B, 8080, NOBODY, port, ACK).summed();
     assert_eq!(bench.from_pod_b(&answer).reason(), DropReason::EgressDenied);
 }
 
@@ -194,11 +203,13 @@ fn nobody_passes_for_another_at_a_node_port() {
     );
     for source in [POD_A, REMOTE, NODE, OTHER_NODE, [10, 9, 9, 9], [100, 64, 0, 1]] {
         let asked = Frame::tcp(source, 5000, NODE, PORT, SYN).summed();
-        assert_eq!(
-            bench.from_netdev(&asked).reason(),
-            DropReason::UnknownSource,
-            "{source:?}"
-        );
+        // What says that it is a node's is for the stack to believe.
+        let expected = if [NODE, OTHER_NODE].contains(&source) {
+            Outcome::Passed
+        } else {
+            Outcome::Dropped(DropReason::UnknownSource)
+        };
+        assert_eq!(bench.from_netdev(&asked), expected, "{source:?}");
         let inner = Frame::tcp(source, 5000, POD_B, 8080, SYN).summed();
         let outcome = bench.from_overlay(&inner, OTHER_NODE, Identity::WORLD);
         assert_eq!(outcome.reason(), DropReason::UnknownSource, "{source:?}");
@@ -278,4 +289,51 @@ fn pods_reach_node_ports_of_all_nodes() {
         bench.from_pod_a(&Frame::tcp(POD_A, 5000, OTHER_NODE, 22, SYN)).path(),
         Path::Encap
     );
+}
+
+#[test]
+fn one_port_of_a_client_that_asks_at_two_nodes_is_two_connections() {
+    kernel_test!();
+    // What this node makes of it is no port that another one would make of it.
+    let mut bench = bench_with(&[POD_B]);
+    let ports: Vec<u16> = (5000..5064)
+        .map(|port| port_of(&bench.from_netdev(&Frame::tcp(NOBODY, port, NODE, PORT, SYN).summed())))
+        .collect();
+    assert!(ports.iter().all(|port| *port >= 1024));
+    assert!((5000..5064).zip(&ports).filter(|(asked, got)| asked == *got).count() < 2);
+    assert_eq!(ports.iter().collect::<std::collections::BTreeSet<_>>().len(), 64);
+}
+
+#[test]
+fn what_clients_outside_have_open_counts_on_an_account_of_their_own() {
+    kernel_test!();
+    let mut bench = bench_with(&[REMOTE]);
+    bench.set_tracked(u64::from(super::bench::FULL));
+    let asked = Frame::tcp(NOBODY, 5000, NODE, PORT, SYN).summed();
+    assert_eq!(bench.from_netdev(&asked).reason(), DropReason::ConntrackShare);
+    bench.set_account(abi::conntrack::OUTSIDE, 0);
+    assert_eq!(bench.from_netdev(&asked).path(), Path::Encap);
+    // What has no way back takes nothing of it.
+    serve(&mut bench, &[[198, 51, 100, 9]]);
+    let before = bench.tracked();
+    let refused = bench.from_netdev(&Frame::tcp(NOBODY, 5001, NODE, PORT, SYN).summed());
+    assert_eq!(refused.reason(), DropReason::BackendGone);
+    assert_eq!(bench.tracked(), before);
+}
+
+#[test]
+fn answers_do_not_go_to_a_node_that_is_none_any_more() {
+    kernel_test!();
+    let mut bench = bench_with(&[]);
+    let got = Frame::tcp(NOBODY, 5000, POD_A, 8080, SYN).summed();
+    assert_eq!(
+        bench.from_overlay(&got, OTHER_NODE, Identity::WORLD).path(),
+        Path::Overlay
+    );
+    bench
+        .hash::<abi::NodeEntry>(abi::map::NODES)
+        .remove(&abi::AddressKey::v4(OTHER_NODE))
+        .unwrap();
+    let answer = Frame::tcp(POD_A, 8080, NOBODY, 5000, SYN_ACK).summed();
+    assert_eq!(bench.from_pod_a(&answer).reason(), DropReason::UnknownNode);
 }

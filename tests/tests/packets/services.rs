@@ -525,3 +525,48 @@ fn a_client_whose_every_port_is_taken_is_refused() {
     assert_eq!(taken.iter().collect::<BTreeSet<_>>().len(), 8);
     assert!(taken.iter().all(|port| *port >= 1024), "{taken:?}");
 }
+
+#[test]
+fn who_has_the_address_of_a_backend_that_is_gone_gets_nothing_of_its_connections() {
+    kernel_test!();
+    let mut bench = bench_with(&[POD_B.into()]);
+    assert_eq!(
+        bench.from_pod_a(&Frame::tcp(POD_A, 4000, VIP, 80, SYN).summed()).path(),
+        Path::Local
+    );
+    bench.owner = 9;
+    bench.put_pod(POD_B, [BLUE; 2], BLUE_PLACE, 1, bench.pod_b);
+    let more = bench.from_pod_a(&Frame::tcp(POD_A, 4000, VIP, 80, ACK).summed());
+    assert!(matches!(more, Outcome::Told(DropReason::BackendGone, _)), "{more:?}");
+    // A new connection is another matter: it is a backend still.
+    assert_eq!(
+        bench.from_pod_a(&Frame::tcp(POD_A, 4000, VIP, 80, SYN).summed()).path(),
+        Path::Local
+    );
+    assert_eq!(
+        bench.from_pod_a(&Frame::tcp(POD_A, 4000, VIP, 80, ACK).summed()).path(),
+        Path::Local
+    );
+}
+
+#[test]
+fn who_talks_to_a_pod_directly_and_through_its_service_is_answered_as_it_asked() {
+    kernel_test!();
+    let mut bench = bench_with(&[POD_B.into()]);
+    let through = Frame::udp(POD_A, 5353, VIP, 53).summed();
+    let direct = Frame::udp(POD_A, 5353, POD_B, 5353).summed();
+    let answer = Frame::udp(POD_B, 5353, POD_A, 5353).summed();
+    let mut from = |asked: &Frame| {
+        assert_eq!(bench.from_pod_a(asked).path(), Path::Local);
+        let got = frame_of(bench.from_pod_b(&answer));
+        <[u8; 4]>::try_from(&got.0[26..30]).unwrap()
+    };
+    assert_eq!(from(&through), VIP);
+    assert_eq!(from(&direct), POD_B);
+    assert_eq!(from(&through), VIP);
+    // A connection can't be both.
+    let mut bench = bench_with(&[POD_B.into()]);
+    bench.from_pod_a(&Frame::tcp(POD_A, 4000, VIP, 80, SYN).summed());
+    let other = bench.from_pod_a(&Frame::tcp(POD_A, 4000, POD_B, 8080, SYN).summed());
+    assert_eq!(other.reason(), DropReason::ServicePorts);
+}

@@ -4,7 +4,8 @@ use super::packet::{End, FIN, Fragment, Packet, RST};
 use abi::{
     DropReason, Identity,
     conntrack::{
-        CONFIRMED, FIN_ORIGINAL, FIN_REPLY, FRONTEND, HAIRPIN, NODE_PORT, RESET, SEEN_REPLY, TRANSLATED, VIA_NODE,
+        CONFIRMED, FIN_ORIGINAL, FIN_REPLY, FRONTEND, HAIRPIN, NODE_PORT, OUTSIDE, RESET, SEEN_REPLY, TRANSLATED,
+        VIA_NODE,
     },
     policy::{ICMP, ICMPV6, TCP},
     service::SLOTS,
@@ -137,6 +138,11 @@ pub struct Travel {
     pub in_transit: bool,
     pub leaves: bool,
     pub via: Option<IpAddr>,
+    pub opened: bool,
+    /// Owner of the backend of a connection that is open.
+    pub backend_owner: Option<u32>,
+    /// Where the client's backend is remembered, once it has got there.
+    pub sticky: Option<AffinityKey>,
 }
 
 impl Travel {
@@ -159,6 +165,9 @@ impl Travel {
             in_transit: false,
             leaves: false,
             via: None,
+            opened: false,
+            backend_owner: None,
+            sticky: None,
         }
     }
 }
@@ -248,7 +257,12 @@ pub fn admit(
     });
     if let Some(entry) = known {
         let reply = entry.originator != travel.source;
-        let anew = !packet.related && packet.is_syn() && (reply || is_closed(&entry));
+        // Datagrams are answered where they were sent last; of a connection there can be only one.
+        let crossed = !packet.related && !reply && (entry.state & TRANSLATED != 0) != travel.asked;
+        if crossed && packet.protocol == TCP && !is_closed(&entry) {
+            return Err(DropReason::ServicePorts);
+        }
+        let anew = crossed || (!packet.related && packet.is_syn() && (reply || is_closed(&entry)));
         if !anew {
             if reply {
                 travel.via = entry.via.or(travel.via);
@@ -316,6 +330,7 @@ pub fn admit(
         judge(cells, travel, to, from, travel.source.1).map_err(|_| DropReason::MidStream)?;
     }
     conntrack.insert(key, opened(generation, travel, from, to));
+    travel.opened = true;
     Ok(())
 }
 
@@ -332,7 +347,11 @@ fn opened(generation: u32, travel: &Travel, from: &Party, to: &Party) -> Entry {
         generation,
         peers: [(from.owner, from.epoch), (to.owner, to.epoch)],
         originator: travel.source,
-        account: if from.row.is_some() { from.owner } else { to.owner },
+        account: match (from.row, to.row) {
+            (Some(_), _) => from.owner,
+            (_, Some(_)) => to.owner,
+            _ => OUTSIDE,
+        },
         translation: travel.translation.filter(|_| travel.asked),
         via: travel.via.filter(|_| !travel.asked),
     }
@@ -359,11 +378,14 @@ pub fn hash(one: IpAddr, other: IpAddr, rest: u64) -> u64 {
 }
 
 /// Clients' backends by frontend and address.
-pub type Affinity = HashMap<(End, u8, bool, IpAddr), (u32, End)>;
+pub type Affinity = HashMap<AffinityKey, (u32, End)>;
+
+/// Frontend, protocol and family, and client.
+pub type AffinityKey = (End, u8, bool, IpAddr);
 
 pub fn choose(
     conntrack: &Conntrack,
-    affinity: &mut Affinity,
+    affinity: &Affinity,
     frontend: &Frontend,
     travel: &mut Travel,
     client: &Party,
@@ -394,6 +416,7 @@ pub fn choose(
         Some((entry, to)) => {
             let open = packet.related || (packet.protocol == TCP && !packet.is_syn());
             if open || has(to.backend, to.to) {
+                travel.backend_owner = open.then_some(entry.peers[1].0);
                 translate(travel, to.to, to.client_port, to.backend, entry.state & HAIRPIN != 0);
                 return Ok(());
             }
@@ -424,12 +447,10 @@ pub fn choose(
         _ => frontend.slots[slot],
     };
     let backend = frontend.backends[&number];
-    if frontend.affinity {
-        affinity.insert(client_key, (number, backend));
-    }
+    travel.sticky = frontend.affinity.then_some(client_key);
     let mut candidate = hash;
     for attempt in 0..8 {
-        let port = if attempt == 0 {
+        let port = if attempt == 0 && !travel.from_outside {
             seen[0].1
         } else {
             candidate = candidate.wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -450,15 +471,25 @@ pub fn choose(
 }
 
 /// The frontend's entry, for as long as the flow's own lives.
-pub fn keep(conntrack: &mut Conntrack, generation: u32, travel: &Travel, client: &Party) {
+pub fn keep(
+    conntrack: &mut Conntrack,
+    affinity: &mut Affinity,
+    generation: u32,
+    travel: &Travel,
+    client: &Party,
+    backend: &Party,
+) {
     let Some(translation) = travel.translation.filter(|_| travel.asked && !travel.packet.related) else {
         return;
     };
+    if let (true, Some(key)) = (travel.opened, travel.sticky) {
+        affinity.insert(key, (translation.backend, travel.rewrite.becomes[1]));
+    }
     let [seen, frontend] = travel.rewrite.seen;
     let entry = Entry {
         state: FRONTEND | if travel.hairpin { HAIRPIN } else { 0 },
         generation,
-        peers: [(client.owner, client.epoch), (0, 0)],
+        peers: [(client.owner, client.epoch), (backend.owner, backend.epoch)],
         originator: seen,
         account: client.owner,
         translation: Some(Translation {

@@ -275,7 +275,7 @@ impl Model {
             (party, place) = self.backend(travel)?;
         }
         self.admit(travel, &sender.party(), &party)?;
-        flows::keep(&mut self.conntrack, self.generation, travel, &sender.party());
+        self.keep(travel, &sender.party(), &party);
         let sent = self.deliver(frame, travel, sender.identity, place)?;
         finish(frame, travel);
         Ok(sent)
@@ -284,6 +284,11 @@ impl Model {
     fn admit(&mut self, travel: &mut Travel, from: &Party, to: &Party) -> Step<()> {
         let cells = self.cells().clone();
         flows::admit(&mut self.conntrack, &cells, self.generation, travel, from, to)
+    }
+
+    fn keep(&mut self, travel: &Travel, client: &Party, backend: &Party) {
+        let (conntrack, affinity) = (&mut self.conntrack, &mut self.affinity);
+        flows::keep(conntrack, affinity, self.generation, travel, client, backend);
     }
 
     fn choose(&mut self, travel: &mut Travel, client: &Party) -> Step<()> {
@@ -295,10 +300,13 @@ impl Model {
         let key = (at, travel.packet.v6, travel.packet.protocol, port);
         let frontend = self.services.get(&key).ok_or(DropReason::NoService)?;
         let gateway = gateway(travel.packet.v6);
-        flows::choose(&self.conntrack, &mut self.affinity, frontend, travel, client, gateway)
+        flows::choose(&self.conntrack, &self.affinity, frontend, travel, client, gateway)
     }
 
     fn is_node_port(&self, travel: &mut Travel) -> bool {
+        if travel.asked {
+            return false;
+        }
         let packet = &travel.packet;
         let key = (None, packet.v6, packet.protocol, travel.destination.1);
         travel.at_node = matches!(packet.protocol, TCP | UDP)
@@ -350,6 +358,10 @@ impl Model {
     fn backend(&self, travel: &mut Travel) -> Step<(Party, Place)> {
         match self.receiver(travel) {
             Ok((_, Place::Service)) | Err(DropReason::UnknownDestination) => Err(DropReason::BackendGone),
+            // Somebody else has the address of an open connection's backend.
+            Ok((party, _)) if travel.backend_owner.is_some_and(|owner| owner != party.owner) => {
+                Err(DropReason::BackendGone)
+            }
             other => other,
         }
     }

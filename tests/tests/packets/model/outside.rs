@@ -2,7 +2,7 @@
 
 use super::{
     Model, Place, Sent, Step, about_sender, finish,
-    flows::{self, Party, Travel},
+    flows::{Party, Travel},
     packet::{Fragment, Packet, ethertype},
     write,
 };
@@ -116,7 +116,8 @@ impl Model {
     /// Nothing, where the packet is nobody's business here.
     pub fn from_netdev(&mut self, frame: &mut [u8], kept: &mut Option<Travel>) -> Option<Step<Sent>> {
         let mut travel = Travel::new(Packet::parse(frame).ok()?);
-        if travel.packet.link != 0 || !self.is_host(travel.destination.0) {
+        let from_node = self.nodes.contains(&travel.source.0) || self.is_host(travel.source.0);
+        if travel.packet.link != 0 || !self.is_host(travel.destination.0) || from_node {
             return None;
         }
         if travel.packet.fragment == Fragment::Later {
@@ -131,24 +132,26 @@ impl Model {
     }
 
     pub fn outside_asks(&mut self, frame: &mut [u8], travel: &mut Travel) -> Step<Sent> {
+        let sender = self.client(travel)?;
         if travel.packet.fragment == Fragment::First {
             self.track(travel)?;
         }
-        let sender = self.client(travel)?;
         self.choose(travel, &sender)?;
         let (party, place) = self.backend(travel)?;
+        // Answers to a client outside come by here again only where a pod gives them.
+        if !matches!(place, Place::Pod(_)) && (!matches!(place, Place::Remote(_)) || party.owner == 0) {
+            return Err(DropReason::BackendGone);
+        }
         self.admit(travel, &sender, &party)?;
-        flows::keep(&mut self.conntrack, self.generation, travel, &sender);
+        self.keep(travel, &sender, &party);
         let sent = match place {
             Place::Pod(pod) => {
                 write::one_hop(frame, travel.packet.v6)?;
                 write::macs(frame, pod.mac, pod.gateway_mac);
                 (Path::NodePort, pod.ifindex, None)
             }
-            Place::Remote(node) if party.owner != 0 => {
-                self.encapsulate(frame, travel.packet.v6, Identity::WORLD, node)?
-            }
-            _ => return Err(DropReason::BackendGone),
+            Place::Remote(node) => self.encapsulate(frame, travel.packet.v6, Identity::WORLD, node)?,
+            _ => unreachable!(),
         };
         finish(frame, travel);
         Ok(sent)
