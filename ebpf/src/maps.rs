@@ -38,8 +38,22 @@ pub static ACCOUNTS: HashMap<u32, Account, 1024> = HashMap::new();
 pub static TRACKED: Array<u64, 1> = Array::new();
 #[btf_map]
 pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentEntry, 8192> = LruHashMap::new();
+/// Each value is a [`Service`]. Here it is an array of words: Linux 6.1 takes a map that hostd makes without BTF for another
+/// kind than one whose BTF says that its value is a struct (`timer_off` in `bpf_map_meta_equal`, `kernel/bpf/map_in_map.c`).
 #[btf_map]
-pub static SERVICES: HashOfMaps<ServiceKey, Array<Service, 1>, 4096, NO_PREALLOC> = HashOfMaps::new();
+static SERVICES: HashOfMaps<ServiceKey, Array<[u64; size_of::<Service>() / 8], 1>, 4096, NO_PREALLOC> =
+    HashOfMaps::new();
+
+/// What a frontend's element holds. That it was not handed to another key the entry itself says.
+#[inline(always)]
+pub fn service(key: &ServiceKey) -> Option<&'static Service> {
+    // SAFETY: an inner map is freed after a grace period only, and hostd never writes one that is in its place. Its one
+    // value has the size of a service, which is whole words of integers, and is aligned as words are.
+    unsafe {
+        let words = core::ptr::from_ref(SERVICES.get(key)?.get(0)?);
+        Some(&*words.cast::<Service>())
+    }
+}
 #[btf_map]
 pub static AFFINITY: LruHashMap<AffinityKey, AffinityEntry, 65536> = LruHashMap::new();
 #[btf_map]

@@ -57,9 +57,7 @@ fn frontend(flow: &Flow) -> Option<&'static Service> {
 /// The entry of a frontend. One that is replaced just as it is read is looked at once more: that was one write of hostd's.
 #[inline(always)]
 fn find(key: &ServiceKey) -> Option<&'static Service> {
-    // SAFETY: an inner map is freed after a grace period only, and hostd never writes one that is in its place. That the
-    // element was not handed to another key the entry itself says.
-    let service = unsafe { maps::SERVICES.get(key) }?.get(0)?;
+    let service = maps::service(key)?;
     (service.key == *key).then_some(service)
 }
 
