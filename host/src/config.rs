@@ -42,6 +42,9 @@ pub struct Config {
     /// Destinations that see the pods' own addresses all the same.
     #[serde(default)]
     pub masquerade_except: Vec<IpNet>,
+    /// First and last node port that a service may have.
+    #[serde(default = "defaults::node_port_range")]
+    pub node_port_range: [u16; 2],
     /// A file of invariants, as for `hostd policy verify`: a policy that breaks one is refused by this node.
     #[serde(default)]
     pub invariants: Option<PathBuf>,
@@ -205,6 +208,11 @@ mod defaults {
         true
     }
 
+    /// Kubernetes's `--service-node-port-range`; below Linux's `ip_local_port_range`.
+    pub const fn node_port_range() -> [u16; 2] {
+        [30000, 32767]
+    }
+
     pub const fn masquerade() -> bool {
         true
     }
@@ -306,6 +314,11 @@ impl Config {
         if !(1..=16).contains(&self.vni.tenant_bits) {
             let problem = format!("{} is not between 1 and 16", self.vni.tenant_bits);
             return Err(("vni.tenant_bits", problem));
+        }
+        let [first, last] = self.node_port_range;
+        if first == 0 || first > last || (first..=last).contains(&abi::node::TUNNEL_PORT) {
+            let problem = format!("[{first}, {last}] is no range of ports without the tunnel's, as [30000, 32767] is");
+            return Err(("node_port_range", problem));
         }
         if self.lease.ttl_seconds == 0 {
             return Err(("lease.ttl_seconds", "must be 1 or more".into()));

@@ -40,9 +40,12 @@ fn cluster(options: &Options) -> Cluster {
 
 fn add(cluster: &Cluster, more: &[&str]) -> anyhow::Result<Value> {
     let [v4, v6] = VIPS;
+    add_at(cluster, &["--address", v4, "--address", v6], more)
+}
+
+fn add_at(cluster: &Cluster, addresses: &[&str], more: &[&str]) -> anyhow::Result<Value> {
     let service = ["service", "add", "--namespace", "red", "--name", "web"];
-    let addresses = ["--address", v4, "--address", v6];
-    let answer = cluster.nodes[0].json(&[&service[..], &addresses, more].concat())?;
+    let answer = cluster.nodes[0].json(&[&service[..], addresses, more].concat())?;
     let expected = cluster.nodes[0].json(&["service", "list"])?;
     let known = wait_until(LONG, || {
         cluster
@@ -354,7 +357,7 @@ fn what_can_be_no_service_is_refused_with_a_reason() {
         (
             "a",
             &["--port", "udp/80@8472", "--address", "172.16.0.9"],
-            "the tunnel's",
+            "not between 30000 and 32767",
         ),
         (
             "a",
@@ -495,5 +498,90 @@ fn clients_outside_reach_backends_of_all_nodes_at_any_node() {
             tcp_exchange(external, node.ip(), node.port(), WAIT).unwrap() == TcpOutcome::Refused
         });
         assert!(refused);
+    }
+}
+
+#[test]
+fn what_one_node_has_no_room_for_keeps_nothing_else_from_being_done() {
+    kernel_test!();
+    let mut cluster = cluster(&Options::default());
+    let config = cluster.nodes[1].config();
+    let small = std::fs::read_to_string(&config).unwrap() + "\n[maps]\nservices = 16\n";
+    std::fs::write(&config, small).unwrap();
+    let restart = |cluster: &mut Cluster| {
+        cluster.nodes[1].stop(false).unwrap();
+        cluster.nodes[1].start().unwrap();
+    };
+    restart(&mut cluster);
+    let many: Vec<String> = (1..=20).map(|port| format!("tcp/{port}=8080")).collect();
+    let many: Vec<&str> = many.iter().flat_map(|port| ["--port", port]).collect();
+    let service = [
+        "service",
+        "add",
+        "--namespace",
+        "red",
+        "--name",
+        "many",
+        "--selector",
+        "app=web",
+        "--address",
+        "172.16.0.5",
+    ];
+    cluster.nodes[0].json(&[&service[..], &many].concat()).unwrap();
+    let problems = |node: usize| -> usize {
+        let status = cluster.nodes[node].json(&["status"]).unwrap();
+        status["service_problems"].as_array().unwrap().len()
+    };
+    assert_eq!(problems(0), 0);
+    assert!(wait_until(LONG, || problems(1) > 0));
+    // Pods come and go there all the same, and hostd starts.
+    cluster.add_pod(1, "red/more", &[("app", "web")]).unwrap();
+    cluster.remove_pod("red/more").unwrap();
+    restart(&mut cluster);
+    let _listener = Listener::new(cluster.pod("red/there").netns.name(), 8080).unwrap();
+    let here = cluster.pod("red/client").netns.name();
+    assert_eq!(
+        tcp_exchange(here, cluster.pod("red/there").address, 8080, WAIT).unwrap(),
+        TcpOutcome::Open
+    );
+    // What there is room for again is there, without anybody's doing.
+    let delete = ["service", "delete", "--namespace", "red", "--name", "many"];
+    cluster.nodes[0].json(&delete).unwrap();
+    let status = |node: usize| cluster.nodes[node].json(&["status"]).unwrap();
+    assert!(wait_until(LONG, || status(1)["service_problems"]
+        .as_array()
+        .unwrap()
+        .is_empty()));
+}
+
+#[test]
+fn a_restart_changes_no_clients_backend() {
+    kernel_test!();
+    let mut cluster = cluster(&Options::default());
+    for index in 0..4 {
+        cluster
+            .add_pod(index % 2, &format!("red/web{index}"), &[("app", "web")])
+            .unwrap();
+    }
+    cluster.remove_pod("red/here").unwrap();
+    add_at(
+        &cluster,
+        &["--address", VIPS[0]],
+        &["--port", "tcp/80=8080", "--selector", "app=web", "--affinity", "600"],
+    )
+    .unwrap();
+    let servers = ["red/there", "red/web0", "red/web1", "red/web2", "red/web3"];
+    let names = ["there", "web0", "web1", "web2", "web3"];
+    let _servers: Vec<TcpListener> = servers
+        .iter()
+        .zip(names)
+        .map(|(pod, name)| name_server(cluster.pod(pod).netns.name(), 8080, name))
+        .collect();
+    let client = cluster.pod("red/client").netns.name().to_owned();
+    let first = who_answers(&client, vips()[0]).unwrap();
+    cluster.nodes[0].stop(false).unwrap();
+    cluster.nodes[0].start().unwrap();
+    for _ in 0..8 {
+        assert_eq!(who_answers(&client, vips()[0]).unwrap(), first);
     }
 }

@@ -74,6 +74,8 @@ pub struct Status {
     pub failures: Vec<String>,
     /// Why this node does not enforce the cluster's policy, where it does not.
     pub out_of_step: Option<String>,
+    /// What of the cluster's services this node could not take in; it tries again.
+    pub service_problems: Vec<String>,
     /// Pods on this node.
     pub endpoints: usize,
     /// How full the maps are.

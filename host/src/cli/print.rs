@@ -137,6 +137,9 @@ fn status(out: &mut impl Write, status: &Status) -> anyhow::Result<()> {
     if let Some(problem) = &status.out_of_step {
         writeln!(out, "OUT OF STEP {problem}")?;
     }
+    for problem in &status.service_problems {
+        writeln!(out, "SERVICES    {problem}")?;
+    }
     writeln!(out, "generation  {}", status.generation)?;
     let repaired = match status.repairs {
         0 => String::new(),

@@ -73,9 +73,10 @@ pub fn parse_service_port(text: &str) -> Result<ServicePort, String> {
     let target = match target {
         None => TargetPort::Number(ports.first),
         Some("") => return Err(wrong()),
-        Some(target) => target
-            .parse()
-            .map_or_else(|_| TargetPort::Name(target.to_owned()), TargetPort::Number),
+        Some(target) if target.starts_with(|c: char| c.is_ascii_digit()) => {
+            TargetPort::Number(target.parse().map_err(|_| wrong())?)
+        }
+        Some(target) => TargetPort::Name(target.to_owned()),
     };
     Ok(ServicePort {
         protocol,

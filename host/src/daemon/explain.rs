@@ -191,6 +191,18 @@ impl Daemon {
             let name = format!("{} ({address})", pod.record.full_name());
             return Ok(self.asked(name, self.active_identity(&first), Some(pod.record.node.clone())));
         }
+        if let Some((service, backends)) = self.service_at(address) {
+            let backends: Vec<String> = backends.iter().map(ToString::to_string).collect();
+            return wrong(format!(
+                "{address} is the address of service {service}, of which policy knows nothing: ask about its backends, at \
+                 their ports ({})",
+                if backends.is_empty() {
+                    "none now".to_owned()
+                } else {
+                    backends.join(", ")
+                }
+            ));
+        }
         // From what the kernel was given, as the programs would find it.
         let placed = self.datapath.placed().find(|(placed, _)| **placed == key);
         let is_node = |node: &super::Node| node.record.underlay == address;

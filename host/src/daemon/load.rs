@@ -313,6 +313,7 @@ impl Daemon {
                 self.unplaced.insert(address);
             }
         }
+        self.retry_services();
         if let Err(error) = self.reopen().await {
             tracing::error!("asking tenants' modules again: {error}");
         }

@@ -158,8 +158,7 @@ struct Daemon {
     made_up: Instant,
     nodes: BTreeMap<String, Node>,
     pods: Directory,
-    /// Services of the cluster, by full name.
-    services: BTreeMap<String, services::Service>,
+    services: services::Services,
     locals: BTreeMap<PodName, Local>,
     active: Side,
     /// During a load: the next side until the flip, the last one from there until all nodes have flipped.

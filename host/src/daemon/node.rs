@@ -70,7 +70,7 @@ impl Daemon {
                     let namespace: NamespaceRecord = records::decode(&key, &value.value)?;
                     self.namespace_seen(&key.name, namespace.labels).await?;
                 }
-                Collection::Services => self.service_seen(records::decode(&key, &value.value)?)?,
+                Collection::Services => self.service_seen(records::decode(&key, &value.value)?),
                 Collection::Policy => {
                     let record: PolicyRecord = records::decode(&key, &value.value)?;
                     self.policy_seen(record, value.revision).await?;
@@ -83,7 +83,7 @@ impl Daemon {
                 Collection::Alive => self.lease_expired(&key.name).await?,
                 Collection::Pods => self.pod_gone(&key)?,
                 Collection::Namespaces => self.namespace_seen(&key.name, BTreeMap::new()).await?,
-                Collection::Services => self.service_gone(&key.name.replacen('_', "/", 1))?,
+                Collection::Services => self.service_gone(&key.name.replacen('_', "/", 1)),
                 Collection::Tenants => {
                     if let Ok(number) = key.name.parse() {
                         self.tenant_gone(number).await?;

@@ -98,7 +98,7 @@ impl Daemon {
             self.close(&address);
             return Err(error);
         }
-        self.services_follow(&namespace)?;
+        self.services_follow(&namespace);
         self.release()
     }
 
@@ -285,7 +285,7 @@ impl Daemon {
         let pod = self.pods.remove(address);
         // First what leads to it.
         if let Some(pod) = &pod {
-            self.services_follow(&pod.record.namespace)?;
+            self.services_follow(&pod.record.namespace);
         }
         self.forget_address(*address)?;
         if let Some(second) = pod.and_then(|pod| pod.record.second) {

@@ -3,22 +3,30 @@
 use super::{Daemon, DaemonError};
 use crate::{
     api::{BackendView, ServicePortView, ServiceView},
-    endpoint,
+    endpoint, net,
     plan::{self, Frontend, protocol_name},
     store::{
         Expect,
         records::{self, ServiceRecord, TargetPort},
     },
 };
-use abi::{AddressKey, ServiceKey, policy::UDP};
+use abi::{AddressKey, ServiceKey};
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
 };
 use tokio::task::block_in_place;
 
+/// The services of the cluster, by full name.
+#[derive(Default)]
+pub struct Services {
+    by_name: BTreeMap<String, Service>,
+    /// What of them this node could not take in: it is tried again, and keeps nothing else from being done.
+    pub problems: Vec<String>,
+}
+
 /// A service with what stands behind each of its frontends now.
-pub struct Service {
+struct Service {
     record: ServiceRecord,
     frontends: BTreeMap<ServiceKey, Frontend>,
 }
@@ -28,7 +36,7 @@ fn refuse(problem: impl Into<String>) -> DaemonError {
 }
 
 /// What no service may be, whatever the others are.
-fn check(record: &ServiceRecord) -> Result<(), String> {
+fn check(record: &ServiceRecord, node_ports: [u16; 2]) -> Result<(), String> {
     endpoint::check_name(&record.namespace).map_err(|problem| format!("namespace {problem}"))?;
     endpoint::check_name(&record.name).map_err(|problem| format!("service {problem}"))?;
     endpoint::check_labels(&record.selector).map_err(|problem| format!("selector: {problem}"))?;
@@ -57,21 +65,32 @@ fn check(record: &ServiceRecord) -> Result<(), String> {
         return Err(format!("{address} can't be the service and its own backend"));
     }
     let mut ports = BTreeSet::new();
-    let mut node_ports = BTreeSet::new();
+    let mut used_node_ports = BTreeSet::new();
     for port in &record.ports {
         let name = format!("{}/{}", protocol_name(port.protocol), port.port);
-        if port.port == 0 || port.target == TargetPort::Number(0) || port.node_port == Some(0) {
+        if port.port == 0 || port.target == TargetPort::Number(0) {
             return Err(format!("port {name}: 0 is no port"));
         }
         if !ports.insert((port.protocol, port.port)) {
             return Err(format!("port {name} is given twice"));
         }
+        if let TargetPort::Name(target) = &port.target {
+            endpoint::check_ports(&[(target.clone(), port.protocol, 1)])?;
+            if !record.backends.is_empty() {
+                return Err(format!(
+                    "port {name}: {target} is a name, which only pods give to their ports"
+                ));
+            }
+        }
         if let Some(node_port) = port.node_port {
-            if !node_ports.insert((port.protocol, node_port)) {
+            if !used_node_ports.insert((port.protocol, node_port)) {
                 return Err(format!("node port {node_port} is given twice"));
             }
-            if port.protocol == UDP && node_port == abi::node::TUNNEL_PORT {
-                return Err(format!("node port {node_port} is the tunnel's"));
+            let [first, last] = node_ports;
+            if !(first..=last).contains(&node_port) {
+                return Err(format!(
+                    "node port {node_port} is not between {first} and {last} (`node_port_range` in the configuration)"
+                ));
             }
         }
     }
@@ -88,13 +107,19 @@ fn is_link_local(address: IpAddr) -> bool {
 impl Daemon {
     /// Adds a service to the cluster, or changes the one of that name.
     pub(super) async fn service_add(&mut self, record: ServiceRecord) -> Result<ServiceView, DaemonError> {
-        check(&record).map_err(DaemonError::Request)?;
+        check(&record, self.config.node_port_range).map_err(DaemonError::Request)?;
         self.check_against_others(&record)?;
         let key = ServiceRecord::key(&record.namespace, &record.name);
         records::put(&*self.store, &key, &record, Expect::Any).await?;
         let name = record.full_name();
-        self.service_seen(record)?;
+        self.service_seen(record);
         tracing::info!("service {name}");
+        if !self.services.problems.is_empty() {
+            return Err(refuse(format!(
+                "service {name} is in the store, but this node has not all of it: {}; it tries again",
+                self.services.problems.join("; ")
+            )));
+        }
         self.service_list()
             .into_iter()
             .find(|view| format!("{}/{}", view.namespace, view.name) == name)
@@ -117,7 +142,7 @@ impl Daemon {
             }
         }
         let name = record.full_name();
-        let others = self.services.iter().filter(|(other, _)| **other != name);
+        let others = self.services.by_name.iter().filter(|(other, _)| **other != name);
         let taken: BTreeMap<&ServiceKey, &String> = others
             .flat_map(|(other, service)| service.frontends.keys().map(move |key| (key, other)))
             .collect();
@@ -143,14 +168,21 @@ impl Daemon {
                 return Err(refuse(format!("{backend} is service {other}'s, and can be no backend")));
             }
         }
+        for address in &record.addresses {
+            let is_backend =
+                |(other, service): &(&String, &Service)| **other != name && service.record.backends.contains(address);
+            if let Some((other, _)) = self.services.by_name.iter().find(is_backend) {
+                return Err(refuse(format!("{address} is a backend of service {other}'s")));
+            }
+        }
         let frontends = taken.len() + plan::frontend_keys(record).count();
         Ok(self.datapath.check_services(frontends)?)
     }
 
     /// Takes in a service that is new or has changed.
-    pub(super) fn service_seen(&mut self, record: ServiceRecord) -> Result<(), DaemonError> {
+    pub(super) fn service_seen(&mut self, record: ServiceRecord) {
         self.note_service(record);
-        self.place_services()
+        self.place_services();
     }
 
     /// The same without a word to the maps yet.
@@ -161,7 +193,7 @@ impl Daemon {
                 .set_address(AddressKey::from(*address), format!("service {name}"));
         }
         let frontends = self.frontends_of(&record);
-        let before = self.services.insert(name, Service { record, frontends });
+        let before = self.services.by_name.insert(name, Service { record, frontends });
         self.forget_names(before.as_ref());
     }
 
@@ -170,6 +202,7 @@ impl Daemon {
         let gone = before.into_iter().flat_map(|service| &service.record.addresses);
         let used: BTreeSet<IpAddr> = self
             .services
+            .by_name
             .values()
             .flat_map(|service| service.record.addresses.iter().copied())
             .collect();
@@ -183,30 +216,31 @@ impl Daemon {
     }
 
     /// The cluster has a service no longer.
-    pub(super) fn service_gone(&mut self, name: &str) -> Result<(), DaemonError> {
-        let before = self.services.remove(name);
+    pub(super) fn service_gone(&mut self, name: &str) {
+        let before = self.services.by_name.remove(name);
         self.forget_names(before.as_ref());
-        self.place_services()
+        self.place_services();
     }
 
     /// Removes a service; false where there is none.
     pub(super) async fn service_delete(&mut self, namespace: &str, name: &str) -> Result<bool, DaemonError> {
         let full_name = format!("{namespace}/{name}");
-        if !self.services.contains_key(&full_name) {
+        if !self.services.by_name.contains_key(&full_name) {
             return Ok(false);
         }
         let key = ServiceRecord::key(namespace, name);
         self.store.delete(&key, Expect::Any).await?;
-        self.service_gone(&full_name)?;
+        self.service_gone(&full_name);
         Ok(true)
     }
 
     /// Follows a change of a namespace's pods.
-    pub(super) fn services_follow(&mut self, namespace: &str) -> Result<(), DaemonError> {
+    pub(super) fn services_follow(&mut self, namespace: &str) {
         let affected =
             |service: &&Service| service.record.namespace == namespace && !service.record.selector.is_empty();
         let affected: Vec<ServiceRecord> = self
             .services
+            .by_name
             .values()
             .filter(affected)
             .map(|service| service.record.clone())
@@ -214,53 +248,101 @@ impl Daemon {
         let mut changed = false;
         for record in affected {
             let frontends = self.frontends_of(&record);
-            if let Some(service) = self.services.get_mut(&record.full_name())
+            if let Some(service) = self.services.by_name.get_mut(&record.full_name())
                 && service.frontends != frontends
             {
                 service.frontends = frontends;
                 changed = true;
             }
         }
-        if changed { self.place_services() } else { Ok(()) }
+        if changed {
+            self.place_services();
+        }
     }
 
     /// The same of all namespaces.
-    pub(super) fn services_follow_all(&mut self) -> Result<(), DaemonError> {
-        let records: Vec<ServiceRecord> = self.services.values().map(|service| service.record.clone()).collect();
+    pub(super) fn services_follow_all(&mut self) {
+        let records: Vec<ServiceRecord> = self
+            .services
+            .by_name
+            .values()
+            .map(|service| service.record.clone())
+            .collect();
         for record in records {
             self.note_service(record);
         }
-        self.place_services()
+        self.place_services();
+    }
+
+    /// Tries again what could not be done.
+    pub(super) fn retry_services(&mut self) {
+        if !self.services.problems.is_empty() {
+            self.place_services();
+        }
     }
 
     /// Makes the maps hold all services. Where two claim the same, the one whose name comes first has it on every node.
-    fn place_services(&mut self) -> Result<(), DaemonError> {
+    fn place_services(&mut self) {
+        let mut problems = Vec::new();
         let mut desired: BTreeMap<ServiceKey, &Frontend> = BTreeMap::new();
-        for (name, service) in &self.services {
+        for (name, service) in &self.services.by_name {
             for (key, frontend) in &service.frontends {
                 if desired.contains_key(key) {
-                    tracing::error!(
+                    problems.push(format!(
                         "service {name} has {} port {} of another one's",
                         abi::address::ip(key.family, key.address),
                         u16::from_be(key.port)
-                    );
+                    ));
                 } else {
                     desired.insert(*key, frontend);
                 }
             }
         }
-        block_in_place(|| self.datapath.place_services(&desired))?;
-        let started = self.datapath.is_adopted();
-        if started { self.attach_node_ports() } else { Ok(()) }
+        let failed = block_in_place(|| self.datapath.place_services(&desired));
+        problems.extend(failed.into_iter().map(|error| error.to_string()));
+        // Before a start has come so far, an earlier hostd's program serves them.
+        if self.datapath.is_adopted()
+            && let Err(error) = self.attach_node_ports()
+        {
+            problems.push(error.to_string());
+        }
+        problems.sort();
+        problems.dedup();
+        for problem in problems
+            .iter()
+            .filter(|problem| !self.services.problems.contains(problem))
+        {
+            tracing::error!("{problem}");
+        }
+        self.services.problems = problems;
     }
 
     /// Attaches the program for node ports while there are any, and takes it away when there are none.
     pub(super) fn attach_node_ports(&mut self) -> Result<(), DaemonError> {
+        let underlay = block_in_place(|| net::underlay(self.config.underlay))?;
+        self.datapath.set_underlay(underlay.ifindex)?;
+        self.underlay = underlay.name;
         Ok(block_in_place(|| self.datapath.attach_node_ports(&self.underlay))?)
+    }
+
+    /// The service that has an address, with its backends.
+    pub(super) fn service_at(&self, address: IpAddr) -> Option<(&str, Vec<IpAddr>)> {
+        let its = |service: &&Service| service.record.addresses.contains(&address);
+        let (name, service) = self.services.by_name.iter().find(|(_, service)| its(service))?;
+        let ends = service.frontends.iter().flat_map(|(key, frontend)| {
+            let family = key.family;
+            frontend
+                .backends
+                .iter()
+                .map(move |backend| abi::address::ip(family, backend.address))
+        });
+        let backends: BTreeSet<IpAddr> = ends.filter(|end| end.is_ipv4() == address.is_ipv4()).collect();
+        Some((name, backends.into_iter().collect()))
     }
 
     pub(super) fn service_list(&self) -> Vec<ServiceView> {
         self.services
+            .by_name
             .values()
             .map(|service| self.service_view(service))
             .collect()

@@ -22,7 +22,7 @@ use crate::{
     plan::{self, Facts, Stance},
     store::{
         self, Change, Collection, Expect, Key, Store, StoreError,
-        records::{self, CLUSTER, ClusterRecord, NamespaceRecord, NodeRecord, Phase, PodRecord},
+        records::{self, CLUSTER, ClusterRecord, NamespaceRecord, NodeRecord, Phase, PodRecord, ServiceRecord},
     },
     wasm::Compiler,
 };
@@ -210,7 +210,7 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
         made_up: Instant::now(),
         nodes: BTreeMap::new(),
         pods: Directory::default(),
-        services: BTreeMap::new(),
+        services: super::services::Services::default(),
         locals: BTreeMap::new(),
         policy: None,
         out_of_step: None,
@@ -233,7 +233,7 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
     daemon.take_stock(&mut changes).await?;
     daemon.place_host()?;
     daemon.enforce_from_start().await.context("the policy in force")?;
-    daemon.services_follow_all()?;
+    daemon.services_follow_all();
     daemon.attach_all()?;
     daemon.route()?;
     daemon.announce().await?;
@@ -268,6 +268,17 @@ async fn agree(store: &dyn Store, layout: Layout) -> anyhow::Result<()> {
 }
 
 async fn check_against_others(store: &dyn Store, record: &NodeRecord) -> anyhow::Result<()> {
+    for (key, value) in store.list(Collection::Services).await? {
+        let service: ServiceRecord = records::decode(&key, &value.value)?;
+        for ours in &record.pod_cidrs {
+            if let Some(address) = service.addresses.iter().find(|address| ours.contains(*address)) {
+                anyhow::bail!(
+                    "pod CIDR {ours} contains {address}, the address of service {}",
+                    service.full_name()
+                );
+            }
+        }
+    }
     for (key, value) in store.list(Collection::Nodes).await? {
         let other: NodeRecord = records::decode(&key, &value.value)?;
         if other.name == record.name {
@@ -446,7 +457,7 @@ impl Daemon {
             let (underlay, mtu) = (self.config.underlay, self.pod_mtu);
             block_in_place(|| net::prepare_node(&local.endpoint.interface, &local.veth, &addresses, underlay, mtu))?;
         }
-        self.attach_node_ports()?;
+        self.services_follow_all();
         let mut known: Vec<&str> = names.iter().map(String::as_str).collect();
         known.push(VXLAN_DEVICE);
         known.push(&self.underlay);

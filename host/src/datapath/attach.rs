@@ -23,6 +23,9 @@ use std::{
 /// Priority 1 is the first.
 const PRIORITY: u16 = 1;
 const HANDLE: TcHandle = TcHandle::new(0, 1);
+/// On the node's own interface, where others may have filters, these are none that anybody else chooses: behind theirs.
+const OWN_PRIORITY: u16 = 0x5747;
+const OWN_HANDLE: TcHandle = TcHandle::new(0, 0x5747);
 /// For a moment only.
 const SECOND_HANDLE: TcHandle = TcHandle::new(0, 2);
 
@@ -97,6 +100,9 @@ impl Attacher {
                 pin.display()
             );
         }
+        if hook == Hook::FromNetdev {
+            return attach_beside(program, interface, hook, &pin);
+        }
         match standing_tcx(program, interface, hook)? {
             Standing::First if pin.exists() => {}
             Standing::Missing => attach_first(program, interface, hook, &pin)?,
@@ -149,12 +155,15 @@ impl Attacher {
         };
         let wrong = match self.standing(hook, interface).map_err(failed)? {
             Standing::First => return Ok(None),
+            // It guards nothing but what it serves.
+            Standing::Behind if hook == Hook::FromNetdev => return Ok(None),
             Standing::Behind => "another program was in front of it",
             Standing::Missing => "it was gone",
         };
         self.attach(hook, interface)?;
         match self.standing(hook, interface).map_err(failed)? {
             Standing::First => Ok(Some(wrong)),
+            Standing::Behind if hook == Hook::FromNetdev => Ok(Some(wrong)),
             _ => Err(failed(IN_FRONT.to_owned())),
         }
     }
@@ -167,7 +176,7 @@ impl Attacher {
         }
         // Where the kernel has tcx its programs run before all filters.
         match SchedClassifier::query_tcx(interface, attach_type(hook)) {
-            Ok((_, attached)) if !attached.is_empty() => Ok(Standing::Behind),
+            Ok((_, attached)) if !attached.is_empty() && hook != Hook::FromNetdev => Ok(Standing::Behind),
             _ => standing_clsact(program, interface, hook),
         }
     }
@@ -254,7 +263,43 @@ fn remove_pin(pin: &Path) -> Result<(), DatapathError> {
 
 /// Makes a link in front of all others, and pins it.
 fn attach_first(program: &mut SchedClassifier, interface: &str, hook: Hook, pin: &Path) -> Result<(), String> {
-    let options = TcAttachOptions::TcxOrder(LinkOrder::first());
+    pin_link(
+        program,
+        interface,
+        hook,
+        pin,
+        TcAttachOptions::TcxOrder(LinkOrder::first()),
+    )?;
+    match standing_tcx(program, interface, hook)? {
+        Standing::First => Ok(()),
+        _ => Err(IN_FRONT.to_owned()),
+    }
+}
+
+/// Makes a link on the node's own interface, wherever there is room, where it is not there yet. Nothing else may suffer: one
+/// that is about to go, when node ports come back at once, is waited for.
+fn attach_beside(program: &mut SchedClassifier, interface: &str, hook: Hook, pin: &Path) -> Result<(), String> {
+    for _ in 0..LEAVING {
+        match standing_tcx(program, interface, hook)? {
+            Standing::Missing => {
+                let options = TcAttachOptions::TcxOrder(LinkOrder::first());
+                pin_link(program, interface, hook, pin, options)?;
+                return remove_clsact(interface, hook);
+            }
+            _ if pin.exists() => return remove_clsact(interface, hook),
+            _ => std::thread::sleep(Duration::from_millis(1)),
+        }
+    }
+    Err("a link that was given up does not go".to_owned())
+}
+
+fn pin_link(
+    program: &mut SchedClassifier,
+    interface: &str,
+    hook: Hook,
+    pin: &Path,
+    options: TcAttachOptions,
+) -> Result<(), String> {
     let id = program
         .attach_with_options(interface, attach_type(hook), options)
         .map_err(|error| chain(&error))?;
@@ -264,10 +309,7 @@ fn attach_first(program: &mut SchedClassifier, interface: &str, hook: Hook, pin:
         .map_err(|error: aya::programs::links::LinkError| error.to_string())?;
     remove_pin(pin).map_err(|error| error.to_string())?;
     link.pin(pin).map_err(|error| chain(&error))?;
-    match standing_tcx(program, interface, hook)? {
-        Standing::First => Ok(()),
-        _ => Err(IN_FRONT.to_owned()),
-    }
+    Ok(())
 }
 
 const IN_FRONT: &str = "another program is in front, which could let packets past";
@@ -325,13 +367,22 @@ fn attach_clsact(program: &mut SchedClassifier, interface: &str, hook: Hook) -> 
         Err(error) if chain(&error).contains("File exists") => {}
         Err(error) => return Err(chain(&error)),
     }
+    if hook == Hook::FromNetdev {
+        let link = SchedClassifierLink::attached(interface, attach_type(hook), OWN_PRIORITY, OWN_HANDLE, None)
+            .map_err(|error| error.to_string())?;
+        let id = match program.attach_to_link(link) {
+            Ok(id) => id,
+            Err(_) => add_filter(program, interface, hook, OWN_PRIORITY, OWN_HANDLE)?,
+        };
+        return keep_filter(program, id);
+    }
     let filter = |handle| {
         SchedClassifierLink::attached(interface, attach_type(hook), PRIORITY, handle, None)
             .map_err(|error| error.to_string())
     };
     let id = match program.attach_to_link(filter(HANDLE)?) {
         Ok(id) => id,
-        Err(_) => add_filter(program, interface, hook, HANDLE)?,
+        Err(_) => add_filter(program, interface, hook, PRIORITY, HANDLE)?,
     };
     keep_filter(program, id)?;
     // What a hostd that was ended in between has left; mostly there is none.
@@ -343,7 +394,7 @@ fn attach_clsact(program: &mut SchedClassifier, interface: &str, hook: Hook) -> 
         return Ok(());
     }
     for (new, old) in [(SECOND_HANDLE, HANDLE), (HANDLE, SECOND_HANDLE)] {
-        let id = add_filter(program, interface, hook, new)?;
+        let id = add_filter(program, interface, hook, PRIORITY, new)?;
         keep_filter(program, id)?;
         filter(old)?.detach().map_err(|error| chain(&error))?;
     }
@@ -357,10 +408,11 @@ fn add_filter(
     program: &mut SchedClassifier,
     interface: &str,
     hook: Hook,
+    priority: u16,
     handle: TcHandle,
 ) -> Result<SchedClassifierLinkId, String> {
     let options = TcAttachOptions::Netlink(NlOptions {
-        priority: PRIORITY,
+        priority,
         handle,
         classid: None,
     });

@@ -30,7 +30,7 @@ pub use services::Placed as PlacedService;
 
 use crate::{
     config::{Attach, Maps},
-    plan::{Desired, Shape},
+    plan::{Desired, Numbers, Shape},
 };
 use abi::{
     AddressKey, Endpoint, Family, IpcacheEntry, NetworkEntry, NodeConfig, NodeEntry, PortSet, Service, ServiceKey,
@@ -97,6 +97,8 @@ pub struct Datapath {
     services: HashOfMaps<MapData, ServiceKey, Array<MapData, Service>>,
     placed_services: BTreeMap<ServiceKey, PlacedService>,
     service_addresses: BTreeSet<AddressKey>,
+    /// Numbers of backends that an earlier hostd has given.
+    earlier_numbers: BTreeMap<ServiceKey, Numbers>,
     service_capacity: u32,
     /// Number of the last write of an entry.
     stamp: u32,
@@ -145,10 +147,11 @@ impl Datapath {
             shape,
             record_action: false,
         };
-        let mut ebpf = load_programs(&settings.maps, &constants, before.conntrack.as_deref())?;
+        let mut ebpf = load_programs(&settings.maps, &constants, &before.reuse)?;
         let ring: RingBuf<MapData> = typed!(&mut ebpf, map::EVENTS);
         let mut datapath = Self::from_object(ebpf, settings, shape)?;
         datapath.open_account(OUTSIDE)?;
+        datapath.earlier_numbers = before.numbers;
         // Verdicts that conntrack carries over from an earlier hostd must not pass for this one's.
         datapath.generation.store_u64(0, u64::from(before.generation) + 2);
         Ok((datapath, EventStream::new(ring)?))
@@ -205,6 +208,7 @@ impl Datapath {
             network_capacity: settings.maps.networks,
             placed_services: BTreeMap::new(),
             service_addresses: BTreeSet::new(),
+            earlier_numbers: BTreeMap::new(),
             service_capacity: settings.maps.services,
             stamp: 0,
             node_config: NodeConfig {
@@ -331,6 +335,9 @@ impl Datapath {
         let before = self.placed.get(&address);
         if before == Some(&desired) {
             return Ok(());
+        }
+        if self.service_addresses.remove(&address) {
+            tracing::error!("{} is a service's address; now a pod has it", address.ip());
         }
         self.stamp = self.stamp.wrapping_add(1);
         let stamp = self.stamp;

@@ -1,11 +1,14 @@
 //! The eBPF object: its constants, its map sizes, and the folder of its pins.
 
 use super::{DatapathError, attach::CLOSED, chain};
-use crate::{config::Maps, plan::Shape};
-use abi::{map, policy::CELLS_PER_ELEMENT};
+use crate::{
+    config::Maps,
+    plan::{Numbers, Shape},
+};
+use abi::{Service, ServiceKey, map, policy::CELLS_PER_ELEMENT};
 use aya::{
     Ebpf, EbpfLoader, include_bytes_aligned,
-    maps::{Array, Map, MapData},
+    maps::{Array, Map, MapData, MapError, of_maps::HashOfMaps},
     programs::{ProgramError, SchedClassifier},
 };
 use rustix::{
@@ -13,6 +16,7 @@ use rustix::{
     mount::{MountFlags, mount},
 };
 use std::{
+    collections::BTreeMap,
     ffi::CStr,
     fs, io,
     os::unix::fs::{MetadataExt, PermissionsExt},
@@ -30,12 +34,12 @@ pub struct Constants {
     pub record_action: bool,
 }
 
-/// Loads the object into the kernel. Where `conntrack` is given, its map is used.
+/// Loads the object into the kernel, with the maps that are pinned at the paths in `reuse` in place of new ones.
 ///
 /// # Errors
 ///
 /// Where the kernel refuses a map or a program; with the verifier's last words.
-pub fn load_programs(maps: &Maps, constants: &Constants, conntrack: Option<&Path>) -> Result<Ebpf, DatapathError> {
+pub fn load_programs(maps: &Maps, constants: &Constants, reuse: &[(&str, PathBuf)]) -> Result<Ebpf, DatapathError> {
     let shape = constants.shape;
     let elements = u32::try_from(shape.cells().div_ceil(u64::from(CELLS_PER_ELEMENT))).map_err(|_| {
         DatapathError::Load("`maps.identities` times `maps.local_identities` is too large for a policy map".to_owned())
@@ -62,8 +66,8 @@ pub fn load_programs(maps: &Maps, constants: &Constants, conntrack: Option<&Path
         .map_max_entries(map::SERVICES, maps.services)
         .map_max_entries(map::AFFINITY[0], maps.affinity)
         .map_max_entries(map::AFFINITY[1], maps.affinity);
-    if let Some(pin) = conntrack {
-        loader.map_pin_path(map::CONNTRACK, pin.to_owned());
+    for (name, pin) in reuse {
+        loader.map_pin_path(*name, pin.clone());
     }
     let mut ebpf = loader
         .load(OBJECT)
@@ -100,33 +104,61 @@ pub const fn low_half(word: u64) -> u32 {
 
 /// What an earlier hostd left.
 pub struct Leftovers {
-    /// Pin of a conntrack map that can be used again.
-    pub conntrack: Option<PathBuf>,
+    /// Names and pins of the maps that can be used again: what is remembered of flows and clients.
+    pub reuse: Vec<(&'static str, PathBuf)>,
+    /// Numbers of backends, which are remembered, too.
+    pub numbers: BTreeMap<ServiceKey, Numbers>,
     /// The generation that was in force.
     pub generation: u32,
 }
 
 const VERSION_FILE: &str = "abi-version";
 
-/// Looks at the pins of an earlier hostd. A conntrack map of another ABI version or another size is not used again:
-/// flows are then judged as if they were new.
+/// Looks at the pins of an earlier hostd. A map of another ABI version or another size is not used again: flows are then
+/// judged as if they were new.
 pub fn leftovers(bpffs: &Path, maps: &Maps) -> Leftovers {
     let pins = bpffs.join("maps");
-    let conntrack = pins.join(map::CONNTRACK);
     let same_abi = pins.join(format!("{VERSION_FILE}-{}", abi::VERSION)).exists();
-    let usable = same_abi
-        && MapData::from_pin(&conntrack)
-            .and_then(|data| data.info())
-            .is_ok_and(|info| info.max_entries() == maps.conntrack);
     let generation = MapData::from_pin(pins.join(map::GENERATION))
         .and_then(|data| Array::<MapData, u64>::try_from(Map::Array(data)))
         .and_then(|array| array.get(&0, 0))
         .map(low_half);
+    let mut reuse = Vec::new();
+    // Without the generation nobody could tell old verdicts from new ones.
+    if same_abi && generation.is_ok() {
+        for (name, size) in [
+            (map::CONNTRACK, maps.conntrack),
+            (map::AFFINITY[0], maps.affinity),
+            (map::AFFINITY[1], maps.affinity),
+        ] {
+            let pin = pins.join(name);
+            let same_size = MapData::from_pin(&pin)
+                .and_then(|data| data.info())
+                .is_ok_and(|info| info.max_entries() == size);
+            if same_size {
+                reuse.push((name, pin));
+            }
+        }
+    }
     Leftovers {
-        // Without the generation nobody could tell old verdicts from new ones.
-        conntrack: (usable && generation.is_ok()).then_some(conntrack),
+        numbers: if reuse.is_empty() {
+            BTreeMap::new()
+        } else {
+            backend_numbers(&pins.join(map::SERVICES)).unwrap_or_default()
+        },
+        reuse,
         generation: generation.unwrap_or(0),
     }
+}
+
+/// The numbers that backends have in a map of services.
+fn backend_numbers(pin: &Path) -> Result<BTreeMap<ServiceKey, Numbers>, MapError> {
+    let services = Map::HashOfMaps(MapData::from_pin(pin)?);
+    let services: HashOfMaps<MapData, ServiceKey, Array<MapData, Service>> = services.try_into()?;
+    let keys: Vec<ServiceKey> = services.keys().collect::<Result<_, _>>()?;
+    keys.into_iter()
+        .map(|key| Ok((key, Numbers::of(&services.get(&key, 0)?.get(&0, 0)?))))
+        .collect()
 }
 
 /// Makes an empty folder, in place of what is there.

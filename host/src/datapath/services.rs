@@ -20,13 +20,11 @@ pub struct Placed {
 
 impl Datapath {
     /// Makes the maps hold these frontends and no others. What is new is there before its address leads to it, and an
-    /// address that is none any more leads nowhere before its frontends go.
-    ///
-    /// # Errors
-    ///
-    /// Where they do not fit; nothing is changed then. Or where a map can't be written.
-    pub fn place_services(&mut self, desired: &BTreeMap<ServiceKey, &Frontend>) -> Result<(), DatapathError> {
-        self.check_services(desired.len())?;
+    /// address that is none any more leads nowhere before its frontends go. The answer is what could not be done; the rest
+    /// is.
+    pub fn place_services(&mut self, desired: &BTreeMap<ServiceKey, &Frontend>) -> Vec<DatapathError> {
+        let mut problems = Vec::new();
+        let mut note = |result: Result<(), DatapathError>| problems.extend(result.err());
         let address = |key: &ServiceKey| AddressKey {
             scope: key.scope,
             family: key.family,
@@ -38,13 +36,9 @@ impl Datapath {
             .map(address)
             .filter(|key| key.address != Address::NONE)
             .collect();
-        for stale in self
-            .service_addresses
-            .difference(&addresses)
-            .copied()
-            .collect::<Vec<_>>()
-        {
-            gone(self.ipcache.remove(&stale), map::IPCACHE)?;
+        let stale: Vec<AddressKey> = self.service_addresses.difference(&addresses).copied().collect();
+        for stale in stale {
+            note(gone(self.ipcache.remove(&stale), map::IPCACHE));
             self.service_addresses.remove(&stale);
         }
         let stale: Vec<ServiceKey> = self
@@ -54,16 +48,17 @@ impl Datapath {
             .copied()
             .collect();
         for key in stale {
-            gone(self.services.remove(&key), map::SERVICES)?;
+            note(gone(self.services.remove(&key), map::SERVICES));
             self.placed_services.remove(&key);
         }
         for (key, frontend) in desired {
-            self.place_frontend(*key, frontend)?;
+            note(self.place_frontend(*key, frontend));
         }
-        for new in addresses.difference(&self.service_addresses.clone()) {
-            self.place_service_address(*new)?;
+        let new: Vec<AddressKey> = addresses.difference(&self.service_addresses).copied().collect();
+        for new in new {
+            note(self.place_service_address(new));
         }
-        Ok(())
+        problems
     }
 
     fn place_frontend(&mut self, key: ServiceKey, frontend: &Frontend) -> Result<(), DatapathError> {
@@ -71,7 +66,11 @@ impl Datapath {
         if before.is_some_and(|before| before.frontend == *frontend) {
             return Ok(());
         }
-        let mut numbers = before.map(|before| before.numbers.clone()).unwrap_or_default();
+        let mut numbers = match before {
+            Some(before) => before.numbers.clone(),
+            // An earlier hostd's: what conntrack remembers has its numbers.
+            None => self.earlier_numbers.remove(&key).unwrap_or_default(),
+        };
         let left_out = numbers.follow(&frontend.backends);
         if left_out > 0 {
             tracing::error!(
@@ -99,8 +98,7 @@ impl Datapath {
     /// Makes an address a service's, where nobody has it.
     fn place_service_address(&mut self, address: AddressKey) -> Result<(), DatapathError> {
         if self.placed.contains_key(&address) {
-            tracing::error!("{} is a service's address, but a pod or a node has it", address.ip());
-            return Ok(());
+            return Err(DatapathError::Taken(address.ip()));
         }
         self.stamp = self.stamp.wrapping_add(1);
         let entry = IpcacheEntry {

@@ -21,13 +21,16 @@ pub struct Frontend {
     pub backends: BTreeSet<Backend>,
 }
 
-/// A service's backends at one of its ports, in one family.
+/// A service's backends at one of its ports, in one family. At a node port they are pods: only their answers to clients
+/// outside come by the node that was asked.
 fn backends<'a>(
     service: &ServiceRecord,
     port: &ServicePort,
-    family: u8,
-    pods: impl Iterator<Item = &'a PodRecord>,
+    key: ServiceKey,
+    pods: impl Iterator<Item = &'a PodRecord> + Clone,
 ) -> BTreeSet<Backend> {
+    let family = key.family;
+    let at_node = key.address == Address::NONE;
     let backend = |address: IpAddr, port: u16| {
         let key = AddressKey::from(address);
         (key.family == family).then_some(Backend {
@@ -44,13 +47,16 @@ fn backends<'a>(
             .find(|(known, protocol, _)| known == name && *protocol == port.protocol)
             .map(|(_, _, number)| *number),
     };
+    let is_pod = |address: &IpAddr| pods.clone().any(|pod| pod.addresses().any(|its| its == *address));
     let selected = pods
+        .clone()
         .filter(|pod| service.selects(pod))
         .filter_map(|pod| Some((pod, target(Some(pod))?)))
         .flat_map(|(pod, number)| pod.addresses().filter_map(move |address| backend(address, number)));
     let given = service
         .backends
         .iter()
+        .filter(|address| !at_node || is_pod(address))
         .filter_map(|address| backend(*address, target(None)?));
     selected.chain(given).collect()
 }
@@ -90,7 +96,7 @@ pub fn frontends<'a>(
         .map(|(key, port)| {
             let frontend = Frontend {
                 affinity: service.affinity,
-                backends: backends(service, port, key.family, pods.clone()),
+                backends: backends(service, port, key, pods.clone()),
             };
             (key, frontend)
         })
@@ -102,6 +108,14 @@ pub fn frontends<'a>(
 pub struct Numbers(BTreeMap<Backend, u16>);
 
 impl Numbers {
+    /// Those that an entry has.
+    #[must_use]
+    pub fn of(service: &Service) -> Self {
+        let numbered = (0..).zip(&service.backend);
+        let known = numbered.filter(|(_, backend)| backend.port != 0);
+        Self(known.map(|(number, backend)| (*backend, number)).collect())
+    }
+
     /// Follows a change of the backends. Those that find no number are left out, and counted.
     pub fn follow(&mut self, backends: &BTreeSet<Backend>) -> usize {
         self.0.retain(|backend, _| backends.contains(backend));

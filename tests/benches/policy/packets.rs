@@ -46,7 +46,7 @@ impl Packets {
             shape: shape(&maps),
             record_action: false,
         };
-        let mut ebpf = load_programs(&maps, &constants, None)?;
+        let mut ebpf = load_programs(&maps, &constants, &[])?;
         let config = NodeConfig {
             vxlan_ifindex: ifindex,
             report: 0,

@@ -102,7 +102,7 @@ impl Bench {
             conntrack: 1024,
             ..Maps::default()
         };
-        let mut ebpf = load_programs(&maps, &constants, None).unwrap();
+        let mut ebpf = load_programs(&maps, &constants, &[]).unwrap();
         let events = RingBuf::try_from(ebpf.take_map(map::EVENTS).unwrap()).unwrap();
         let object = toolchain::target_dir().join("bpf/bpfel-unknown-none/release/packet_table");
         let mut entry = EbpfLoader::new().load_file(object).unwrap();
