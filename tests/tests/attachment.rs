@@ -245,3 +245,70 @@ fn what_the_stack_has_for_pods_is_put_right() {
     assert!(!over());
     assert!(wait_until(LONG, || repairs() == 3) && over(), "{}", node.log());
 }
+
+#[test]
+fn on_the_nodes_own_interface_others_may_come_first() {
+    kernel_test!();
+    for attach in ["tcx", "clsact"] {
+        let stage = Stage::new(attach);
+        let names = || -> Vec<String> {
+            if attach == "tcx" {
+                let query = || SchedClassifier::query_tcx("underlay", TcAttachType::Ingress).unwrap().1;
+                let programs = in_netns(stage.node().netns.name(), query).unwrap();
+                return programs
+                    .iter()
+                    .map(|one| one.name_as_str().unwrap().to_owned())
+                    .collect();
+            }
+            let arguments = ["filter", "show", "dev", "underlay", "ingress"];
+            let output = stage.node().netns.command("tc").args(arguments).output().unwrap();
+            let shown = String::from_utf8_lossy(&output.stdout).into_owned();
+            let known = ["from_netdev", "packet_table"]
+                .into_iter()
+                .filter(|name| shown.contains(name));
+            known.map(str::to_owned).collect()
+        };
+        assert!(names().is_empty());
+        let service = [
+            "service",
+            "add",
+            "--namespace",
+            "red",
+            "--name",
+            "web",
+            "--port",
+            "tcp/80@30080",
+            "--selector",
+            "app=web",
+        ];
+        stage.node().json(&service).unwrap();
+        assert_eq!(names(), ["from_netdev"]);
+        let mut other = foreign();
+        let options = if attach == "tcx" {
+            TcAttachOptions::TcxOrder(LinkOrder::first())
+        } else {
+            TcAttachOptions::Netlink(NlOptions {
+                priority: 1,
+                handle: TcHandle::new(0, 1),
+                classid: None,
+            })
+        };
+        in_netns(stage.node().netns.name(), || {
+            program(&mut other)
+                .attach_with_options("underlay", TcAttachType::Ingress, options)
+                .unwrap();
+        })
+        .unwrap();
+        std::thread::sleep(Duration::from_secs(3));
+        assert_eq!(stage.repairs(), 0);
+        let mut both = names();
+        both.sort();
+        assert_eq!(both, ["from_netdev", "packet_table"]);
+        // Ours goes with the last node port, and theirs stays.
+        let delete = ["service", "delete", "--namespace", "red", "--name", "web"];
+        stage.node().json(&delete).unwrap();
+        assert!(wait_until(LONG, || names() == ["packet_table"]), "{:?}", names());
+        stage.node().json(&service).unwrap();
+        assert!(names().contains(&"from_netdev".to_owned()));
+    }
+}
