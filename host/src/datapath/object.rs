@@ -67,7 +67,7 @@ pub fn load_programs(maps: &Maps, constants: &Constants, reuse: &[(&str, PathBuf
         .map_max_entries(map::AFFINITY[0], maps.affinity)
         .map_max_entries(map::AFFINITY[1], maps.affinity);
     for (name, pin) in reuse {
-        loader.map_pin_path(*name, pin.clone());
+        loader.map_pin_path(name, pin.clone());
     }
     let mut ebpf = loader
         .load(OBJECT)

@@ -27,7 +27,7 @@ fn backends<'a>(
     service: &ServiceRecord,
     port: &ServicePort,
     key: ServiceKey,
-    pods: impl Iterator<Item = &'a PodRecord> + Clone,
+    pods: &(impl Iterator<Item = &'a PodRecord> + Clone),
 ) -> BTreeSet<Backend> {
     let family = key.family;
     let at_node = key.address == Address::NONE;
@@ -96,7 +96,7 @@ pub fn frontends<'a>(
         .map(|(key, port)| {
             let frontend = Frontend {
                 affinity: service.affinity,
-                backends: backends(service, port, key, pods.clone()),
+                backends: backends(service, port, key, pods),
             };
             (key, frontend)
         })
