@@ -229,7 +229,7 @@ pub enum EndpointCommand {
 
 #[derive(Subcommand)]
 pub enum ServiceCommand {
-    /// Add a service on all nodes of the cluster, or change the one of that name.
+    /// Add a service on all nodes of the cluster, or replace the one of that name as a whole.
     ///
     /// Each connection to its address goes to one of its backends, as policy lets the client reach that backend: policy
     /// knows nothing of services. A change moves few connections of others to another backend, and none that is open.
@@ -250,14 +250,14 @@ pub enum ServiceCommand {
         /// A label of its backends: pods of its namespace that have all of these. May be given many times.
         #[arg(long = "selector", value_name = "KEY=VALUE", value_parser = parse_label)]
         selector: Vec<(String, String)>,
-        /// A backend besides; may be given many times.
+        /// A backend besides, which need be no pod; may be given many times. At node ports only pods are backends.
         #[arg(long = "backend", value_name = "IP")]
         backends: Vec<IpAddr>,
         /// A client keeps its backend for so many seconds after its last new connection.
         #[arg(long, value_name = "SECONDS", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=86400))]
         affinity: u32,
     },
-    /// Remove a service on all nodes. If it is not there, that is no error.
+    /// Remove a service on all nodes. Connections through it that are open are reset. If it is not there, that is no error.
     Delete {
         /// The service's namespace.
         #[arg(long, value_name = "NS")]

@@ -55,8 +55,11 @@ pub fn parse_named_port(text: &str) -> Result<(String, u8, u16), String> {
 }
 
 pub fn parse_service_port(text: &str) -> Result<ServicePort, String> {
-    let wrong =
-        || format!("{text:?} is no port of a service: write tcp/80, udp/53=5353, tcp/80=http or tcp/80=8080@30080");
+    let wrong = || {
+        format!(
+            "{text:?} is no port of a service, which are of tcp or udp: write tcp/80, udp/53=5353, tcp/80=http or tcp/80=8080@30080"
+        )
+    };
     let (rest, node_port) = match text.split_once('@') {
         Some((rest, number)) => (rest, Some(number.parse().map_err(|_| wrong())?)),
         None => (text, None),
