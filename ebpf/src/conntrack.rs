@@ -2,7 +2,7 @@
 
 use crate::{
     lookup::Party,
-    maps,
+    lru, maps,
     packet::{Ends, Flow, Service, TCP, TCP_FIN, TCP_RST},
 };
 use abi::{
@@ -116,24 +116,12 @@ pub fn find(place: &Place, now: u64) -> Option<Tracked> {
 /// Copies a live entry out of the map; false where there is none.
 #[inline(never)]
 fn copy_out(key: &ConntrackKey, now: u64) -> bool {
-    const WORDS: usize = size_of::<ConntrackEntry>() / 8;
     let (Some(pointer), Some(scratch)) = (maps::CONNTRACK.get_ptr(key), maps::scratch()) else {
         return false;
     };
-    let cookie = cookie(key);
-    // SAFETY: the kernel never unmaps an LRU element, it only gives it to another key: the reads are of valid memory.
-    // They are volatile because that may happen at any moment; the cookie, read before and after the copy, tells. An
-    // entry is whole words of integers, and is copied by them: at once it would go through the stack.
-    let (before, expires, after) = unsafe {
-        let before = core::ptr::read_volatile(&raw const (*pointer).cookie);
-        let (from, to) = (pointer.cast::<u64>(), (&raw mut (*scratch).found).cast::<u64>());
-        for word in 0..WORDS {
-            core::ptr::write_volatile(to.add(word), core::ptr::read_volatile(from.add(word)));
-        }
-        let after = core::ptr::read_volatile(&raw const (*pointer).cookie);
-        (before, (*scratch).found.expires, after)
-    };
-    before == cookie && after == cookie && expires > now
+    // SAFETY: as in `find`.
+    let found = unsafe { &mut (*scratch).found };
+    lru::copy_out(pointer, found, cookie(key), now)
 }
 
 impl Tracked {
@@ -157,9 +145,7 @@ impl Tracked {
     pub fn is_current(&self, flow: &Flow, peers: [Peer; 2]) -> bool {
         self.entry.generation == flow.generation && self.entry.peers[0] == peers[0] && self.entry.peers[1] == peers[1]
     }
-}
 
-impl Tracked {
     /// Whether the flow goes to a service's backend.
     #[inline(always)]
     pub fn is_translated(&self) -> bool {
@@ -225,7 +211,7 @@ pub fn touch(place: &Place, tracked: &Tracked, flow: &mut Flow, now: u64) {
         return;
     }
     if let Some(pointer) = maps::CONNTRACK.get_ptr_mut(place.key) {
-        // SAFETY: the element is valid memory (see `find`). Should it belong to another flow by now, that flow gets
+        // SAFETY: the element is valid memory (see `lru::copy_out`). Should it belong to another flow by now, that flow gets
         // a wrong time-out at worst: neither verdict nor peers are written here.
         unsafe {
             core::ptr::write_volatile(&raw mut (*pointer).expires, expires);
@@ -254,7 +240,7 @@ pub fn open(place: &mut Place, flow: &mut Flow, peers: [Peer; 2], account: u32, 
 /// Whether an account may have another entry.
 #[inline(always)]
 fn has_room(config: &NodeConfig, all: *const u64, own: Option<*mut Account>) -> bool {
-    // SAFETY: as in `find`; hostd may set either number meanwhile.
+    // SAFETY: as in `lru::copy_out`; hostd may set either number meanwhile.
     unsafe {
         core::ptr::read_volatile(all) < u64::from(config.conntrack_limit)
             || own.is_some_and(|own| {

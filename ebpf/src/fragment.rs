@@ -6,7 +6,7 @@
 //! remembered in.
 
 use crate::{
-    conntrack, maps,
+    conntrack, lru, maps,
     packet::{Flow, Fragment},
 };
 use abi::{
@@ -66,29 +66,21 @@ fn remember(flow: &Flow) -> Result<(), DropReason> {
 fn recall(flow: &mut Flow) -> Result<(), DropReason> {
     let scratch = maps::scratch().ok_or(DropReason::Internal)?;
     // SAFETY: as in `remember`.
-    let key = unsafe { &mut (*scratch).fragment_key };
+    let (key, first) = unsafe { (&mut (*scratch).fragment_key, &mut (*scratch).fragment) };
     let cookie = fill(key, flow);
-    let found = maps::FRAGMENTS.get_ptr(&*key).map(|pointer| {
-        // SAFETY: as in `conntrack::find`.
-        unsafe {
-            (
-                core::ptr::read_volatile(&raw const (*pointer).cookie),
-                core::ptr::read_volatile(pointer),
-                core::ptr::read_volatile(&raw const (*pointer).cookie),
-            )
-        }
-    });
-    match found {
-        Some((before, first, after)) if before == cookie && after == cookie && first.expires > conntrack::now() => {
-            if flow.fragment_offset < first.length {
-                return Err(DropReason::FragmentOverlap);
-            }
-            flow.protocol = first.protocol;
-            flow.ends.source_port = first.source_port;
-            flow.ends.destination_port = first.destination_port;
-            flow.answer = first.answer != 0;
-        }
-        _ => flow.fragment = Fragment::Ahead,
+    let is_known = maps::FRAGMENTS
+        .get_ptr(&*key)
+        .is_some_and(|pointer| lru::copy_out(pointer, first, cookie, conntrack::now()));
+    if !is_known {
+        flow.fragment = Fragment::Ahead;
+        return Ok(());
     }
+    if flow.fragment_offset < first.length {
+        return Err(DropReason::FragmentOverlap);
+    }
+    flow.protocol = first.protocol;
+    flow.ends.source_port = first.source_port;
+    flow.ends.destination_port = first.destination_port;
+    flow.answer = first.answer != 0;
     Ok(())
 }

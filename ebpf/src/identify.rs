@@ -114,8 +114,9 @@ fn is_about_sender(flow: &Flow) -> Result<(), DropReason> {
 #[inline(never)]
 pub fn receiver(ctx: &TcContext, flow: &mut Flow, receiver: &mut Receiver) -> Result<(), DropReason> {
     // A pod that reaches itself through a service sees the gateway in its own place.
-    flow.hairpin |= service::is_for_gateway(flow);
-    let address = if service::is_for_gateway(flow) {
+    let is_for_gateway = flow.ends.destination == service::gateway(flow);
+    flow.hairpin |= is_for_gateway;
+    let address = if is_for_gateway {
         flow.ends.source
     } else {
         flow.ends.destination
@@ -155,7 +156,7 @@ pub fn receiver(ctx: &TcContext, flow: &mut Flow, receiver: &mut Receiver) -> Re
         flow.to = receiver.party.identity;
         return Ok(());
     };
-    if service::is_frontend(&known) || (known.is_host() && service::is_node_port(flow)) {
+    if known.is_service() || (known.is_host() && service::is_node_port(flow)) {
         place.way = Way::Service;
         return Ok(());
     }
@@ -193,17 +194,12 @@ pub fn backend(ctx: &TcContext, flow: &mut Flow, place: &mut Receiver) -> Result
     Ok(())
 }
 
-/// Whether a packet goes to this node's own address.
+/// Whether a packet that came in natively goes to this node's own address, and does not say that it is another node's. Pods'
+/// answers to nodes take the tunnel, so that a node port could not serve those; they are the stack's.
 #[inline(never)]
-pub fn is_for_host(flow: &Flow) -> bool {
+pub fn is_asked_from_outside(flow: &Flow) -> bool {
     ipcache(&key(flow, flow.ends.destination), flow.parity()).is_some_and(|known| known.is_host())
-}
-
-/// Whether a packet that came in natively says that it is another node's. Pods' answers to nodes take the tunnel, so that a
-/// node port could not serve it; it is the stack's.
-#[inline(never)]
-pub fn is_from_node(flow: &Flow) -> bool {
-    is_node(&key(flow, flow.ends.source))
+        && !is_node(&key(flow, flow.ends.source))
 }
 
 /// Whom a packet from the tunnel is for: a pod of this node, or the node itself, which only pods write to this way; or a

@@ -5,7 +5,7 @@ use abi::{
     AddressKey, DropReason, Family, Identity,
     address::Address,
     conntrack::Peer,
-    ipcache::IPCACHE_HOST,
+    ipcache::{IPCACHE_HOST, IPCACHE_SERVICE},
     network::{NETWORK_KEY_BITS, UNROUTED},
     policy::NOT_ENFORCED,
 };
@@ -64,7 +64,7 @@ pub struct Known {
     pub tunnel: [u32; 4],
     pub tunnel_family: u8,
     pub identity: [Identity; 2],
-    /// [`IPCACHE_HOST`] or zero.
+    /// [`IPCACHE_HOST`], [`IPCACHE_SERVICE`] or zero.
     pub flags: u8,
 }
 
@@ -72,6 +72,12 @@ impl Known {
     #[inline(always)]
     pub fn is_host(&self) -> bool {
         self.flags & IPCACHE_HOST != 0
+    }
+
+    /// Nobody has it: it stands for a service's backends.
+    #[inline(always)]
+    pub fn is_service(&self) -> bool {
+        self.flags & IPCACHE_SERVICE != 0
     }
 }
 

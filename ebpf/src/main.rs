@@ -4,6 +4,7 @@
 // Every compiler that has this target takes features: it is one of nightly's, or told to do as if.
 #![feature(asm_experimental_arch)]
 
+mod affinity;
 mod arp;
 mod conntrack;
 mod enforce;
@@ -12,6 +13,7 @@ mod fragment;
 mod icmp;
 mod identify;
 mod lookup;
+mod lru;
 mod maps;
 mod neighbour;
 mod packet;
@@ -170,7 +172,7 @@ fn asks_at_node_port(ctx: &TcContext, flow: &mut Flow) -> bool {
     if frame.ethertype == parse::ETHERTYPE_ARP || parse::packet(ctx, &frame, flow).is_err() || flow.link != 0 {
         return false;
     }
-    if !identify::is_for_host(flow) || identify::is_from_node(flow) {
+    if !identify::is_asked_from_outside(flow) {
         return false;
     }
     // A later piece has its first one's ports, if that went to a node port.

@@ -4,19 +4,18 @@
 //! packets, and the flow's own between client and backend, which says what becomes of the answers.
 
 use crate::{
-    conntrack, lookup,
+    affinity, conntrack,
     lookup::Party,
     maps,
     packet::{Ends, Flow, Fragment, Service as Stage, TCP, UDP},
 };
 use abi::{
-    AffinityKey, DropReason, Family, Service, ServiceKey,
+    DropReason, Family, Service, ServiceKey,
     address::{Address, SHARED_SCOPE},
     conntrack::{FRONTEND, HAIRPIN, SECOND, TRANSLATED, Translation},
     node::{GATEWAY_V4, GATEWAY_V6},
-    service::{Backend, MAX_BACKENDS, SLOTS, SLOTS_PER_WORD},
+    service::{MAX_BACKENDS, SLOTS, SLOTS_PER_WORD},
 };
-use aya_ebpf::bindings::BPF_ANY;
 
 /// Ports that are tried for a client whose own is taken.
 const ATTEMPTS: u32 = 8;
@@ -91,15 +90,15 @@ pub fn choose(flow: &mut Flow, client: &Party) -> Result<(), DropReason> {
         return Err(DropReason::NoBackends);
     }
     let hash = conntrack::hash(&flow.seen.source, &flow.seen.destination, ports(flow));
-    let known = if service.affinity == 0 {
-        MAX_BACKENDS
+    let last = if service.affinity == 0 {
+        affinity::NONE
     } else {
-        affine(flow, service, now)
+        affinity::recall(flow, service, now)
     };
-    let number = if known < MAX_BACKENDS {
-        known
-    } else {
+    let number = if last == affinity::NONE {
         slot(service, (hash >> 32) as u32 ^ hash as u32)
+    } else {
+        last
     };
     let Some(backend) = service.backend.get((number & (MAX_BACKENDS - 1)) as usize) else {
         return Err(DropReason::Internal);
@@ -146,7 +145,7 @@ fn slot(service: &Service, hash: u32) -> u32 {
 
 /// Whether a frontend has this backend under this number still.
 #[inline(always)]
-fn has(service: &Service, number: u32, address: &Address, port: u16) -> bool {
+pub fn has(service: &Service, number: u32, address: &Address, port: u16) -> bool {
     let backend = service.backend.get((number & (MAX_BACKENDS - 1)) as usize);
     backend.is_some_and(|backend| backend.port == port && backend.address == *address)
 }
@@ -222,103 +221,15 @@ fn is_free(flow: &Flow, now: u64) -> bool {
     is_ours || known.is_closed()
 }
 
-/// The backend that the client had last, while that counts; [`MAX_BACKENDS`] where there is none.
-#[inline(never)]
-fn affine(flow: &Flow, service: &Service, now: u64) -> u32 {
-    let Some(key) = affinity_key(flow, service) else {
-        return MAX_BACKENDS;
-    };
-    let found = if flow.from_outside {
-        maps::AFFINITY_OUTSIDE.get_ptr(&*key)
-    } else {
-        maps::AFFINITY.get_ptr(&*key)
-    };
-    let Some(pointer) = found else { return MAX_BACKENDS };
-    // SAFETY: as in `conntrack::find`.
-    let (before, entry, after) = unsafe {
-        (
-            core::ptr::read_volatile(&raw const (*pointer).cookie),
-            core::ptr::read_volatile(pointer),
-            core::ptr::read_volatile(&raw const (*pointer).cookie),
-        )
-    };
-    let cookie = affinity_cookie(key);
-    let holds = before == cookie && after == cookie && entry.expires > now;
-    if holds && has(service, entry.number, &entry.backend.address, entry.backend.port) {
-        entry.number
-    } else {
-        MAX_BACKENDS
-    }
-}
-
-#[inline(always)]
-fn affinity_key(flow: &Flow, service: &Service) -> Option<&'static mut AffinityKey> {
-    let scratch = maps::scratch()?;
-    // SAFETY: as in `Flow::begin`; nothing else refers to this part.
-    let key = unsafe { &mut (*scratch).affinity_key };
-    key.frontend = service.key;
-    key.client = flow.seen.source;
-    Some(key)
-}
-
-#[inline(always)]
-fn affinity_cookie(key: &AffinityKey) -> u64 {
-    let rest =
-        u64::from(key.frontend.port) << 16 | u64::from(key.frontend.family) << 8 | u64::from(key.frontend.protocol);
-    conntrack::hash(&key.client, &key.frontend.address, rest)
-}
-
-/// Remembers the client's backend, once policy has let it get there.
-#[inline(never)]
-fn stick(flow: &Flow) {
-    let Some(scratch) = maps::scratch() else { return };
-    // SAFETY: as in `Flow::begin`; nothing else refers to these parts. The key is the frontend's still.
-    let (key, entry, frontend) = unsafe {
-        (
-            &mut (*scratch).affinity_key,
-            &mut (*scratch).affinity,
-            &(*scratch).service,
-        )
-    };
-    key.frontend = *frontend;
-    key.client = flow.seen.source;
-    entry.cookie = affinity_cookie(key);
-    entry.expires = conntrack::now() + u64::from(flow.affinity) * SECOND;
-    entry.backend = Backend {
-        address: flow.becomes.destination,
-        port: flow.becomes.destination_port,
-        zero: 0,
-    };
-    entry.number = flow.translation.backend;
-    // Where the map takes no entry the client's next connection is on its own.
-    let _ = if flow.from_outside {
-        maps::AFFINITY_OUTSIDE.insert(&*key, &*entry, u64::from(BPF_ANY))
-    } else {
-        maps::AFFINITY.insert(&*key, &*entry, u64::from(BPF_ANY))
-    };
-}
-
 /// Remembers which backend the connection has, for as long as its flow is tracked.
 #[inline(always)]
 pub fn keep(flow: &Flow, client: &Party, backend: &Party) {
     if flow.opened && flow.affinity != 0 {
-        stick(flow);
+        affinity::remember(flow);
     }
     let same_time = flow.expires.wrapping_sub(flow.frontend_expires) < SECOND;
     let same_backend = flow.backend_owner == backend.peer.owner;
     if flow.service == Stage::Asked && !flow.related && !(same_time && same_backend) {
         conntrack::keep_frontend(flow, client, backend);
     }
-}
-
-/// Whether a pod's packet answers one that it sent to itself through a service.
-#[inline(always)]
-pub fn is_for_gateway(flow: &Flow) -> bool {
-    flow.ends.destination == gateway(flow)
-}
-
-/// Whether an address may be a service's: nobody has it.
-#[inline(always)]
-pub fn is_frontend(known: &lookup::Known) -> bool {
-    known.flags & abi::ipcache::IPCACHE_SERVICE != 0
 }
