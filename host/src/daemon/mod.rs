@@ -8,6 +8,7 @@ mod directory;
 mod endpoints;
 mod evaluate;
 mod explain;
+mod join;
 mod load;
 mod names;
 mod node;

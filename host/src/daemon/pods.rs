@@ -86,7 +86,7 @@ impl Daemon {
         };
         self.name(&record);
         let second = record.second;
-        let namespace = record.namespace.clone();
+        let followed = record.clone();
         let before = self.pods.insert(address, Pod { record, epoch });
         if let Some(gone) = before.as_ref().and_then(|pod| pod.record.second)
             && second != Some(gone)
@@ -98,7 +98,7 @@ impl Daemon {
             self.close(&address);
             return Err(error);
         }
-        self.services_follow(&namespace);
+        self.services_follow(&followed);
         self.release()
     }
 
@@ -285,11 +285,14 @@ impl Daemon {
         let pod = self.pods.remove(address);
         // First what leads to it.
         if let Some(pod) = &pod {
-            self.services_follow(&pod.record.namespace);
+            self.services_follow(&pod.record);
         }
         self.forget_address(*address)?;
-        if let Some(second) = pod.and_then(|pod| pod.record.second) {
+        if let Some(second) = pod.as_ref().and_then(|pod| pod.record.second) {
             self.forget_address(second.into())?;
+        }
+        if pod.is_some_and(|pod| self.is_services(&pod.record)) {
+            self.place_services();
         }
         self.active.generation.remove(address);
         if let Some(aside) = &mut self.aside {

@@ -3,14 +3,15 @@
 use super::{Daemon, DaemonError};
 use crate::{
     api::{BackendView, ServicePortView, ServiceView},
+    datapath::DatapathError,
     endpoint, net,
     plan::{self, Frontend, protocol_name},
     store::{
         Expect,
-        records::{self, ServiceRecord, TargetPort},
+        records::{self, PodRecord, ServiceRecord, TargetPort},
     },
 };
-use abi::{AddressKey, ServiceKey};
+use abi::{AddressKey, ServiceKey, ipcache::IPCACHE_SERVICE};
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
@@ -212,7 +213,10 @@ impl Daemon {
     }
 
     fn frontends_of(&self, record: &ServiceRecord) -> BTreeMap<ServiceKey, Frontend> {
-        plan::frontends(record, &self.pods.values().map(|pod| &pod.record))
+        let pods = self.pods.values().map(|pod| &pod.record);
+        let selected: Vec<&PodRecord> = pods.filter(|pod| record.selects(pod)).collect();
+        let is_pod = |address: IpAddr| self.pods.find(&address.into()).is_some();
+        plan::frontends(record, &selected, &is_pod)
     }
 
     /// The cluster has a service no longer.
@@ -234,10 +238,12 @@ impl Daemon {
         Ok(true)
     }
 
-    /// Follows a change of a namespace's pods.
-    pub(super) fn services_follow(&mut self, namespace: &str) {
-        let affected =
-            |service: &&Service| service.record.namespace == namespace && !service.record.selector.is_empty();
+    /// Follows a change of a pod, or its end.
+    pub(super) fn services_follow(&mut self, pod: &PodRecord) {
+        let affected = |service: &&Service| {
+            let Service { record, .. } = service;
+            !record.backends.is_empty() || (record.namespace == pod.namespace && !record.selector.is_empty())
+        };
         let affected: Vec<ServiceRecord> = self
             .services
             .by_name
@@ -245,7 +251,7 @@ impl Daemon {
             .filter(affected)
             .map(|service| service.record.clone())
             .collect();
-        let mut changed = false;
+        let mut changed = self.is_services(pod);
         for record in affected {
             let frontends = self.frontends_of(&record);
             if let Some(service) = self.services.by_name.get_mut(&record.full_name())
@@ -260,8 +266,8 @@ impl Daemon {
         }
     }
 
-    /// The same of all namespaces.
-    pub(super) fn services_follow_all(&mut self) {
+    /// Fills the maps at a start, before packets meet them.
+    pub(super) fn services_from_start(&mut self) {
         let records: Vec<ServiceRecord> = self
             .services
             .by_name
@@ -271,7 +277,7 @@ impl Daemon {
         for record in records {
             self.note_service(record);
         }
-        self.place_services();
+        self.services.problems = self.fill_services();
     }
 
     /// Tries again what could not be done.
@@ -281,8 +287,25 @@ impl Daemon {
         }
     }
 
-    /// Makes the maps hold all services. Where two claim the same, the one whose name comes first has it on every node.
-    fn place_services(&mut self) {
+    /// Makes the maps hold all services, and their node ports be served.
+    pub(super) fn place_services(&mut self) {
+        let mut problems = self.fill_services();
+        problems.extend(self.attach_node_ports().err().map(|error| error.to_string()));
+        problems.sort();
+        problems.dedup();
+        for problem in problems
+            .iter()
+            .filter(|problem| !self.services.problems.contains(problem))
+        {
+            tracing::error!("{problem}");
+        }
+        self.services.problems = problems;
+    }
+
+    /// Makes the maps hold all services. Where two claim the same, the one whose name comes first has it on every node. A
+    /// frontend is there before its address leads to it, and the address leads nowhere before the frontend goes. The
+    /// answer is what could not be done.
+    fn fill_services(&mut self) -> Vec<String> {
         let mut problems = Vec::new();
         let mut desired: BTreeMap<ServiceKey, &Frontend> = BTreeMap::new();
         for (name, service) in &self.services.by_name {
@@ -298,27 +321,51 @@ impl Daemon {
                 }
             }
         }
-        let failed = block_in_place(|| self.datapath.place_services(&desired));
+        let its = |service: &Service| service.record.addresses.clone();
+        let addresses: BTreeSet<AddressKey> = self
+            .services
+            .by_name
+            .values()
+            .flat_map(its)
+            .map(AddressKey::from)
+            .collect();
+        let placed = self.datapath.placed();
+        let stale: Vec<AddressKey> = placed
+            .filter(|(address, desired)| desired.ipcache.flags & IPCACHE_SERVICE != 0 && !addresses.contains(address))
+            .map(|(address, _)| *address)
+            .collect();
+        let mut failed: Vec<DatapathError> = Vec::new();
+        for address in &stale {
+            failed.extend(self.datapath.remove(address).err());
+        }
+        failed.extend(block_in_place(|| self.datapath.place_frontends(&desired)));
+        for address in &addresses {
+            if self.has_somebody(address) {
+                problems.push(format!(
+                    "{} is a service's address, but a pod or a node has it",
+                    address.ip()
+                ));
+            } else {
+                failed.extend(self.datapath.place(*address, plan::service_address(address)).err());
+            }
+        }
         problems.extend(failed.into_iter().map(|error| error.to_string()));
-        // Before a start has come so far, an earlier hostd's program serves them.
-        if self.datapath.is_adopted()
-            && let Err(error) = self.attach_node_ports()
-        {
-            problems.push(error.to_string());
-        }
-        problems.sort();
-        problems.dedup();
-        for problem in problems
-            .iter()
-            .filter(|problem| !self.services.problems.contains(problem))
-        {
-            tracing::error!("{problem}");
-        }
-        self.services.problems = problems;
+        problems
+    }
+
+    /// Whether a pod has an address that is a service's: against all precautions, for nodes write to the store at once.
+    pub(super) fn is_services(&self, pod: &PodRecord) -> bool {
+        pod.addresses().any(|address| self.service_at(address).is_some())
+    }
+
+    /// Whether an address is a pod's or a node's.
+    fn has_somebody(&self, address: &AddressKey) -> bool {
+        let is_node = |node: &super::Node| AddressKey::from(node.record.underlay) == *address;
+        self.pods.find(address).is_some() || self.nodes.values().any(is_node)
     }
 
     /// Attaches the program for node ports while there are any, and takes it away when there are none.
-    pub(super) fn attach_node_ports(&mut self) -> Result<(), DaemonError> {
+    fn attach_node_ports(&mut self) -> Result<(), DaemonError> {
         let underlay = block_in_place(|| net::underlay(self.config.underlay))?;
         self.datapath.set_underlay(underlay.ifindex)?;
         self.underlay = underlay.name;

@@ -7,6 +7,7 @@ use super::{
     collect::Unused,
     coordinate::Coordinator,
     directory::Directory,
+    join,
     policy::Side,
     serve::{self, Front},
     watch::Watch,
@@ -21,8 +22,8 @@ use crate::{
     net::{self, Netns, VXLAN_DEVICE},
     plan::{self, Facts, Stance},
     store::{
-        self, Change, Collection, Expect, Key, Store, StoreError,
-        records::{self, CLUSTER, ClusterRecord, NamespaceRecord, NodeRecord, Phase, PodRecord, ServiceRecord},
+        self, Change, Collection, Expect, Key, Store,
+        records::{self, NamespaceRecord, NodeRecord, Phase, PodRecord},
     },
     wasm::Compiler,
 };
@@ -173,8 +174,8 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
     let layout = Layout {
         tenant_bits: config.vni.tenant_bits,
     };
-    agree(&*store, layout).await?;
-    check_against_others(&*store, &record).await?;
+    join::agree(&*store, layout).await?;
+    join::check_against_others(&*store, &record).await?;
     if let Some(path) = &config.invariants {
         let context = || format!("invariants {}", path.display());
         let text = fs::read_to_string(path).with_context(context)?;
@@ -233,7 +234,7 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
     daemon.take_stock(&mut changes).await?;
     daemon.place_host()?;
     daemon.enforce_from_start().await.context("the policy in force")?;
-    daemon.services_follow_all();
+    daemon.services_from_start();
     daemon.attach_all()?;
     daemon.route()?;
     daemon.announce().await?;
@@ -248,78 +249,6 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
         events,
         changes,
     })
-}
-
-/// The first node of a cluster fixes what all must agree on.
-async fn agree(store: &dyn Store, layout: Layout) -> anyhow::Result<()> {
-    let key = Key::new(Collection::Cluster, CLUSTER);
-    let found: ClusterRecord = match records::put(store, &key, &ClusterRecord { layout }, Expect::Absent).await {
-        Ok(_) => return Ok(()),
-        Err(StoreError::Conflict { found: Some(found), .. }) => records::decode(&key, &found.value)?,
-        Err(error) => return Err(error.into()),
-    };
-    anyhow::ensure!(
-        found.layout == layout,
-        "`vni.tenant_bits` is {} here but {} in this cluster: make them the same",
-        layout.tenant_bits,
-        found.layout.tenant_bits
-    );
-    Ok(())
-}
-
-async fn check_against_others(store: &dyn Store, record: &NodeRecord) -> anyhow::Result<()> {
-    for (key, value) in store.list(Collection::Services).await? {
-        let service: ServiceRecord = records::decode(&key, &value.value)?;
-        for ours in &record.pod_cidrs {
-            if let Some(address) = service.addresses.iter().find(|address| ours.contains(*address)) {
-                anyhow::bail!(
-                    "pod CIDR {ours} contains {address}, the address of service {}",
-                    service.full_name()
-                );
-            }
-        }
-    }
-    for (key, value) in store.list(Collection::Nodes).await? {
-        let other: NodeRecord = records::decode(&key, &value.value)?;
-        if other.name == record.name {
-            anyhow::ensure!(
-                other.underlay == record.underlay
-                    || store.get(&Key::new(Collection::Alive, &other.name)).await?.is_none(),
-                "another node named {} is alive at {}: names are unique",
-                other.name,
-                other.underlay
-            );
-            continue;
-        }
-        anyhow::ensure!(
-            other.underlay.is_ipv4() == record.underlay.is_ipv4(),
-            "node {} has the underlay address {}: all nodes of a cluster have theirs in one family",
-            other.name,
-            other.underlay
-        );
-        anyhow::ensure!(
-            other.underlay != record.underlay,
-            "node {} has the underlay address {} already",
-            other.name,
-            other.underlay
-        );
-        for ours in &record.pod_cidrs {
-            anyhow::ensure!(
-                !ours.contains(&other.underlay),
-                "pod CIDR {ours} contains the underlay address {} of node {}",
-                other.underlay,
-                other.name
-            );
-            for theirs in &other.pod_cidrs {
-                anyhow::ensure!(
-                    !ours.contains(&theirs.network()) && !theirs.contains(&ours.network()),
-                    "pod CIDR {ours} overlaps {theirs} of node {}",
-                    other.name
-                );
-            }
-        }
-    }
-    Ok(())
 }
 
 impl Daemon {
@@ -457,7 +386,7 @@ impl Daemon {
             let (underlay, mtu) = (self.config.underlay, self.pod_mtu);
             block_in_place(|| net::prepare_node(&local.endpoint.interface, &local.veth, &addresses, underlay, mtu))?;
         }
-        self.services_follow_all();
+        self.place_services();
         let mut known: Vec<&str> = names.iter().map(String::as_str).collect();
         known.push(VXLAN_DEVICE);
         known.push(&self.underlay);

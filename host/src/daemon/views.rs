@@ -9,7 +9,7 @@ use crate::{
     plan::protocol_name,
     survey::{Survey, is_end},
 };
-use abi::{AddressKey, Identity, event::Counter};
+use abi::{AddressKey, Identity, event::Counter, ipcache::IPCACHE_SERVICE};
 use std::collections::BTreeSet;
 use tokio::task::block_in_place;
 
@@ -167,7 +167,11 @@ impl Daemon {
                 IpcacheView {
                     address: address.ip(),
                     identity: now.0,
-                    identity_name: self.registry.name(now),
+                    identity_name: if entry.flags & IPCACHE_SERVICE == 0 {
+                        self.registry.name(now)
+                    } else {
+                        "-".to_owned()
+                    },
                     other_identity: (other != now).then_some(other.0),
                     tunnel_endpoint: (entry.tunnel_family != 0)
                         .then(|| abi::address::ip(entry.tunnel_family, entry.tunnel_endpoint)),

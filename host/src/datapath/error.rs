@@ -16,9 +16,6 @@ pub enum DatapathError {
     /// More than a map has room for; nothing was written.
     #[error(transparent)]
     TooMany(#[from] crate::plan::Full),
-    /// A service has the address of a pod, or of a node.
-    #[error("{0} is a service's address, but a pod or a node has it")]
-    Taken(std::net::IpAddr),
     /// A map operation failed.
     #[error("map {map}: {source}")]
     Map {

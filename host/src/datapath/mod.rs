@@ -52,7 +52,7 @@ use conntrack::Counted;
 use error::chain;
 use ipnet::IpNet;
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     net::IpAddr,
     path::{Path, PathBuf},
 };
@@ -96,7 +96,6 @@ pub struct Datapath {
     network_capacity: u32,
     services: HashOfMaps<MapData, ServiceKey, Array<MapData, Service>>,
     placed_services: BTreeMap<ServiceKey, PlacedService>,
-    service_addresses: BTreeSet<AddressKey>,
     /// Numbers of backends that an earlier hostd has given.
     earlier_numbers: BTreeMap<ServiceKey, Numbers>,
     service_capacity: u32,
@@ -104,8 +103,6 @@ pub struct Datapath {
     stamp: u32,
     node_config: NodeConfig,
     bpffs: PathBuf,
-    /// Its pins are those that count.
-    adopted: bool,
 }
 
 fn take(ebpf: &mut Ebpf, name: &str) -> Result<Map, DatapathError> {
@@ -207,7 +204,6 @@ impl Datapath {
             placed_networks: BTreeMap::new(),
             network_capacity: settings.maps.networks,
             placed_services: BTreeMap::new(),
-            service_addresses: BTreeSet::new(),
             earlier_numbers: BTreeMap::new(),
             service_capacity: settings.maps.services,
             stamp: 0,
@@ -225,7 +221,6 @@ impl Datapath {
                 node_ports: 0,
             },
             bpffs: settings.bpffs.clone(),
-            adopted: false,
         })
     }
 
@@ -234,16 +229,8 @@ impl Datapath {
     /// # Errors
     ///
     /// Where the pins can't be moved.
-    pub fn adopt_pins(&mut self) -> Result<(), DatapathError> {
-        object::swap_pins(&self.bpffs)?;
-        self.adopted = true;
-        Ok(())
-    }
-
-    /// Whether packets meet this object's programs.
-    #[must_use]
-    pub const fn is_adopted(&self) -> bool {
-        self.adopted
+    pub fn adopt_pins(&self) -> Result<(), DatapathError> {
+        object::swap_pins(&self.bpffs)
     }
 
     /// Shape of the policy matrix.
@@ -335,9 +322,6 @@ impl Datapath {
         let before = self.placed.get(&address);
         if before == Some(&desired) {
             return Ok(());
-        }
-        if self.service_addresses.remove(&address) {
-            tracing::error!("{} is a service's address; now a pod has it", address.ip());
         }
         self.stamp = self.stamp.wrapping_add(1);
         let stamp = self.stamp;

@@ -1,13 +1,10 @@
-//! The maps of services: frontends with their backends, and the addresses that are theirs.
+//! The map of services: frontends with their backends. Their addresses are in the ipcache like any other.
 
 use super::{Datapath, DatapathError, full, gone};
 use crate::plan::{Frontend, Full, Numbers};
-use abi::{
-    AddressKey, Hook, Identity, IpcacheEntry, Service, ServiceKey, address::Address, ipcache::IPCACHE_SERVICE, map,
-    service::MAX_BACKENDS,
-};
+use abi::{Hook, Service, ServiceKey, address::Address, map, service::MAX_BACKENDS};
 use aya::maps::{Array, MapData};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 /// What the maps hold of a frontend.
 #[derive(Debug, Default)]
@@ -19,44 +16,22 @@ pub struct Placed {
 }
 
 impl Datapath {
-    /// Makes the maps hold these frontends and no others. What is new is there before its address leads to it, and an
-    /// address that is none any more leads nowhere before its frontends go. The answer is what could not be done; the rest
-    /// is.
-    pub fn place_services(&mut self, desired: &BTreeMap<ServiceKey, &Frontend>) -> Vec<DatapathError> {
-        let mut problems = Vec::new();
-        let mut note = |result: Result<(), DatapathError>| problems.extend(result.err());
-        let address = |key: &ServiceKey| AddressKey {
-            scope: key.scope,
-            family: key.family,
-            zero: 0,
-            address: key.address,
-        };
-        let addresses: BTreeSet<AddressKey> = desired
-            .keys()
-            .map(address)
-            .filter(|key| key.address != Address::NONE)
-            .collect();
-        let stale: Vec<AddressKey> = self.service_addresses.difference(&addresses).copied().collect();
-        for stale in stale {
-            note(gone(self.ipcache.remove(&stale), map::IPCACHE));
-            self.service_addresses.remove(&stale);
-        }
+    /// Makes the map hold these frontends and no others; each change costs a grace period. The answer is what could not be
+    /// done; the rest is.
+    pub fn place_frontends(&mut self, desired: &BTreeMap<ServiceKey, &Frontend>) -> Vec<DatapathError> {
         let stale: Vec<ServiceKey> = self
             .placed_services
             .keys()
             .filter(|key| !desired.contains_key(key))
             .copied()
             .collect();
-        for key in stale {
-            note(gone(self.services.remove(&key), map::SERVICES));
+        let removed = stale.into_iter().map(|key| {
             self.placed_services.remove(&key);
-        }
+            gone(self.services.remove(&key), map::SERVICES)
+        });
+        let mut problems: Vec<DatapathError> = removed.filter_map(Result::err).collect();
         for (key, frontend) in desired {
-            note(self.place_frontend(*key, frontend));
-        }
-        let new: Vec<AddressKey> = addresses.difference(&self.service_addresses).copied().collect();
-        for new in new {
-            note(self.place_service_address(new));
+            problems.extend(self.place_frontend(*key, frontend).err());
         }
         problems
     }
@@ -92,32 +67,6 @@ impl Datapath {
             left_out,
         };
         self.placed_services.insert(key, placed);
-        Ok(())
-    }
-
-    /// Makes an address a service's, where nobody has it.
-    fn place_service_address(&mut self, address: AddressKey) -> Result<(), DatapathError> {
-        if self.placed.contains_key(&address) {
-            return Err(DatapathError::Taken(address.ip()));
-        }
-        self.stamp = self.stamp.wrapping_add(1);
-        let entry = IpcacheEntry {
-            first_stamp: self.stamp,
-            address: address.address,
-            identity: [Identity::NONE; 2],
-            column: [0; 2],
-            owner: 0,
-            epoch: 0,
-            tunnel_endpoint: Address::NONE,
-            tunnel_family: 0,
-            flags: IPCACHE_SERVICE,
-            zero: [0; 6],
-            last_stamp: self.stamp,
-        };
-        self.ipcache
-            .insert(address, entry, 0)
-            .map_err(|error| full(error, map::IPCACHE, "maps.addresses"))?;
-        self.service_addresses.insert(address);
         Ok(())
     }
 

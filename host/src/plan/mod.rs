@@ -21,4 +21,4 @@ pub use index::Full;
 pub use networks::{Membership, Network, Partition};
 pub use port_sets::PortSetWrite;
 pub use ports::{Action, CARRIED, Decision, Line, Ports, Rule, Ruling, protocol_name};
-pub use service::{Frontend, Numbers, frontends, keys as frontend_keys};
+pub use service::{Frontend, Numbers, frontends, keys as frontend_keys, service_address};

@@ -1,10 +1,12 @@
 //! Services: from records and pods to what each frontend's entry holds.
 
-use super::maglev;
+use super::{Desired, maglev};
 use crate::store::records::{PodRecord, ServicePort, ServiceRecord, TargetPort};
 use abi::{
-    AddressKey, Family, Service, ServiceKey,
+    AddressKey, Family, Identity, IpcacheEntry, Service, ServiceKey,
     address::{Address, SHARED_SCOPE},
+    ipcache::IPCACHE_SERVICE,
+    policy::UNPLACED,
     service::{Backend, MAX_BACKENDS, SLOTS_PER_WORD},
 };
 use std::{
@@ -23,11 +25,12 @@ pub struct Frontend {
 
 /// A service's backends at one of its ports, in one family. At a node port they are pods: only their answers to clients
 /// outside come by the node that was asked.
-fn backends<'a>(
+fn backends(
     service: &ServiceRecord,
     port: &ServicePort,
     key: ServiceKey,
-    pods: &(impl Iterator<Item = &'a PodRecord> + Clone),
+    selected: &[&PodRecord],
+    is_pod: &dyn Fn(IpAddr) -> bool,
 ) -> BTreeSet<Backend> {
     let family = key.family;
     let at_node = key.address == Address::NONE;
@@ -47,16 +50,14 @@ fn backends<'a>(
             .find(|(known, protocol, _)| known == name && *protocol == port.protocol)
             .map(|(_, _, number)| *number),
     };
-    let is_pod = |address: &IpAddr| pods.clone().any(|pod| pod.addresses().any(|its| its == *address));
-    let selected = pods
-        .clone()
-        .filter(|pod| service.selects(pod))
+    let selected = selected
+        .iter()
         .filter_map(|pod| Some((pod, target(Some(pod))?)))
         .flat_map(|(pod, number)| pod.addresses().filter_map(move |address| backend(address, number)));
     let given = service
         .backends
         .iter()
-        .filter(|address| !at_node || is_pod(address))
+        .filter(|address| !at_node || is_pod(**address))
         .filter_map(|address| backend(*address, target(None)?));
     selected.chain(given).collect()
 }
@@ -87,20 +88,42 @@ pub fn keys(service: &ServiceRecord) -> impl Iterator<Item = (ServiceKey, &Servi
     })
 }
 
-/// A service's frontends, with what stands behind them.
-pub fn frontends<'a>(
+/// A service's frontends, with what stands behind them: the pods that it selects, and the addresses that it names.
+pub fn frontends(
     service: &ServiceRecord,
-    pods: &(impl Iterator<Item = &'a PodRecord> + Clone),
+    selected: &[&PodRecord],
+    is_pod: &dyn Fn(IpAddr) -> bool,
 ) -> BTreeMap<ServiceKey, Frontend> {
     keys(service)
         .map(|(key, port)| {
             let frontend = Frontend {
                 affinity: service.affinity,
-                backends: backends(service, port, key, pods),
+                backends: backends(service, port, key, selected, is_pod),
             };
             (key, frontend)
         })
         .collect()
+}
+
+/// The ipcache's entry of a service's address, but for its stamps.
+#[must_use]
+pub fn service_address(address: &AddressKey) -> Desired {
+    Desired {
+        ipcache: IpcacheEntry {
+            first_stamp: 0,
+            address: address.address,
+            identity: [Identity::NONE; 2],
+            column: [UNPLACED; 2],
+            owner: 0,
+            epoch: 0,
+            tunnel_endpoint: Address::NONE,
+            tunnel_family: 0,
+            flags: IPCACHE_SERVICE,
+            zero: [0; 6],
+            last_stamp: 0,
+        },
+        endpoint: None,
+    }
 }
 
 /// Numbers of a frontend's backends: each keeps its own for as long as it is one.
@@ -213,7 +236,10 @@ mod tests {
                 ..pod("four", "web", ["10.1.0.4", "fd00::4"], 8080)
             },
         ];
-        let frontends = frontends(&service(), &pods.iter());
+        let service = service();
+        let selected: Vec<&PodRecord> = pods.iter().filter(|pod| service.selects(pod)).collect();
+        let is_pod = |address| pods.iter().any(|pod| pod.addresses().any(|its| its == address));
+        let frontends = frontends(&service, &selected, &is_pod);
         let of = |address: &str, protocol: u8, port: u16| -> Vec<(String, u16)> {
             let (key, frontend) = frontends
                 .iter()

@@ -1,0 +1,82 @@
+//! Joining the cluster: what all nodes must agree on, and what no two may have.
+
+use crate::{
+    identity::Layout,
+    store::{
+        Collection, Expect, Key, Store, StoreError,
+        records::{self, CLUSTER, ClusterRecord, NodeRecord, ServiceRecord},
+    },
+};
+
+/// The first node of a cluster fixes what all must agree on.
+pub async fn agree(store: &dyn Store, layout: Layout) -> anyhow::Result<()> {
+    let key = Key::new(Collection::Cluster, CLUSTER);
+    let found: ClusterRecord = match records::put(store, &key, &ClusterRecord { layout }, Expect::Absent).await {
+        Ok(_) => return Ok(()),
+        Err(StoreError::Conflict { found: Some(found), .. }) => records::decode(&key, &found.value)?,
+        Err(error) => return Err(error.into()),
+    };
+    anyhow::ensure!(
+        found.layout == layout,
+        "`vni.tenant_bits` is {} here but {} in this cluster: make them the same",
+        layout.tenant_bits,
+        found.layout.tenant_bits
+    );
+    Ok(())
+}
+
+/// No two nodes may have a name, an underlay address or pod addresses in common, nor a pod CIDR contain what is others'.
+pub async fn check_against_others(store: &dyn Store, record: &NodeRecord) -> anyhow::Result<()> {
+    for (key, value) in store.list(Collection::Services).await? {
+        let service: ServiceRecord = records::decode(&key, &value.value)?;
+        for ours in &record.pod_cidrs {
+            if let Some(address) = service.addresses.iter().find(|address| ours.contains(*address)) {
+                anyhow::bail!(
+                    "pod CIDR {ours} contains {address}, the address of service {}",
+                    service.full_name()
+                );
+            }
+        }
+    }
+    for (key, value) in store.list(Collection::Nodes).await? {
+        let other: NodeRecord = records::decode(&key, &value.value)?;
+        if other.name == record.name {
+            anyhow::ensure!(
+                other.underlay == record.underlay
+                    || store.get(&Key::new(Collection::Alive, &other.name)).await?.is_none(),
+                "another node named {} is alive at {}: names are unique",
+                other.name,
+                other.underlay
+            );
+            continue;
+        }
+        anyhow::ensure!(
+            other.underlay.is_ipv4() == record.underlay.is_ipv4(),
+            "node {} has the underlay address {}: all nodes of a cluster have theirs in one family",
+            other.name,
+            other.underlay
+        );
+        anyhow::ensure!(
+            other.underlay != record.underlay,
+            "node {} has the underlay address {} already",
+            other.name,
+            other.underlay
+        );
+        for ours in &record.pod_cidrs {
+            anyhow::ensure!(
+                !ours.contains(&other.underlay),
+                "pod CIDR {ours} contains the underlay address {} of node {}",
+                other.underlay,
+                other.name
+            );
+            for theirs in &other.pod_cidrs {
+                anyhow::ensure!(
+                    !ours.contains(&theirs.network()) && !theirs.contains(&ours.network()),
+                    "pod CIDR {ours} overlaps {theirs} of node {}",
+                    other.name
+                );
+            }
+        }
+    }
+    Ok(())
+}
