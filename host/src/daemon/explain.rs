@@ -31,8 +31,8 @@ fn wrong<T>(problem: String) -> Result<T, DaemonError> {
 impl Daemon {
     /// Answers who may reach whom, and why.
     pub(super) fn explain(&mut self, what: &Explain) -> Result<Explanation, DaemonError> {
-        let from = self.resolve(&what.from)?;
-        let to = self.resolve(&what.to)?;
+        let from = self.resolve(&what.from, None)?;
+        let to = self.resolve(&what.to, what.protocol.zip(what.port))?;
         let key = position(what)?;
         if !from.is_pod && !to.is_pod {
             return wrong(format!(
@@ -156,8 +156,9 @@ impl Daemon {
         Ok(Some((view, ruling)))
     }
 
-    /// Who is meant: a pod, an address, a number, a reserved name, or labels of a pod that need not exist.
-    fn resolve(&mut self, text: &str) -> Result<Asked, DaemonError> {
+    /// Who is meant: a pod, an address, a number, a reserved name, or labels of a pod that need not exist. At some ports a
+    /// node's address is a service's.
+    fn resolve(&mut self, text: &str, port: Option<(u8, u16)>) -> Result<Asked, DaemonError> {
         if let Some(labels) = text.strip_suffix('}') {
             return self.resolve_labels(text, labels);
         }
@@ -168,7 +169,7 @@ impl Daemon {
             (None, Err(_)) => None,
         };
         if let Some(address) = address {
-            return self.resolve_address(address);
+            return self.resolve_address(address, port);
         }
         let reserved = Identity::RESERVED.iter().find(|(_, name)| *name == text);
         let number = text.parse::<u32>().ok().map(Identity);
@@ -185,16 +186,16 @@ impl Daemon {
         }
     }
 
-    fn resolve_address(&self, address: IpAddr) -> Result<Asked, DaemonError> {
+    fn resolve_address(&self, address: IpAddr, port: Option<(u8, u16)>) -> Result<Asked, DaemonError> {
         let key = AddressKey::from(address);
         if let Some((first, pod)) = self.pods.find(&key) {
             let name = format!("{} ({address})", pod.record.full_name());
             return Ok(self.asked(name, self.active_identity(&first), Some(pod.record.node.clone())));
         }
-        if let Some((service, backends)) = self.service_at(address) {
+        if let Some((service, backends)) = self.service_at(address, port) {
             let backends: Vec<String> = backends.iter().map(ToString::to_string).collect();
             return wrong(format!(
-                "{address} is the address of service {service}, of which policy knows nothing: ask about its backends, at \
+                "{address} is where service {service} is asked, of which policy knows nothing: ask about its backends, at \
                  their ports ({})",
                 if backends.is_empty() {
                     "none now".to_owned()

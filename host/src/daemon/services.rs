@@ -11,7 +11,7 @@ use crate::{
         records::{self, PodRecord, ServiceRecord, TargetPort},
     },
 };
-use abi::{AddressKey, ServiceKey, ipcache::IPCACHE_SERVICE};
+use abi::{AddressKey, ServiceKey, address::Address, ipcache::IPCACHE_SERVICE};
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
@@ -150,7 +150,7 @@ impl Daemon {
         for (key, port) in plan::frontend_keys(record) {
             if let Some(other) = taken.get(&key) {
                 return Err(refuse(match port.node_port {
-                    Some(node_port) if key.port == node_port.to_be() && key.address == abi::address::Address::NONE => {
+                    Some(node_port) if key.port == node_port.to_be() && key.address == Address::NONE => {
                         format!("node port {node_port} is service {other}'s")
                     }
                     _ => format!(
@@ -355,7 +355,12 @@ impl Daemon {
 
     /// Whether a pod has an address that is a service's: against all precautions, for nodes write to the store at once.
     pub(super) fn is_services(&self, pod: &PodRecord) -> bool {
-        pod.addresses().any(|address| self.service_at(address).is_some())
+        pod.addresses().any(|address| {
+            self.services
+                .by_name
+                .values()
+                .any(|service| service.record.addresses.contains(&address))
+        })
     }
 
     /// Whether an address is a pod's or a node's.
@@ -372,19 +377,28 @@ impl Daemon {
         Ok(block_in_place(|| self.datapath.attach_node_ports(&self.underlay))?)
     }
 
-    /// The service that has an address, with its backends.
-    pub(super) fn service_at(&self, address: IpAddr) -> Option<(&str, Vec<IpAddr>)> {
-        let its = |service: &&Service| service.record.addresses.contains(&address);
-        let (name, service) = self.services.by_name.iter().find(|(_, service)| its(service))?;
-        let ends = service.frontends.iter().flat_map(|(key, frontend)| {
-            let family = key.family;
-            frontend
-                .backends
-                .iter()
-                .map(move |backend| abi::address::ip(family, backend.address))
-        });
-        let backends: BTreeSet<IpAddr> = ends.filter(|end| end.is_ipv4() == address.is_ipv4()).collect();
-        Some((name, backends.into_iter().collect()))
+    /// The service that answers at an address, with its backends; or the one whose node port a node's address has at the
+    /// port that is asked for.
+    pub(super) fn service_at(&self, address: IpAddr, port: Option<(u8, u16)>) -> Option<(&str, BTreeSet<IpAddr>)> {
+        let place = AddressKey::from(address);
+        let is_node = self.nodes.values().any(|node| node.record.underlay == address);
+        let answers = |key: &ServiceKey| {
+            let is_asked_for = port == Some((key.protocol, u16::from_be(key.port)));
+            let at_node = key.address == Address::NONE;
+            key.family == place.family
+                && if at_node {
+                    is_node && is_asked_for
+                } else {
+                    key.address == place.address
+                }
+        };
+        self.services.by_name.iter().find_map(|(name, service)| {
+            let mut asked = service.frontends.iter().filter(|(key, _)| answers(key)).peekable();
+            asked.peek()?;
+            let backends = asked.flat_map(|(_, frontend)| &frontend.backends);
+            let ends = backends.map(|backend| abi::address::ip(place.family, backend.address));
+            Some((name.as_str(), ends.collect()))
+        })
     }
 
     pub(super) fn service_list(&self) -> Vec<ServiceView> {
