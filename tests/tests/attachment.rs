@@ -269,19 +269,8 @@ fn on_the_nodes_own_interface_others_may_come_first() {
             known.map(str::to_owned).collect()
         };
         assert!(names().is_empty());
-        let service = [
-            "service",
-            "add",
-            "--namespace",
-            "red",
-            "--name",
-            "web",
-            "--port",
-            "tcp/80@30080",
-            "--selector",
-            "app=web",
-        ];
-        stage.node().json(&service).unwrap();
+        let service = "--port tcp/80@30080 --selector app=web";
+        stage.cluster.add_service("red/web", service).unwrap();
         assert_eq!(names(), ["from_netdev"]);
         let mut other = foreign();
         let options = if attach == "tcx" {
@@ -305,10 +294,9 @@ fn on_the_nodes_own_interface_others_may_come_first() {
         both.sort();
         assert_eq!(both, ["from_netdev", "packet_table"]);
         // Ours goes with the last node port, and theirs stays.
-        let delete = ["service", "delete", "--namespace", "red", "--name", "web"];
-        stage.node().json(&delete).unwrap();
+        stage.cluster.delete_service("red/web").unwrap();
         assert!(wait_until(LONG, || names() == ["packet_table"]), "{:?}", names());
-        stage.node().json(&service).unwrap();
+        stage.cluster.add_service("red/web", service).unwrap();
         assert!(names().contains(&"from_netdev".to_owned()));
     }
 }

@@ -90,24 +90,10 @@ impl Site {
 
     /// Makes the services stand for one of the servers.
     fn serve(&self, app: &str) {
-        let selector = format!("app={app}");
-        let mut service = vec![
-            "service",
-            "add",
-            "--namespace",
-            "red",
-            "--name",
-            "web",
-            "--selector",
-            &selector,
-        ];
-        for vip in VIPS {
-            service.extend(["--address", vip]);
-        }
-        for port in ["tcp/80=8080", "tcp/53", "udp/53", "tcp/5201", "udp/5201"] {
-            service.extend(["--port", port]);
-        }
-        self.cluster.nodes[0].json(&service).unwrap();
+        let [v4, v6] = VIPS;
+        let ports = ["tcp/80=8080", "tcp/53", "udp/53", "tcp/5201", "udp/5201"].map(|port| format!("--port {port} "));
+        let options = format!("--selector app={app} --address {v4} --address {v6} {}", ports.concat());
+        self.cluster.add_service("red/web", &options).unwrap();
     }
 
     fn client(&self) -> &Namespace {
@@ -359,29 +345,10 @@ fn a_hundred_thousand_short_connections_all_succeed() {
     let site = Site::new(&Options::default());
     let backends = ["here", "there"].map(|app| &site.cluster.pod(&format!("red/{app}")).netns);
     let _listeners = backends.map(|netns| answer_each(netns.name(), 8080));
-    let mut service = vec![
-        "service",
-        "add",
-        "--namespace",
-        "red",
-        "--name",
-        "all",
-        "--address",
-        "172.16.0.9",
-        "--port",
-        "tcp/80=8080",
-    ];
-    let own = site
-        .cluster
-        .pods
-        .iter()
-        .filter(|pod| pod.name != "red/client")
-        .map(|pod| pod.address.to_string());
-    let own: Vec<String> = own.collect();
-    for backend in &own {
-        service.extend(["--backend", backend]);
-    }
-    site.cluster.nodes[0].json(&service).unwrap();
+    let own = site.cluster.pods.iter().filter(|pod| pod.name != "red/client");
+    let own: Vec<String> = own.map(|pod| format!("--backend {}", pod.address)).collect();
+    let options = format!("--address 172.16.0.9 --port tcp/80=8080 {}", own.join(" "));
+    site.cluster.add_service("red/all", &options).unwrap();
     let vip = "172.16.0.9".parse().unwrap();
     // Ports in TIME-WAIT at the servers are the clients' to use again.
     let began = Instant::now();

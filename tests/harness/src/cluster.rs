@@ -298,6 +298,39 @@ impl Cluster {
         Ok(())
     }
 
+    /// Makes a service, with the options of `hostd service add` as one writes them; on return all nodes know it.
+    ///
+    /// # Errors
+    ///
+    /// Where hostd refuses, or a node never hears of it.
+    pub fn add_service(&self, name: &str, options: &str) -> anyhow::Result<Value> {
+        let options: Vec<&str> = options.split_whitespace().collect();
+        let answer = self.service("add", name, &options)?;
+        let expected = self.nodes[0].json(&["service", "list"])?;
+        let known = wait_until(START, || {
+            let knows = |node: &Node| node.json(&["service", "list"]).is_ok_and(|list| list == expected);
+            self.nodes.iter().all(knows)
+        });
+        anyhow::ensure!(known, "not all nodes know service {name}");
+        Ok(answer)
+    }
+
+    /// Ends a service; the answer says whether there was one.
+    ///
+    /// # Errors
+    ///
+    /// Where hostd refuses.
+    pub fn delete_service(&self, name: &str) -> anyhow::Result<bool> {
+        let answer = self.service("delete", name, &[])?;
+        answer["deleted"].as_bool().context("no answer")
+    }
+
+    fn service(&self, command: &str, name: &str, options: &[&str]) -> anyhow::Result<Value> {
+        let (namespace, name) = name.split_once('/').context("a service is NAMESPACE/NAME")?;
+        let arguments = ["service", command, "--namespace", namespace, "--name", name];
+        self.nodes[0].json(&[&arguments, options].concat())
+    }
+
     /// Loads a policy by its name among those built, on the first node.
     ///
     /// # Errors

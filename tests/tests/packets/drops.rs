@@ -3,7 +3,7 @@
 use super::{
     bench::{BLUE_PLACE, FULL, GREEN, RED, RED_PLACE},
     frame::{ACK, Frame, GATEWAY_B, NOBODY, NODE, OTHER_NODE, POD_A, POD_A_MAC, POD_B, POD_B_MAC, REMOTE, SYN},
-    run::{BadPacket, every_one_is_dropped_for_its_own_reason},
+    run::{Arrival, BadPacket, every_one_is_dropped_for_its_own_reason},
 };
 use abi::{Direction, DropReason, Identity, Path, policy::CELL_PORT_SET};
 use harness::kernel_test;
@@ -306,8 +306,7 @@ const TABLE: &[BadPacket] = &[
         },
     ),
     (DropReason::NoTunnelKey, "a packet without metadata", |b| {
-        let vxlan = b.vxlan;
-        b.run(abi::Hook::FromOverlay, &green(), vxlan, 0, None)
+        b.run(&Arrival::new(abi::Hook::FromOverlay, &green(), b.vxlan))
     }),
     (DropReason::UnknownNode, "an outer source that is no node", |b| {
         b.from_overlay(&green(), NOBODY, GREEN)

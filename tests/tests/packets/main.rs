@@ -7,6 +7,7 @@ mod frame;
 mod run;
 mod services;
 
+mod backends;
 mod differential;
 mod drops;
 mod flows;

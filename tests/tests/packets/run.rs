@@ -66,6 +66,30 @@ impl Outcome {
     }
 }
 
+/// A packet on its way into a program.
+#[derive(Clone, Debug)]
+pub struct Arrival {
+    pub hook: Hook,
+    pub frame: Frame,
+    pub ifindex: u32,
+    /// Interface that it came in by before; 0 where it began on this node.
+    pub came_in_by: u32,
+    /// Remote node and VNI, where it came from the tunnel.
+    pub outer: Option<([u8; 4], Identity)>,
+}
+
+impl Arrival {
+    pub fn new(hook: Hook, frame: &Frame, ifindex: u32) -> Self {
+        Self {
+            hook,
+            frame: frame.clone(),
+            ifindex,
+            came_in_by: 0,
+            outer: None,
+        }
+    }
+}
+
 #[expect(clippy::wrong_self_convention, reason = "methods are named after the hooks")]
 impl Bench {
     /// Packets counted, by reason and by path.
@@ -99,42 +123,39 @@ impl Bench {
     }
 
     pub fn from_pod_a(&mut self, frame: &Frame) -> Outcome {
-        let ifindex = self.pod_a;
-        self.run(Hook::FromPod, frame, ifindex, 0, None)
+        self.run(&Arrival::new(Hook::FromPod, frame, self.pod_a))
     }
 
     pub fn from_pod_b(&mut self, frame: &Frame) -> Outcome {
-        let ifindex = self.pod_b;
-        self.run(Hook::FromPod, frame, ifindex, 0, None)
+        self.run(&Arrival::new(Hook::FromPod, frame, self.pod_b))
     }
 
     pub fn from_overlay(&mut self, frame: &Frame, outer: [u8; 4], vni: Identity) -> Outcome {
-        let ifindex = self.vxlan;
-        self.run(Hook::FromOverlay, frame, ifindex, 0, Some((outer, vni)))
+        self.run(&Arrival {
+            outer: Some((outer, vni)),
+            ..Arrival::new(Hook::FromOverlay, frame, self.vxlan)
+        })
     }
 
     pub fn from_netdev(&mut self, frame: &Frame) -> Outcome {
-        let ifindex = self.underlay;
-        self.run(Hook::FromNetdev, frame, ifindex, ifindex, None)
+        self.run(&Arrival {
+            came_in_by: self.underlay,
+            ..Arrival::new(Hook::FromNetdev, frame, self.underlay)
+        })
     }
 
     pub fn to_pod(&mut self, frame: &Frame, came_in_by: u32) -> Outcome {
-        let ifindex = self.pod_a;
-        self.run(Hook::ToPod, frame, ifindex, came_in_by, None)
+        self.run(&Arrival {
+            came_in_by,
+            ..Arrival::new(Hook::ToPod, frame, self.pod_a)
+        })
     }
 
     /// Runs a program on a packet, and checks that exactly the counter of the outcome says so.
-    pub fn run(
-        &mut self,
-        hook: Hook,
-        frame: &Frame,
-        ifindex: u32,
-        came_in_by: u32,
-        outer: Option<([u8; 4], Identity)>,
-    ) -> Outcome {
+    pub fn run(&mut self, arrival: &Arrival) -> Outcome {
         let before = self.counted();
         let netns = self.netns.name().to_owned();
-        let outcome = in_netns(&netns, || self.run_here(hook, frame, ifindex, came_in_by, outer)).unwrap();
+        let outcome = in_netns(&netns, || self.run_here(arrival)).unwrap();
         let after = self.counted();
         let moved = |index: usize| -> Vec<usize> {
             let pairs = before[index].iter().zip(&after[index]).enumerate();
@@ -157,28 +178,22 @@ impl Bench {
     }
 
     /// The same in the bench's namespace, without a look at the counters.
-    pub fn run_here(
-        &mut self,
-        hook: Hook,
-        frame: &Frame,
-        ifindex: u32,
-        came_in_by: u32,
-        outer: Option<([u8; 4], Identity)>,
-    ) -> Outcome {
+    pub fn run_here(&mut self, arrival: &Arrival) -> Outcome {
+        let Arrival { hook, frame, .. } = arrival;
         let mut ctx = [0; SK_BUFF];
         let mut set = |offset: usize, value: u32| ctx[offset..offset + 4].copy_from_slice(&value.to_ne_bytes());
-        set(IFINDEX, ifindex);
-        set(INGRESS_IFINDEX, came_in_by);
-        if let Some((source, vni)) = outer {
+        set(IFINDEX, arrival.ifindex);
+        set(INGRESS_IFINDEX, arrival.came_in_by);
+        if let Some((source, vni)) = arrival.outer {
             set(CB, u32::from_be_bytes(source));
             set(CB + 4, vni.0);
         }
-        if self.target != Some(hook) {
+        if self.target != Some(*hook) {
             let target: &SchedClassifier = self.ebpf.program(hook.name()).unwrap().try_into().unwrap();
             let fd = target.fd().unwrap().try_clone().unwrap();
             let mut targets = ProgramArray::try_from(self.entry.map_mut("TARGET").unwrap()).unwrap();
             targets.set(0, &fd, 0).unwrap();
-            self.target = Some(hook);
+            self.target = Some(*hook);
         }
         self.last_event();
         let entry: &SchedClassifier = self.entry.program("packet_table").unwrap().try_into().unwrap();
@@ -197,7 +212,7 @@ impl Bench {
         let event = self.last_event();
         if let Some(event) = event.filter(|event| event.reason != ALLOWED) {
             let reason = DropReason::from_number(event.reason).unwrap();
-            assert_eq!((event.hook, event.length as usize), (hook as u8, frame.0.len()));
+            assert_eq!((event.hook, event.length as usize), (*hook as u8, frame.0.len()));
             if result.return_value == REDIRECT {
                 return Outcome::Told(reason, Frame(out));
             }
@@ -207,7 +222,7 @@ impl Bench {
         // What is sent says where to.
         let recorded = word(&ctx_out, CB);
         if recorded == 0 {
-            assert_eq!((hook, result.return_value, event), (Hook::FromNetdev, UNSPEC, None));
+            assert_eq!((*hook, result.return_value, event), (Hook::FromNetdev, UNSPEC, None));
             assert_eq!(out, frame.0, "what is nobody's business is not touched");
             return Outcome::Passed;
         }

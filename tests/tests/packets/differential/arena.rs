@@ -8,11 +8,11 @@ use super::{
             REMOTE6,
         },
         model::{Cell, Frontend, Model, Network, Pod, Remote, Verdict},
-        run::Outcome,
+        run::{Arrival, Outcome},
         services::frontend,
     },
     compare::{agree, comparable, difference, entry},
-    generator::{Arrival, Dice},
+    generator::Dice,
 };
 use abi::{
     Direction, Identity,
@@ -283,7 +283,7 @@ impl Arena {
             *came_in_by,
             outer.map(|(node, vni)| (ip4(node), vni)),
         );
-        let actual = self.bench.run_here(*hook, frame, *ifindex, *came_in_by, *outer);
+        let actual = self.bench.run_here(&arrival);
         let counter = match &expected {
             Verdict::Dropped(reason) | Verdict::Told(reason, _) => Some((0, *reason as usize)),
             Verdict::Sent { path, .. } => Some((1, *path as usize)),

@@ -5,6 +5,7 @@ use super::{
     super::frame::{
         Frame, NOBODY, NOBODY6, NODE, OTHER_NODE, POD_A, POD_A_MAC, POD_A6, POD_B, POD_B_MAC, POD_B6, REMOTE, REMOTE6,
     },
+    super::run::Arrival,
     arena::{Arena, OTHER_VIP, OWN, ROUTER, VIP, VIP6, ip4},
 };
 use abi::{
@@ -42,16 +43,6 @@ impl Dice {
     fn byte(&mut self) -> u8 {
         self.next().to_le_bytes()[0]
     }
-}
-
-/// A packet on its way into a program.
-#[derive(Clone, Debug)]
-pub struct Arrival {
-    pub hook: Hook,
-    pub frame: Frame,
-    pub ifindex: u32,
-    pub came_in_by: u32,
-    pub outer: Option<([u8; 4], Identity)>,
 }
 
 fn is_v6(frame: &Frame) -> bool {

@@ -5,17 +5,20 @@ mod flows;
 mod link;
 mod outside;
 mod packet;
+mod services;
 mod write;
 
-pub use flows::{Cell, Cells, Conntrack, Entry, Frontend, Key, Translation, key};
+pub use flows::{Cell, Cells, Conntrack, Entry, Key, Translation, key};
+pub use services::Frontend;
 
 use abi::{
     DropReason, Hook, Identity, Path,
     node::{GATEWAY_V4, GATEWAY_V6, TUNNEL_PORT},
     policy::{TCP, UDP},
 };
-use flows::{Affinity, Party, Travel};
+use flows::{Party, Travel};
 use packet::{Fragment, Packet, ethertype};
+use services::Affinity;
 use std::{
     collections::{BTreeMap, HashMap},
     net::IpAddr,
@@ -288,7 +291,7 @@ impl Model {
 
     fn keep(&mut self, travel: &Travel, client: &Party, backend: &Party) {
         let (conntrack, affinity) = (&mut self.conntrack, &mut self.affinity);
-        flows::keep(conntrack, affinity, self.generation, travel, client, backend);
+        services::keep(conntrack, affinity, self.generation, travel, client, backend);
     }
 
     fn choose(&mut self, travel: &mut Travel, client: &Party) -> Step<()> {
@@ -300,7 +303,7 @@ impl Model {
         let key = (at, travel.packet.v6, travel.packet.protocol, port);
         let frontend = self.services.get(&key).ok_or(DropReason::NoService)?;
         let gateway = gateway(travel.packet.v6);
-        flows::choose(&self.conntrack, &self.affinity, frontend, travel, client, gateway)
+        services::choose(&self.conntrack, &self.affinity, frontend, travel, client, gateway)
     }
 
     fn is_node_port(&self, travel: &mut Travel) -> bool {
@@ -404,7 +407,7 @@ impl Model {
             u32::from(u16::try_from(packet.identification).unwrap().to_be())
         };
         let rest = u64::from(identification) << 16 | family << 8 | u64::from(protocol);
-        let cookie = flows::hash(travel.source.0, travel.destination.0, rest);
+        let cookie = services::hash(travel.source.0, travel.destination.0, rest);
         let key = (travel.source.0, (cookie >> 32) % u64::from(abi::fragment::SLOTS));
         match packet.fragment {
             Fragment::None => {}
