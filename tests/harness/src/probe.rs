@@ -7,7 +7,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -130,6 +130,7 @@ pub fn udp_exchange_of(namespace: &str, to: IpAddr, port: u16, size: usize, wait
 /// Sends back what it gets, over TCP and UDP, until it is dropped.
 pub struct Listener {
     stop: Arc<AtomicBool>,
+    accepted: Arc<AtomicUsize>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -155,18 +156,31 @@ impl Listener {
         udp.set_read_timeout(Some(Duration::from_millis(100)))?;
         let stop = Arc::new(AtomicBool::new(false));
         let (for_tcp, for_udp) = (Arc::clone(&stop), Arc::clone(&stop));
+        let accepted = Arc::new(AtomicUsize::new(0));
+        let counter = Arc::clone(&accepted);
         let threads = vec![
-            thread::spawn(move || serve_tcp(&tcp, &for_tcp)),
+            thread::spawn(move || serve_tcp(&tcp, &for_tcp, &counter)),
             thread::spawn(move || serve_udp(&udp, &for_udp)),
         ];
-        Ok(Self { stop, threads })
+        Ok(Self {
+            stop,
+            accepted,
+            threads,
+        })
+    }
+
+    /// TCP connections that it has accepted so far.
+    #[must_use]
+    pub fn accepted(&self) -> usize {
+        self.accepted.load(Ordering::Relaxed)
     }
 }
 
-fn serve_tcp(listener: &TcpListener, stop: &Arc<AtomicBool>) {
+fn serve_tcp(listener: &TcpListener, stop: &Arc<AtomicBool>, accepted: &AtomicUsize) {
     while !stop.load(Ordering::Relaxed) {
         match listener.accept() {
             Ok((stream, _)) => {
+                accepted.fetch_add(1, Ordering::Relaxed);
                 let stop = Arc::clone(stop);
                 thread::spawn(move || echo(stream, &stop));
             }
@@ -246,7 +260,7 @@ pub fn tcp_retransmits(namespace: &str) -> anyhow::Result<u64> {
     Ok(count.parse()?)
 }
 
-/// UDP echoes from one pod to another, one after the other, until it is stopped: each datagram that does not come back
+/// UDP echoes from one pod to another, one after the other and behind other programs, until it is stopped: each datagram that does not come back
 /// is a lost packet, since nothing sends it again.
 pub struct Traffic {
     stop: Arc<AtomicBool>,
@@ -292,6 +306,8 @@ impl Traffic {
 }
 
 fn echo_until(stop: &AtomicBool, to: IpAddr, port: u16, wait: Duration) -> anyhow::Result<Counts> {
+    // Of this thread alone; as much as what `nice` starts.
+    rustix::process::setpriority_process(None, 10)?;
     let socket = UdpSocket::bind("0.0.0.0:0")?;
     socket.connect(SocketAddr::new(to, port))?;
     socket.set_read_timeout(Some(wait))?;

@@ -4,10 +4,11 @@ mod show;
 mod stage;
 
 use anyhow::{Context, bail, ensure};
-use harness::{Capture, Cluster, Duplex, Listener, Traffic, reachable};
-use stage::{ACROSS, FAR, NEAR, SENDER, STRANGER};
+use harness::{Capture, Cluster, Duplex, Listener, TcpOutcome, Traffic, reachable, tcp_exchange};
+use stage::{ACROSS, BACKENDS, FAR, NEAR, SENDER, STRANGER};
 use std::{
     collections::BTreeMap,
+    net::Ipv4Addr,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -21,6 +22,7 @@ const WAIT: Duration = Duration::from_millis(500);
 
 const PORT: u16 = 8080;
 const DUPLEX_PORT: u16 = 9000;
+const SERVICE: Ipv4Addr = Ipv4Addr::new(172, 16, 0, 1);
 
 /// Set by Ctrl-C.
 #[derive(Clone)]
@@ -66,11 +68,11 @@ fn play(interrupted: &Interrupted, keep: bool) -> anyhow::Result<()> {
     show::step("two nodes, two tenants and shared services");
     let cluster = stage::build(interrupted)?;
     show::pods(&cluster)?;
-    let _listeners = cluster
+    let listeners = cluster
         .pods
         .iter()
-        .map(|pod| Listener::new(pod.netns.name(), PORT))
-        .collect::<anyhow::Result<Vec<_>>>()?;
+        .map(|pod| Ok((pod.name.as_str(), Listener::new(pod.netns.name(), PORT)?)))
+        .collect::<anyhow::Result<BTreeMap<_, _>>>()?;
 
     show::step("no policy yet: who reaches whom, by TCP and UDP?");
     expect(&cluster, interrupted, |_, _| false)?;
@@ -97,6 +99,8 @@ fn play(interrupted: &Interrupted, keep: bool) -> anyhow::Result<()> {
             "8080",
         ],
     )?;
+
+    service(&cluster, &listeners, interrupted)?;
 
     show::step("throughput: iperf3, 3 s each, with a bare veth pair for comparison");
     throughput(&cluster, interrupted)?;
@@ -151,6 +155,44 @@ fn vnis(cluster: &Cluster, capture: Capture) -> anyhow::Result<()> {
         "{} VXLAN packets captured, each with its sender's identity as VNI",
         packets.len()
     );
+    Ok(())
+}
+
+/// Connections to a service go to all its backends, and policy judges them by those.
+fn service(cluster: &Cluster, listeners: &BTreeMap<&str, Listener>, interrupted: &Interrupted) -> anyhow::Result<()> {
+    let add = format!(
+        "service add --namespace red --name shop --address {SERVICE} --port tcp/80={PORT} --selector tier=back"
+    );
+    show::step(&format!("one address for two pods: hostd {add}"));
+    show::hostd(cluster, &add.split(' ').collect::<Vec<_>>())?;
+    let accepted = || BACKENDS.map(|name| listeners[name].accepted());
+    let mut shown = Vec::new();
+    for (client, attempts, allowed) in [(SENDER, 200, true), (STRANGER, 4, false)] {
+        let before = accepted();
+        let mut opened = 0;
+        for _ in 0..attempts {
+            interrupted.check()?;
+            let outcome = tcp_exchange(cluster.pod(client).netns.name(), SERVICE.into(), 80, WAIT)?;
+            opened += usize::from(outcome == TcpOutcome::Open);
+        }
+        let after = accepted();
+        let at: Vec<usize> = before
+            .iter()
+            .zip(&after)
+            .map(|(before, after)| after - before)
+            .collect();
+        let expected = if allowed { attempts } else { 0 };
+        ensure!(
+            opened == expected && at.iter().sum::<usize>() == expected,
+            "{opened} of {attempts} connections of {client} to the service opened, {at:?} at its backends"
+        );
+        ensure!(
+            !allowed || at.iter().all(|count| *count > 0),
+            "a backend gets no connection"
+        );
+        shown.push((client, attempts, at));
+    }
+    show::service(&BACKENDS, &shown);
     Ok(())
 }
 

@@ -70,6 +70,22 @@ pub fn vnis(seen: &BTreeMap<String, (u32, usize)>, identities: &BTreeMap<IpAddr,
     }
 }
 
+/// Connections to a service: by client, how many were tried, and how many each backend got.
+pub fn service(backends: &[&str], clients: &[(&str, usize, Vec<usize>)]) {
+    print!("\n{:16} {:>12}", "CLIENT", "CONNECTIONS");
+    for backend in backends {
+        print!("  {:>14}", format!("AT {backend}"));
+    }
+    println!("  {:>8}", "DENIED");
+    for (client, attempts, at) in clients {
+        print!("{client:16} {attempts:>12}");
+        for count in at {
+            print!("  {count:>14}");
+        }
+        println!("  {:>8}", attempts - at.iter().sum::<usize>());
+    }
+}
+
 /// What iperf3 has measured.
 pub fn throughput(results: &[(&str, &str, Throughput)]) {
     println!("{:16} {:14} {:>12} {:>12}", "PATH", "TO", "GBIT/S", "RETRANSMITS");
@@ -127,6 +143,7 @@ pub fn commands(cluster: &Cluster) -> anyhow::Result<()> {
         "status",
         "endpoint list",
         "policy show",
+        "service list",
         "monitor",
         "endpoint label --namespace blue --name frontend tenant=red",
     ] {

@@ -13,6 +13,8 @@ use std::{
 
 /// Who sends, in all that is measured.
 pub const SENDER: &str = "red/frontend";
+/// Pods of the sender's tenant that stand behind its service.
+pub const BACKENDS: [&str; 2] = [NEAR, FAR];
 /// A pod of the sender's tenant on its node.
 pub const NEAR: &str = "red/backend";
 /// A pod of the sender's tenant on the other node.
@@ -38,7 +40,8 @@ pub fn build(interrupted: &Interrupted) -> anyhow::Result<Cluster> {
     ] {
         interrupted.check()?;
         let app = name.split('/').nth(1).unwrap_or(name);
-        cluster.add_pod(node, name, &[("app", app)])?;
+        let tier = if app == "frontend" { "front" } else { "back" };
+        cluster.add_pod(node, name, &[("app", app), ("tier", tier)])?;
     }
     cluster.settle()?;
     Ok(cluster)
@@ -117,12 +120,12 @@ pub fn bare_pair(seconds: u32) -> anyhow::Result<Throughput> {
     iperf3(end(&one, "198.51.100.1")?, end(&other, "198.51.100.2")?, seconds)?.finish()
 }
 
-/// Starts iperf3 from one end to another.
+/// Starts iperf3 from one end to another. Other programs of this machine, the nodes' daemons among them, go before it.
 pub fn iperf3(from: End, to: End, seconds: u32) -> anyhow::Result<Iperf> {
     let server = to
         .netns
-        .command("iperf3")
-        .args(["--server", "--one-off"])
+        .command("nice")
+        .args(["iperf3", "--server", "--one-off"])
         .stdout(Stdio::null())
         .spawn()
         .context("iperf3")?;
@@ -133,8 +136,9 @@ pub fn iperf3(from: End, to: End, seconds: u32) -> anyhow::Result<Iperf> {
     ensure!(listening, "iperf3 does not listen in {}", to.netns.name());
     let client = from
         .netns
-        .command("iperf3")
+        .command("nice")
         .args([
+            "iperf3",
             "--json",
             "--time",
             &seconds.to_string(),
