@@ -2,9 +2,6 @@
 //! and counters, for every way that a packet can go and every reason for which it can be dropped.
 #![expect(clippy::unwrap_used, reason = "helpers of tests, which fail as a whole")]
 
-mod bench;
-mod frame;
-mod run;
 mod services;
 
 mod backends;
@@ -17,3 +14,5 @@ mod ipv6;
 mod model;
 mod node_ports;
 mod told;
+
+use wasmgate_tests::{bench, frame, run};

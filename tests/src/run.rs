@@ -1,6 +1,6 @@
 //! Running a program on a packet, and what came of it.
 
-use super::{bench::Bench, frame::Frame};
+use crate::{bench::Bench, frame::Frame};
 use abi::{
     DropReason, Event, Hook, Identity, Path,
     event::{ALLOWED, Counter},
@@ -90,7 +90,6 @@ impl Arrival {
     }
 }
 
-#[expect(clippy::wrong_self_convention, reason = "methods are named after the hooks")]
 impl Bench {
     /// Packets counted, by reason and by path.
     pub fn counted(&self) -> [Vec<u64>; 2] {

@@ -1,6 +1,6 @@
 //! A bench for the programs: loaded for real, their maps filled by hand, in a namespace of its own.
 
-use super::frame::{
+use crate::frame::{
     GATEWAY_A, GATEWAY_B, NODE, OTHER_NODE, POD_A, POD_A_MAC, POD_A6, POD_B, POD_B_MAC, POD_B6, REMOTE, REMOTE6,
 };
 use abi::{
@@ -63,12 +63,12 @@ fn clear<K: Pod + Eq + std::hash::Hash, V: Pod>(map: &mut Map) {
 
 /// The programs, and what they run in.
 pub struct Bench {
-    pub(super) ebpf: Ebpf,
-    pub(super) entry: Ebpf,
-    pub(super) events: RingBuf<MapData>,
+    pub(crate) ebpf: Ebpf,
+    pub(crate) entry: Ebpf,
+    pub(crate) events: RingBuf<MapData>,
     /// The program that the entry leads to.
-    pub(super) target: Option<Hook>,
-    pub(super) netns: Namespace,
+    pub(crate) target: Option<Hook>,
+    pub netns: Namespace,
     pub pod_a: u32,
     pub pod_b: u32,
     pub vxlan: u32,
