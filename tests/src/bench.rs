@@ -46,12 +46,31 @@ pub const FULL: u32 = 1000;
 /// MTU of the tunnel.
 pub const TUNNEL_MTU: u32 = 1450;
 
-const SHAPE: Shape = Shape {
-    rows: 4,
-    columns: 32,
-    port_sets: 4,
-    breakpoints: 64,
-};
+/// What a bench is made for: tables of packets, unless something else is said.
+pub struct Setup {
+    pub shape: Shape,
+    /// Entries of the map of flows, and how many of them are taken without a look at anybody's share.
+    pub conntrack: u32,
+    pub conntrack_limit: u32,
+    /// The programs leave behind what they have decided, and report it.
+    pub tells: bool,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self {
+            shape: Shape {
+                rows: 4,
+                columns: 32,
+                port_sets: 4,
+                breakpoints: 64,
+            },
+            conntrack: 1024,
+            conntrack_limit: FULL,
+            tells: true,
+        }
+    }
+}
 
 fn clear<K: Pod + Eq + std::hash::Hash, V: Pod>(map: &mut Map) {
     let mut map: HashMap<_, K, V> = HashMap::try_from(map).unwrap();
@@ -63,11 +82,11 @@ fn clear<K: Pod + Eq + std::hash::Hash, V: Pod>(map: &mut Map) {
 
 /// The programs, and what they run in.
 pub struct Bench {
-    pub(crate) ebpf: Ebpf,
+    pub ebpf: Ebpf,
     pub(crate) entry: Ebpf,
     pub(crate) events: RingBuf<MapData>,
     /// The program that the entry leads to.
-    pub(crate) target: Option<Hook>,
+    pub target: Option<Hook>,
     pub netns: Namespace,
     pub pod_a: u32,
     pub pod_b: u32,
@@ -77,11 +96,17 @@ pub struct Bench {
     /// Who has the addresses of the pods that are put.
     pub owner: u32,
     numbers: BTreeMap<ServiceKey, Numbers>,
+    setup: Setup,
 }
 
 impl Bench {
     /// Pods A (red) and B (blue) here, a green one on another node, and a policy that allows everything.
     pub fn new() -> Self {
+        Self::with(Setup::default())
+    }
+
+    /// The same for something else.
+    pub fn with(setup: Setup) -> Self {
         let netns = Namespace::new("bench").unwrap();
         netns
             .ip(&["link", "add", "va", "type", "veth", "peer", "name", "pa"])
@@ -95,11 +120,11 @@ impl Bench {
         };
         let (pod_a, pod_b, vxlan, underlay) = (index("va"), index("vb"), index("pa"), index("pb"));
         let constants = Constants {
-            shape: SHAPE,
-            record_action: true,
+            shape: setup.shape,
+            record_action: setup.tells,
         };
         let maps = Maps {
-            conntrack: 1024,
+            conntrack: setup.conntrack,
             ..Maps::default()
         };
         let mut ebpf = load_programs(&maps, &constants, &[]).unwrap();
@@ -121,6 +146,7 @@ impl Bench {
             generation: 2,
             owner: 1,
             numbers: BTreeMap::new(),
+            setup,
         };
         bench.furnish();
         bench
@@ -150,13 +176,17 @@ impl Bench {
     fn furnish(&mut self) {
         let config = NodeConfig {
             vxlan_ifindex: self.vxlan,
-            report: REPORT_DROPS | REPORT_FLOWS,
+            report: if self.setup.tells {
+                REPORT_DROPS | REPORT_FLOWS
+            } else {
+                0
+            },
             tunnel_port: TUNNEL_PORT,
             underlay_family: Family::V4 as u8,
             zero: 0,
             tunnel_mtu: TUNNEL_MTU,
             timeouts: abi::conntrack::Timeouts::default(),
-            conntrack_limit: FULL,
+            conntrack_limit: self.setup.conntrack_limit,
             conntrack_share: 4,
             underlay_ifindex: self.underlay,
             node_ports: 1,
@@ -182,8 +212,9 @@ impl Bench {
         for (address, length) in [([10, 0, 0, 0], 8), ([224, 0, 0, 0], 3)] {
             self.put_network(address, length, none, [Identity::WORLD.0; 2], UNROUTED);
         }
-        self.allow_everything(0);
-        self.allow_everything(1);
+        for parity in 0..2 {
+            self.allow_everything(parity);
+        }
     }
 
     fn array<V: Pod>(&mut self, name: &str) -> Array<&mut MapData, V> {
@@ -227,7 +258,18 @@ impl Bench {
     }
 
     pub fn put_remote(&mut self, address: impl Into<IpAddr>, identity: [Identity; 2], node: impl Into<IpAddr>) {
-        self.put_ipcache(address.into(), identity, GREEN_COLUMN, Some(node.into()), 0);
+        self.put_remote_at(address, identity, node, GREEN_COLUMN);
+    }
+
+    /// The same with a column of its own.
+    pub fn put_remote_at(
+        &mut self,
+        address: impl Into<IpAddr>,
+        identity: [Identity; 2],
+        node: impl Into<IpAddr>,
+        column: u32,
+    ) {
+        self.put_ipcache(address.into(), identity, column, Some(node.into()), 0);
     }
 
     fn put_ipcache(&mut self, address: IpAddr, identity: [Identity; 2], column: u32, node: Option<IpAddr>, flags: u8) {
@@ -250,18 +292,24 @@ impl Bench {
         self.hash(map::IPCACHE).insert(key, entry, 0).unwrap();
     }
 
+    /// Between pods of the first rows, which A and B are in, and everybody, in both directions.
     pub fn allow_everything(&mut self, parity: usize) {
         let all = u64::from(CELL_ALLOW) * 0x0001_0001_0001_0001;
+        let Shape { rows, columns, .. } = self.setup.shape;
         let mut cells = self.array::<u64>(map::POLICY[parity]);
-        for element in 0..cells.len() {
-            cells.set(element, all, 0).unwrap();
+        for direction in [Direction::Egress, Direction::Ingress] {
+            let first = cell_index(direction, 0, 0, rows, columns) / CELLS_PER_ELEMENT;
+            let last = cell_index(direction, rows.min(4) - 1, columns - 1, rows, columns) / CELLS_PER_ELEMENT;
+            for element in first..=last {
+                cells.set(element, all, 0).unwrap();
+            }
         }
     }
 
     /// Writes one cell of the generation in force.
     pub fn set_cell(&mut self, direction: Direction, row: u32, column: u32, cell: u16) {
         let parity = usize::try_from(self.generation & 1).unwrap();
-        let index = cell_index(direction, row, column, SHAPE.rows, SHAPE.columns);
+        let index = cell_index(direction, row, column, self.setup.shape.rows, self.setup.shape.columns);
         let mut cells = self.array::<u64>(map::POLICY[parity]);
         let shift = (index % CELLS_PER_ELEMENT) * 16;
         let element = cells.get(&(index / CELLS_PER_ELEMENT), 0).unwrap();

@@ -23,6 +23,7 @@ const SK_BUFF: usize = 192;
 const INGRESS_IFINDEX: usize = 36;
 const IFINDEX: usize = 40;
 const CB: usize = 48;
+const GSO_SIZE: usize = 176;
 
 fn word(bytes: &[u8], offset: usize) -> u32 {
     u32::from_ne_bytes(bytes[offset..offset + 4].try_into().unwrap())
@@ -76,6 +77,8 @@ pub struct Arrival {
     pub came_in_by: u32,
     /// Remote node and VNI, where it came from the tunnel.
     pub outer: Option<([u8; 4], Identity)>,
+    /// Bytes of data in each of the packets that it stands for; 0 for one that stands for itself.
+    pub segment: u32,
 }
 
 impl Arrival {
@@ -86,6 +89,7 @@ impl Arrival {
             ifindex,
             came_in_by: 0,
             outer: None,
+            segment: 0,
         }
     }
 }
@@ -183,6 +187,7 @@ impl Bench {
         let mut set = |offset: usize, value: u32| ctx[offset..offset + 4].copy_from_slice(&value.to_ne_bytes());
         set(IFINDEX, arrival.ifindex);
         set(INGRESS_IFINDEX, arrival.came_in_by);
+        set(GSO_SIZE, arrival.segment);
         if let Some((source, vni)) = arrival.outer {
             set(CB, u32::from_be_bytes(source));
             set(CB + 4, vni.0);

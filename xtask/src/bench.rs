@@ -6,6 +6,12 @@ use std::path::{Path, PathBuf};
 
 #[derive(Subcommand)]
 pub enum Bench {
+    /// What a packet costs, by path, in nanoseconds and in yardsticks. Needs root.
+    Path {
+        /// Write what was measured to this file, as JSON.
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+    },
     /// What a policy costs at 100, 1,000 and 10,000 identities: loads, changes, memory, and a packet. Needs root.
     Policy {
         /// Write what was measured to this file, as JSON.
@@ -23,6 +29,7 @@ pub enum Bench {
 pub fn run(bench: &Bench) -> anyhow::Result<()> {
     build::run()?;
     match bench {
+        Bench::Path { json } => run_one("path", json.as_deref()),
         Bench::Policy { json } => run_one("policy", json.as_deref()),
         Bench::Verifier { json } => run_one("verifier", json.as_deref()),
     }

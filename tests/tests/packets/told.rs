@@ -3,10 +3,10 @@
 use super::{
     bench::{Bench, TUNNEL_MTU},
     frame::{Frame, GATEWAY_A, POD_A, POD_A_MAC, POD_A6, POD_B, POD_B6, REMOTE, REMOTE6, SYN, checksum, checksum6},
-    run::Outcome,
+    run::{Arrival, Outcome},
 };
 use abi::{
-    DropReason, Path,
+    DropReason, Hook, Path,
     node::{GATEWAY_V4, GATEWAY_V6},
 };
 use harness::kernel_test;
@@ -83,6 +83,14 @@ fn that_its_packet_is_too_big_for_the_tunnel() {
     // Where it may be cut, the tunnel cuts it.
     let may_be_cut = long4.with(20, &[0, 0]);
     assert_eq!(bench.from_pod_a(&may_be_cut).path(), Path::Encap);
+    // What stands for many packets is as large as one of them with its headers.
+    let header = &Frame::tcp(POD_A, 1, REMOTE, 80, SYN).0[34..];
+    let many = Frame::ipv4(POD_A, REMOTE, 6, &[header, &[0; 2000]].concat());
+    let mut arrival = Arrival::new(Hook::FromPod, &many, bench.pod_a);
+    arrival.segment = TUNNEL_MTU - 40;
+    assert_eq!(bench.run(&arrival).path(), Path::Encap);
+    arrival.segment += 1;
+    assert_eq!(bench.run(&arrival).reason(), DropReason::TooBig);
     // On the same node nothing is in the way.
     let local = sized(&Frame::udp(POD_A, 1, POD_B, 53).with(20, &[0x40, 0]), 1900);
     assert_eq!(bench.from_pod_a(&local).path(), Path::Local);

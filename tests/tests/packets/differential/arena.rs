@@ -275,6 +275,7 @@ impl Arena {
             ifindex,
             came_in_by,
             outer,
+            ..
         } = &arrival;
         let expected = self.model.run(
             *hook,

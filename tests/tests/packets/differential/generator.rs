@@ -199,6 +199,7 @@ impl Arena {
                 self.bench.underlay
             },
             outer: (hook == Hook::FromOverlay && !dice.chance(2)).then_some((node, vni)),
+            segment: 0,
         }
     }
 
@@ -345,6 +346,7 @@ impl Arena {
             },
             came_in_by: 0,
             outer: Some((OTHER_NODE, GREEN)),
+            segment: 0,
         }
     }
 
