@@ -179,12 +179,12 @@ fn asks_at_node_port(ctx: &TcContext, flow: &mut Flow) -> bool {
     if flow.fragment == Fragment::Later && fragment::track(flow).is_err() {
         return false;
     }
+    flow.from_outside = true;
     service::is_node_port(flow)
 }
 
 #[inline(always)]
 fn outside_asks(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReason> {
-    flow.from_outside = true;
     let mut sender = Party::new();
     identify::client(flow, &mut sender)?;
     if flow.fragment == Fragment::First {

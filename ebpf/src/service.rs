@@ -70,8 +70,27 @@ pub fn is_node_port(flow: &mut Flow) -> bool {
         return false;
     }
     flow.at_node = true;
-    flow.at_node = frontend(flow).is_some();
+    flow.at_node = frontend(flow).is_some() && !is_anothers(flow);
     flow.at_node
+}
+
+/// Whether a packet to a node port is of a connection that has nothing to do with it: one that somebody has opened from that
+/// port, or that was open to a process of the node's before there was a service. Of clients outside the stack knows more
+/// connections than conntrack does: those of masquerade have any port.
+#[inline(always)]
+fn is_anothers(flow: &Flow) -> bool {
+    let goes_on = flow.related || (flow.protocol == TCP && !flow.is_syn());
+    // A router's error is about somebody else's packet.
+    let mut ends = flow.ends;
+    if flow.related {
+        ends.source = flow.about;
+    }
+    let known = conntrack::place(flow, &ends).and_then(|place| conntrack::find(&place, conntrack::now()));
+    match known {
+        Some(known) if known.entry.state & FRONTEND != 0 => false,
+        Some(known) => known.reply || goes_on,
+        None => flow.from_outside && goes_on,
+    }
 }
 
 /// Sends a packet to a frontend's backend: the one that its connection has, or else one that is chosen for it.
@@ -104,6 +123,7 @@ pub fn choose(flow: &mut Flow, client: &Party) -> Result<(), DropReason> {
         return Err(DropReason::Internal);
     };
     flow.affinity = service.affinity;
+    let config = maps::config().ok_or(DropReason::Internal)?;
     let mut candidate = hash;
     for attempt in 0..ATTEMPTS {
         // A client outside may ask at other nodes from the same port, which the backend could not tell apart.
@@ -112,7 +132,12 @@ pub fn choose(flow: &mut Flow, client: &Party) -> Result<(), DropReason> {
         } else {
             candidate = candidate.wrapping_mul(0x9e37_79b9_7f4a_7c15);
             let spread = u64::from((candidate >> 32) as u32) * u64::from(0x1_0000 - FIRST_PORT);
-            ((FIRST_PORT + (spread >> 32) as u32) as u16).to_be()
+            let port = (FIRST_PORT + (spread >> 32) as u32) as u16;
+            // No pod could answer there.
+            if port == config.tunnel_port {
+                continue;
+            }
+            port.to_be()
         };
         let known = Translation {
             address: backend.address,
@@ -176,6 +201,11 @@ fn goes_on(flow: &mut Flow, service: &Service, client: &Party, now: u64) -> Resu
     }
     flow.is_open = is_open;
     translate(flow, translation, known.entry.state & HAIRPIN != 0);
+    // While the flow was closed or forgotten another one may have taken its port.
+    if !is_open && !is_free(flow, now) {
+        flow.frontend_expires = 1;
+        return Ok(false);
+    }
     Ok(true)
 }
 

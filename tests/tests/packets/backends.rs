@@ -6,7 +6,7 @@ use super::{
     run::Outcome,
     services::{SYN_ACK, VIP, bench_with, frame_of, frontend, receiver, serve},
 };
-use abi::{DropReason, Path, policy::TCP};
+use abi::{DropReason, Path, conntrack::FRONTEND, policy::TCP};
 use harness::kernel_test;
 use std::{collections::BTreeSet, net::IpAddr};
 
@@ -180,18 +180,57 @@ fn who_talks_to_a_pod_directly_and_through_its_service_is_answered_as_it_asked()
     let mut bench = bench_with(&[POD_B.into()]);
     let through = Frame::udp(POD_A, 5353, VIP, 53).summed();
     let direct = Frame::udp(POD_A, 5353, POD_B, 5353).summed();
-    let answer = Frame::udp(POD_B, 5353, POD_A, 5353).summed();
-    let mut from = |asked: &Frame| {
-        assert_eq!(bench.from_pod_a(asked).path(), Path::Local);
-        let got = frame_of(bench.from_pod_b(&answer));
-        <[u8; 4]>::try_from(&got.0[26..30]).unwrap()
+    let answer_to = |sent: &Frame| {
+        let port = u16::from_be_bytes([sent.0[34], sent.0[35]]);
+        Frame::udp(POD_B, 5353, POD_A, port).summed()
     };
-    assert_eq!(from(&through), VIP);
-    assert_eq!(from(&direct), POD_B);
-    assert_eq!(from(&through), VIP);
+    let mut from = |asked: &Frame| {
+        let got = frame_of(bench.from_pod_a(asked));
+        let answered = frame_of(bench.from_pod_b(&answer_to(&got)));
+        (
+            <[u8; 4]>::try_from(&answered.0[26..30]).unwrap(),
+            answered.0[34..38].to_vec(),
+        )
+    };
+    let [seen_through, seen_direct] = [(VIP, 53_u16), (POD_B, 5353)]
+        .map(|(address, port)| (address, [port.to_be_bytes(), 5353_u16.to_be_bytes()].concat()));
+    // One after the other, and then in turn: each has its own port at the backend by then.
+    for (asked, seen) in [(&through, &seen_through), (&direct, &seen_direct)].repeat(3) {
+        assert_eq!(from(asked), *seen);
+    }
     // A connection can't be both.
     let mut bench = bench_with(&[POD_B.into()]);
     bench.from_pod_a(&Frame::tcp(POD_A, 4000, VIP, 80, SYN).summed());
     let other = bench.from_pod_a(&Frame::tcp(POD_A, 4000, POD_B, 8080, SYN).summed());
     assert_eq!(other.reason(), DropReason::ServicePorts);
+}
+
+#[test]
+fn a_connection_goes_on_from_another_port_where_its_own_was_taken_meanwhile() {
+    kernel_test!();
+    let mut bench = bench_with(&[POD_B.into()]);
+    bench.put_service(frontend(OTHER_VIP, TCP, 80), &[(POD_B.into(), 8080)], 0);
+    let port = |frame: &Frame| u16::from_be_bytes([frame.0[34], frame.0[35]]);
+    let ask = |bench: &mut Bench, vip| frame_of(bench.from_pod_a(&Frame::tcp(POD_A, 4000, vip, 80, SYN).summed()));
+    let first = ask(&mut bench, VIP);
+    // The flow is forgotten before what says of its frontend is.
+    let flows = bench.flows();
+    let (flow, _) = flows
+        .iter()
+        .find(|(_, entry)| entry.state & FRONTEND == 0)
+        .copied()
+        .unwrap();
+    bench.forget_flow(&flow);
+    let other = ask(&mut bench, OTHER_VIP);
+    assert_eq!(port(&other), port(&first));
+    let again = ask(&mut bench, VIP);
+    assert_ne!(port(&again), port(&other));
+    for (vip, seen) in [(VIP, &again), (OTHER_VIP, &other)] {
+        let answer = Frame::tcp(POD_B, 8080, POD_A, port(seen), SYN_ACK).summed();
+        let expected = Frame::tcp(vip, 80, POD_A, 4000, SYN_ACK).summed();
+        assert_eq!(
+            frame_of(bench.from_pod_b(&answer)),
+            expected.after_hop(POD_A_MAC, GATEWAY_A)
+        );
+    }
 }

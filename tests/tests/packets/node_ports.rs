@@ -6,11 +6,13 @@ use super::{
         ACK, Frame, GATEWAY_A, GATEWAY_B, NOBODY, NODE, OTHER_NODE, POD_A, POD_A_MAC, POD_B, POD_B_MAC, REMOTE, RST,
         SYN, checksum,
     },
+    model::hash,
     run::Outcome,
     services::{frame_of, frontend},
 };
 use abi::{
     Direction, DropReason, Identity, Path,
+    node::TUNNEL_PORT,
     policy::{TCP, UDP},
 };
 use harness::kernel_test;
@@ -336,4 +338,61 @@ fn answers_do_not_go_to_a_node_that_is_none_any_more() {
         .unwrap();
     let answer = Frame::tcp(POD_A, 8080, NOBODY, 5000, SYN_ACK).summed();
     assert_eq!(bench.from_pod_a(&answer).reason(), DropReason::UnknownNode);
+}
+
+#[test]
+fn connections_that_have_nothing_to_do_with_a_node_port_go_on() {
+    kernel_test!();
+    let mut bench = bench_with(&[POD_B]);
+    bench.allow_everything(0);
+    // Of a connection of the node's own, or of a pod's behind masquerade, from that very port.
+    for frame in [
+        Frame::tcp(NOBODY, 443, NODE, PORT, SYN_ACK),
+        Frame::tcp(NOBODY, 443, NODE, PORT, ACK),
+        Frame::tcp(NOBODY, 443, NODE, PORT, RST),
+        Frame::unreachable(NOBODY, &Frame::tcp(NODE, PORT, NOBODY, 443, SYN)),
+    ] {
+        assert_eq!(bench.from_netdev(&frame.summed()), Outcome::Passed);
+    }
+    // Of one that the node has opened to a pod from there: the pod's answers are the node's.
+    for (asked, answer) in [
+        (
+            Frame::tcp(NODE, PORT, POD_A, 22, SYN),
+            Frame::tcp(POD_A, 22, NODE, PORT, SYN_ACK),
+        ),
+        (Frame::udp(NODE, PORT, POD_A, 53), Frame::udp(POD_A, 53, NODE, PORT)),
+    ] {
+        assert_eq!(bench.to_pod(&asked.summed(), 0).path(), Path::FromHost);
+        assert_eq!(bench.from_pod_a(&answer.summed()).path(), Path::ToHost);
+    }
+    // Of one that was open to a process of the node's before there was a service: TCP goes on, a new one is the service's.
+    let mut bench = Bench::new();
+    let to_node = |flags| Frame::tcp(POD_A, 4000, NODE, PORT, flags).summed();
+    assert_eq!(bench.from_pod_a(&to_node(SYN)).path(), Path::ToHost);
+    serve(&mut bench, &[POD_B]);
+    assert_eq!(bench.from_pod_a(&to_node(ACK)).path(), Path::ToHost);
+    assert_eq!(bench.from_pod_a(&to_node(SYN)).path(), Path::Local);
+    assert_eq!(bench.from_pod_a(&to_node(ACK)).path(), Path::Local);
+}
+
+#[test]
+fn no_client_outside_gets_the_port_of_the_tunnel() {
+    kernel_test!();
+    let mut bench = bench_with(&[POD_B]);
+    // One whose first choice that would be: the hash says so.
+    let first_choice = |(client, port): ([u8; 4], u16)| {
+        let rest = u64::from(port.to_be()) << 32 | u64::from(PORT.to_be()) << 16 | u64::from(UDP);
+        let candidate = hash(client.into(), NODE.into(), rest).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        1024 + (((candidate >> 32) * (0x1_0000 - 1024)) >> 32)
+    };
+    let (client, port) = (1..=254)
+        .flat_map(|last| (1..=u16::MAX).map(move |port| ([203, 0, 113, last], port)))
+        .find(|client| first_choice(*client) == u64::from(TUNNEL_PORT))
+        .unwrap();
+    let sent = bench.from_netdev(&Frame::udp(client, port, NODE, PORT).summed());
+    assert_eq!(sent.path(), Path::NodePort);
+    let port = port_of(&sent);
+    assert_ne!(port, TUNNEL_PORT);
+    let answered = bench.from_pod_b(&Frame::udp(POD_B, 8080, client, port).summed());
+    assert_eq!(answered.path(), Path::NodePortReply);
 }

@@ -9,10 +9,11 @@ mod services;
 mod write;
 
 pub use flows::{Cell, Cells, Conntrack, Entry, Key, Translation, key};
-pub use services::Frontend;
+pub use services::{Frontend, hash};
 
 use abi::{
     DropReason, Hook, Identity, Path,
+    conntrack::FRONTEND,
     node::{GATEWAY_V4, GATEWAY_V6, TUNNEL_PORT},
     policy::{TCP, UDP},
 };
@@ -314,8 +315,25 @@ impl Model {
         let key = (None, packet.v6, packet.protocol, travel.destination.1);
         travel.at_node = matches!(packet.protocol, TCP | UDP)
             && packet.fragment != Fragment::Ahead
-            && self.services.contains_key(&key);
+            && self.services.contains_key(&key)
+            && !self.is_anothers(travel);
         travel.at_node
+    }
+
+    /// Whether a packet to a node port is of a connection that somebody has opened from there, or to the node itself.
+    fn is_anothers(&self, travel: &Travel) -> bool {
+        let packet = &travel.packet;
+        let goes_on = packet.related || (packet.protocol == TCP && !packet.is_syn());
+        let source = if packet.related {
+            (packet.about, travel.source.1)
+        } else {
+            travel.source
+        };
+        match self.conntrack.get(&key(packet.protocol, source, travel.destination)) {
+            Some(entry) if entry.state & FRONTEND != 0 => false,
+            Some(entry) => goes_on || entry.originator == travel.destination,
+            None => travel.from_outside && goes_on,
+        }
     }
 
     fn receiver(&self, travel: &mut Travel) -> Step<(Party, Place)> {
@@ -407,7 +425,7 @@ impl Model {
             u32::from(u16::try_from(packet.identification).unwrap().to_be())
         };
         let rest = u64::from(identification) << 16 | family << 8 | u64::from(protocol);
-        let cookie = services::hash(travel.source.0, travel.destination.0, rest);
+        let cookie = hash(travel.source.0, travel.destination.0, rest);
         let key = (travel.source.0, (cookie >> 32) % u64::from(abi::fragment::SLOTS));
         match packet.fragment {
             Fragment::None => {}

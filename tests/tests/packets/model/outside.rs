@@ -123,10 +123,10 @@ impl Model {
         if travel.packet.fragment == Fragment::Later {
             self.track(&mut travel).ok()?;
         }
+        travel.from_outside = true;
         if !self.is_node_port(&mut travel) {
             return None;
         }
-        travel.from_outside = true;
         let travel = kept.insert(travel);
         Some(self.outside_asks(frame, travel))
     }

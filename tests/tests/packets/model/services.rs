@@ -7,6 +7,7 @@ use super::{
 use abi::{
     DropReason,
     conntrack::{FRONTEND, HAIRPIN, TRANSLATED},
+    node::TUNNEL_PORT,
     policy::TCP,
     service::SLOTS,
 };
@@ -84,7 +85,9 @@ pub fn choose(
             if open || has(to.backend, to.to) {
                 travel.backend_owner = open.then_some(entry.peers[1].0);
                 translate(travel, to.to, to.client_port, to.backend, entry.state & HAIRPIN != 0);
-                return Ok(());
+                if open || is_free(conntrack, travel, seen) {
+                    return Ok(());
+                }
             }
         }
     }
@@ -120,20 +123,28 @@ pub fn choose(
             seen[0].1
         } else {
             candidate = candidate.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-            u16::try_from(1024 + (((candidate >> 32) * (0x1_0000 - 1024)) >> 32)).unwrap()
+            let port = u16::try_from(1024 + (((candidate >> 32) * (0x1_0000 - 1024)) >> 32)).unwrap();
+            if port == TUNNEL_PORT {
+                continue;
+            }
+            port
         };
         translate(travel, backend, port, number, backend.0 == seen[0].0);
-        let free = conntrack
-            .get(&key(packet.protocol, travel.source, travel.destination))
-            .is_none_or(|entry| {
-                let ours = entry.translation.map(|known| (known.to, known.client_port)) == Some((seen[1], seen[0].1));
-                (entry.state & TRANSLATED != 0 && ours) || is_closed(entry)
-            });
-        if free {
+        if is_free(conntrack, travel, seen) {
             return Ok(());
         }
     }
     Err(DropReason::ServicePorts)
+}
+
+/// Whether no other connection has these ends; `seen` is what the client has sent.
+fn is_free(conntrack: &Conntrack, travel: &Travel, seen: [End; 2]) -> bool {
+    conntrack
+        .get(&key(travel.packet.protocol, travel.source, travel.destination))
+        .is_none_or(|entry| {
+            let ours = entry.translation.map(|known| (known.to, known.client_port)) == Some((seen[1], seen[0].1));
+            (entry.state & TRANSLATED != 0 && ours) || is_closed(entry)
+        })
 }
 
 /// The frontend's entry, for as long as the flow's own lives.
