@@ -1,6 +1,8 @@
 //! The conntrack map under pressure, and its collection.
 #![expect(clippy::unwrap_used, reason = "helpers of tests, which fail as a whole")]
 
+use abi::{ConntrackEntry, ConntrackKey};
+use aya::maps::{HashMap, Map, MapData};
 use harness::{Cluster, Listener, Options, TcpOutcome, in_netns, kernel_test, tcp_exchange, tcp_open, wait_until};
 use std::{
     net::{IpAddr, UdpSocket},
@@ -72,4 +74,9 @@ fn flows_that_have_run_out_are_collected() {
     flood(bad.netns.name(), server.address, 600);
     assert!(tracked(&cluster) > 500);
     assert!(wait_until(LONG, || tracked(&cluster) < 10), "{}", tracked(&cluster));
+    // Not in the books alone.
+    let pin = cluster.nodes[0].bpffs().join("maps").join(abi::map::CONNTRACK);
+    let map = Map::LruHashMap(MapData::from_pin(pin).unwrap());
+    let map: HashMap<_, ConntrackKey, ConntrackEntry> = map.try_into().unwrap();
+    assert!(map.keys().count() < 10, "{}", map.keys().count());
 }

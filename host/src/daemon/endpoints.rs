@@ -111,11 +111,14 @@ impl Daemon {
         let veth = block_in_place(|| net::make_pod_link(&name, netns, &addresses, mtu))?;
         self.locals.insert(pod.clone(), Local { endpoint, veth });
         self.datapath.set_pods(self.locals.len())?;
+        self.services.withheld.insert(record.full_name());
         self.upsert_pod(record.clone()).await?;
         self.datapath.attach(Hook::FromPod, &name)?;
         self.datapath.attach(Hook::ToPod, &name)?;
         let underlay = self.config.underlay;
         block_in_place(|| net::prepare_node(&name, &veth, &addresses, underlay, mtu))?;
+        self.services.withheld.remove(&record.full_name());
+        self.services_follow(&record);
         self.publish(&record).await?;
         self.save()
     }
@@ -144,11 +147,15 @@ impl Daemon {
         let mut problems: Vec<DaemonError> = Vec::new();
         let mut note = |result: Result<(), DaemonError>| problems.extend(result.err());
         // A pod whose namespace was occupied has no link of ours.
-        if self.locals.contains_key(pod) {
+        if let Some(local) = self.locals.get(pod) {
+            let record = local.endpoint.pod.clone();
+            self.services.withheld.insert(pod.to_string());
+            self.services_follow(&record);
             note(block_in_place(|| net::delete_link(&interface)).map_err(DaemonError::from));
             note(self.datapath.detach(&interface).map_err(DaemonError::from));
             note(self.remove_pod(&AddressKey::from(address)));
             self.locals.remove(pod);
+            self.services.withheld.remove(&pod.to_string());
             note(self.datapath.set_pods(self.locals.len()).map_err(DaemonError::from));
         }
         note(self.delete_record(pod, address).await);

@@ -29,6 +29,12 @@ pub async fn agree(store: &dyn Store, layout: Layout) -> anyhow::Result<()> {
 pub async fn check_against_others(store: &dyn Store, record: &NodeRecord) -> anyhow::Result<()> {
     for (key, value) in store.list(Collection::Services).await? {
         let service: ServiceRecord = records::decode(&key, &value.value)?;
+        anyhow::ensure!(
+            !service.addresses.contains(&record.underlay),
+            "the underlay address {} is the address of service {}",
+            record.underlay,
+            service.full_name()
+        );
         for ours in &record.pod_cidrs {
             if let Some(address) = service.addresses.iter().find(|address| ours.contains(*address)) {
                 anyhow::bail!(

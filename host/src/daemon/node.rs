@@ -111,7 +111,7 @@ impl Daemon {
         {
             self.datapath.remove_node(before)?;
         }
-        let name = record.name.clone();
+        let (name, underlay) = (record.name.clone(), record.underlay);
         // Alive until its lease is seen to be missing: the watch reports leases after nodes.
         let stale_since = self.nodes.get(&name).and_then(|node| node.stale_since);
         self.nodes.insert(name.clone(), Node { record, stale_since });
@@ -121,6 +121,9 @@ impl Daemon {
         }
         // First closed to what is no pod's, then routed.
         self.place_networks()?;
+        if self.is_a_services(underlay) {
+            self.place_services();
+        }
         self.route_to_nodes()
     }
 
@@ -153,6 +156,9 @@ impl Daemon {
     fn node_gone(&mut self, name: &str) -> Result<(), DaemonError> {
         if let Some(node) = self.nodes.remove(name) {
             self.datapath.remove_node(node.record.underlay)?;
+            if self.is_a_services(node.record.underlay) {
+                self.place_services();
+            }
         }
         // Pods that the store still knows: they are nowhere now.
         for address in self.pods_of(name) {

@@ -12,6 +12,7 @@ use abi::{AddressKey, Identity};
 use ipnet::IpNet;
 use std::{
     collections::BTreeSet,
+    net::IpAddr,
     sync::{PoisonError, RwLockWriteGuard},
 };
 
@@ -85,18 +86,17 @@ impl Daemon {
             Some(pod) => pod.epoch + 1,
         };
         self.name(&record);
-        let second = record.second;
         let followed = record.clone();
         let before = self.pods.insert(address, Pod { record, epoch });
-        if let Some(gone) = before.as_ref().and_then(|pod| pod.record.second)
-            && second != Some(gone)
-        {
-            self.forget_address(gone.into())?;
-        }
-        if let Err(error) = self.place(&address) {
+        let left = before.as_ref().map(|pod| pod.record.clone());
+        if let Err(error) = self.replace(&address, left.as_ref().and_then(|left| left.second)) {
             self.undo(address, before);
             self.close(&address);
             return Err(error);
+        }
+        // Nobody may have said that the address was given up between one pod and the next.
+        if let Some(left) = left.filter(|left| left.namespace != followed.namespace) {
+            self.services_follow(&left);
         }
         self.services_follow(&followed);
         self.release()
@@ -222,6 +222,15 @@ impl Daemon {
         }
     }
 
+    /// The same for a pod that had another second address, perhaps.
+    fn replace(&mut self, first: &AddressKey, second: Option<IpAddr>) -> Result<(), DaemonError> {
+        let kept = self.pods.get(first).and_then(|pod| pod.record.second);
+        if let Some(gone) = second.filter(|gone| kept != Some(*gone)) {
+            self.forget_address(gone.into())?;
+        }
+        self.place(first)
+    }
+
     /// Makes the maps say of a pod's addresses what both sides make of it.
     pub(super) fn place(&mut self, first: &AddressKey) -> Result<(), DaemonError> {
         let Some(pod) = self.pods.get(first) else {
@@ -291,7 +300,7 @@ impl Daemon {
         if let Some(second) = pod.as_ref().and_then(|pod| pod.record.second) {
             self.forget_address(second.into())?;
         }
-        if pod.is_some_and(|pod| self.is_services(&pod.record)) {
+        if pod.is_some_and(|pod| pod.record.addresses().any(|address| self.is_a_services(address))) {
             self.place_services();
         }
         self.active.generation.remove(address);

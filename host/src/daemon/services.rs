@@ -22,8 +22,12 @@ use tokio::task::block_in_place;
 #[derive(Default)]
 pub struct Services {
     by_name: BTreeMap<String, Service>,
+    /// Pods of this node that are no backends for now: they are being connected, or disconnected.
+    pub withheld: BTreeSet<String>,
     /// What of them this node could not take in: it is tried again, and keeps nothing else from being done.
     pub problems: Vec<String>,
+    /// What was said to be dangerous.
+    hazard: Option<String>,
 }
 
 /// A service with what stands behind each of its frontends now.
@@ -214,7 +218,10 @@ impl Daemon {
 
     fn frontends_of(&self, record: &ServiceRecord) -> BTreeMap<ServiceKey, Frontend> {
         let pods = self.pods.values().map(|pod| &pod.record);
-        let selected: Vec<&PodRecord> = pods.filter(|pod| record.selects(pod)).collect();
+        let withheld = &self.services.withheld;
+        let selected: Vec<&PodRecord> = pods
+            .filter(|pod| record.selects(pod) && !withheld.contains(&pod.full_name()))
+            .collect();
         let is_pod = |address: IpAddr| self.pods.find(&address.into()).is_some();
         plan::frontends(record, &selected, &is_pod)
     }
@@ -251,7 +258,7 @@ impl Daemon {
             .filter(affected)
             .map(|service| service.record.clone())
             .collect();
-        let mut changed = self.is_services(pod);
+        let mut changed = pod.addresses().any(|address| self.is_a_services(address));
         for record in affected {
             let frontends = self.frontends_of(&record);
             if let Some(service) = self.services.by_name.get_mut(&record.full_name())
@@ -277,7 +284,9 @@ impl Daemon {
         for record in records {
             self.note_service(record);
         }
-        self.services.problems = self.fill_services();
+        let mut problems = self.fill_services();
+        problems.extend(self.datapath.announce_node_ports().err().map(|error| error.to_string()));
+        self.note_problems(problems);
     }
 
     /// Tries again what could not be done.
@@ -291,6 +300,38 @@ impl Daemon {
     pub(super) fn place_services(&mut self) {
         let mut problems = self.fill_services();
         problems.extend(self.attach_node_ports().err().map(|error| error.to_string()));
+        self.note_problems(problems);
+        let hazard = self.hazard();
+        if hazard != self.services.hazard
+            && let Some(hazard) = &hazard
+        {
+            tracing::warn!("{hazard}");
+        }
+        self.services.hazard = hazard;
+    }
+
+    /// What this node could not take in of the services, and what may go wrong with them.
+    pub(super) fn service_problems(&self) -> Vec<String> {
+        self.services.problems.iter().cloned().chain(self.hazard()).collect()
+    }
+
+    /// Whether the node's own connections may begin where clients ask for services.
+    fn hazard(&self) -> Option<String> {
+        let [first, last] = self.config.node_port_range;
+        let given = self
+            .datapath
+            .has_node_ports()
+            .then(|| net::given_to_connections([first, last]))?;
+        (given > 0).then(|| {
+            format!(
+                "the kernel may open connections of this node's own from {given} of the node ports: add {first}-{last} to the \
+                 sysctl net.ipv4.ip_local_reserved_ports"
+            )
+        })
+    }
+
+    /// Says of each problem once that it is there.
+    fn note_problems(&mut self, mut problems: Vec<String>) {
         problems.sort();
         problems.dedup();
         for problem in problems
@@ -331,8 +372,9 @@ impl Daemon {
             .collect();
         let placed = self.datapath.placed();
         let stale: Vec<AddressKey> = placed
-            .filter(|(address, desired)| desired.ipcache.flags & IPCACHE_SERVICE != 0 && !addresses.contains(address))
+            .filter(|(_, desired)| desired.ipcache.flags & IPCACHE_SERVICE != 0)
             .map(|(address, _)| *address)
+            .filter(|address| !addresses.contains(address) || self.has_somebody(address))
             .collect();
         let mut failed: Vec<DatapathError> = Vec::new();
         for address in &stale {
@@ -353,14 +395,11 @@ impl Daemon {
         problems
     }
 
-    /// Whether a pod has an address that is a service's: against all precautions, for nodes write to the store at once.
-    pub(super) fn is_services(&self, pod: &PodRecord) -> bool {
-        pod.addresses().any(|address| {
-            self.services
-                .by_name
-                .values()
-                .any(|service| service.record.addresses.contains(&address))
-        })
+    /// Whether an address is a service's: a pod or a node may have it against all precautions, for nodes write to the store
+    /// at once.
+    pub(super) fn is_a_services(&self, address: IpAddr) -> bool {
+        let mut services = self.services.by_name.values();
+        services.any(|service| service.record.addresses.contains(&address))
     }
 
     /// Whether an address is a pod's or a node's.

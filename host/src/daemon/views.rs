@@ -58,7 +58,7 @@ impl Daemon {
                 .map(|(module, error)| format!("{module}: {error}"))
                 .collect(),
             out_of_step: self.out_of_step.clone(),
-            service_problems: self.services.problems.clone(),
+            service_problems: self.service_problems(),
             endpoints: self.locals.len(),
             maps: vec![
                 usage("maps.endpoints", self.locals.len(), maps.endpoints),

@@ -85,7 +85,7 @@ impl Daemon {
         let config = &self.config;
         let masqueraded = if config.masquerade { &config.pod_cidrs[..] } else { &[] };
         self.watch.table = block_in_place(|| {
-            net::set_table(masqueraded, &config.masquerade_except)?;
+            net::set_table(masqueraded, &config.masquerade_except, config.node_port_range)?;
             net::table()
         })?;
         Ok(())

@@ -335,11 +335,17 @@ impl Datapath {
         {
             self.open_account(endpoint.owner)?;
         }
-        let before = self.placed.get(&address);
-        let had_endpoint = before.is_some_and(|before| before.endpoint.is_some());
+        let before = self.placed.get(&address).and_then(|before| before.endpoint);
+        let is_new = !self.placed.contains_key(&address);
         self.ipcache
             .insert(address, ipcache, 0)
             .map_err(|error| full(error, map::IPCACHE, "maps.addresses"))?;
+        // What the maps hold by now, should the rest fail.
+        let half = Desired {
+            ipcache: desired.ipcache,
+            endpoint: before,
+        };
+        self.placed.insert(address, half);
         match desired.endpoint {
             Some(endpoint) => {
                 let endpoint = Endpoint {
@@ -349,13 +355,13 @@ impl Datapath {
                 };
                 let inserted = self.endpoints.insert(address, endpoint, 0);
                 if let Err(error) = inserted {
-                    if before.is_none() {
-                        gone(self.ipcache.remove(&address), map::IPCACHE)?;
+                    if is_new {
+                        self.remove(&address)?;
                     }
                     return Err(full(error, map::ENDPOINTS, "maps.endpoints"));
                 }
             }
-            None if had_endpoint => gone(self.endpoints.remove(&address), map::ENDPOINTS)?,
+            None if before.is_some() => gone(self.endpoints.remove(&address), map::ENDPOINTS)?,
             None => {}
         }
         self.placed.insert(address, desired);
@@ -368,11 +374,12 @@ impl Datapath {
     ///
     /// Where a map can't be written.
     pub fn remove(&mut self, address: &AddressKey) -> Result<(), DatapathError> {
-        if let Some(before) = self.placed.remove(address) {
+        if let Some(before) = self.placed.get(address) {
             if before.endpoint.is_some() {
                 gone(self.endpoints.remove(address), map::ENDPOINTS)?;
             }
             gone(self.ipcache.remove(address), map::IPCACHE)?;
+            self.placed.remove(address);
         }
         Ok(())
     }

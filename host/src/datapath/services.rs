@@ -26,8 +26,9 @@ impl Datapath {
             .copied()
             .collect();
         let removed = stale.into_iter().map(|key| {
+            gone(self.services.remove(&key), map::SERVICES)?;
             self.placed_services.remove(&key);
-            gone(self.services.remove(&key), map::SERVICES)
+            Ok(())
         });
         let mut problems: Vec<DatapathError> = removed.filter_map(Result::err).collect();
         for (key, frontend) in desired {
@@ -44,7 +45,7 @@ impl Datapath {
         let mut numbers = match before {
             Some(before) => before.numbers.clone(),
             // An earlier hostd's: what conntrack remembers has its numbers.
-            None => self.earlier_numbers.remove(&key).unwrap_or_default(),
+            None => self.earlier_numbers.get(&key).cloned().unwrap_or_default(),
         };
         let left_out = numbers.follow(&frontend.backends);
         if left_out > 0 {
@@ -67,6 +68,7 @@ impl Datapath {
             left_out,
         };
         self.placed_services.insert(key, placed);
+        self.earlier_numbers.remove(&key);
         Ok(())
     }
 
@@ -101,18 +103,24 @@ impl Datapath {
     ///
     /// Where the kernel refuses.
     pub fn attach_node_ports(&mut self, interface: &str) -> Result<(), DatapathError> {
-        let wanted = u32::from(self.has_node_ports());
-        if self.node_config.node_ports != wanted {
-            self.node_config.node_ports = wanted;
-            self.write_config()?;
-        } else if wanted != 0 && self.attacher.is_attached(Hook::FromNetdev, interface) {
-            return Ok(());
-        }
-        if wanted == 0 {
+        self.announce_node_ports()?;
+        if !self.has_node_ports() {
             self.attacher.take_away(Hook::FromNetdev, interface)
+        } else if self.attacher.is_attached(Hook::FromNetdev, interface) {
+            Ok(())
         } else {
             self.attacher.attach(Hook::FromNetdev, interface)
         }
+    }
+
+    /// Tells the programs whether there are node ports: pods ask there, too.
+    ///
+    /// # Errors
+    ///
+    /// Where the map can't be written.
+    pub fn announce_node_ports(&mut self) -> Result<(), DatapathError> {
+        self.node_config.node_ports = u32::from(self.has_node_ports());
+        self.write_config()
     }
 
     /// Frontends in the maps.

@@ -19,8 +19,8 @@ const TABLE: &str = "inet wasmgate";
 /// # Errors
 ///
 /// Where `nft` is not there, or refuses.
-pub fn set_table(masqueraded: &[IpNet], except: &[IpNet]) -> Result<(), NetError> {
-    nft(&script(masqueraded, except)).map_err(NetError::kernel("setting the table `wasmgate` of nftables"))
+pub fn set_table(masqueraded: &[IpNet], except: &[IpNet], node_ports: [u16; 2]) -> Result<(), NetError> {
+    nft(&script(masqueraded, except, node_ports)).map_err(NetError::kernel("setting the table `wasmgate` of nftables"))
 }
 
 /// The table as `nft` shows it now; none where it is not there.
@@ -52,7 +52,17 @@ pub fn remove_table() -> Result<(), NetError> {
 }
 
 /// One transaction: whatever was in the table goes, and this takes its place.
-fn script(masqueraded: &[IpNet], except: &[IpNet]) -> String {
+/// The larger part of the ports that are no node ports, without those below 1024.
+fn free_ports([first, last]: [u16; 2]) -> [u16; 2] {
+    let (below, above) = (first.saturating_sub(1024), u16::MAX - last);
+    if above >= below {
+        [last.saturating_add(1), u16::MAX]
+    } else {
+        [1024, first - 1]
+    }
+}
+
+fn script(masqueraded: &[IpNet], except: &[IpNet], node_ports: [u16; 2]) -> String {
     let mut text = format!(
         "table {TABLE}\ndelete table {TABLE}\ntable {TABLE} {{\n  chain forward {{\n    \
          type filter hook forward priority filter; policy accept;\n    oifname \"{VXLAN_DEVICE}\" drop\n  }}\n"
@@ -69,8 +79,15 @@ fn script(masqueraded: &[IpNet], except: &[IpNet]) -> String {
     for cidr in except {
         let _ = writeln!(text, "    {} accept", rule(cidr, "daddr"));
     }
+    // What answers one that looked as if it came from a node port would go to the service.
+    let [first, last] = free_ports(node_ports);
     for cidr in masqueraded {
-        let _ = writeln!(text, "    {} masquerade", rule(cidr, "saddr"));
+        let rule = rule(cidr, "saddr");
+        let _ = writeln!(
+            text,
+            "    {rule} meta l4proto {{ tcp, udp }} masquerade to :{first}-{last}"
+        );
+        let _ = writeln!(text, "    {rule} masquerade");
     }
     text + "  }\n}\n"
 }
@@ -97,12 +114,13 @@ fn nft(script: &str) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::script;
+    use super::{free_ports, script};
 
     #[test]
     fn the_table_is_replaced_as_a_whole() {
         let cidr = |text: &str| text.parse().unwrap();
-        let text = script(&[cidr("10.1.0.0/24"), cidr("fd00:10:1::/64")], &[cidr("172.16.5.9/12")]);
+        let pods = [cidr("10.1.0.0/24"), cidr("fd00:10:1::/64")];
+        let text = script(&pods, &[cidr("172.16.5.9/12")], [30_000, 32_767]);
         let lines: Vec<&str> = text.lines().map(str::trim).collect();
         assert_eq!(lines[..2], ["table inet wasmgate", "delete table inet wasmgate"]);
         assert!(lines.contains(&"ip daddr 172.16.0.0/12 accept"), "{text}");
@@ -110,7 +128,11 @@ mod tests {
         assert!(lines.contains(&"ip6 saddr fd00:10:1::/64 masquerade"), "{text}");
         let guard = "oifname \"wasmgate_vxlan\" drop";
         assert!(lines.contains(&guard), "{text}");
-        let without = script(&[], &[]);
+        let ports = "ip saddr 10.1.0.0/24 meta l4proto { tcp, udp } masquerade to :32768-65535";
+        assert!(lines.contains(&ports), "{text}");
+        assert_eq!(free_ports([50_000, 60_000]), [1024, 49_999]);
+        assert_eq!(free_ports([1024, u16::MAX - 1]), [u16::MAX, u16::MAX]);
+        let without = script(&[], &[], [30_000, 32_767]);
         assert!(without.contains(guard) && !without.contains("masquerade"), "{without}");
     }
 }

@@ -1,7 +1,7 @@
 //! What can be a service, and what becomes of one that a node can't have.
 
 use super::{AT_VIPS, LONG, WAIT, cluster};
-use harness::{Cluster, Listener, Options, TcpOutcome, kernel_test, tcp_exchange, wait_until};
+use harness::{Cluster, Listener, Options, TcpOutcome, in_netns, kernel_test, tcp_exchange, wait_until};
 
 #[test]
 fn what_can_be_no_service_is_refused_with_a_reason() {
@@ -103,7 +103,31 @@ fn an_explanation_of_a_service_says_whom_to_ask_about() {
 }
 
 #[test]
-fn a_node_whose_pods_could_have_a_services_address_does_not_start() {
+fn node_ports_that_the_kernel_may_give_away_are_a_problem_that_is_said() {
+    kernel_test!();
+    let cluster = cluster(&Options::default());
+    let set = |name: &str, value: &str| {
+        let path = format!("/proc/sys/net/ipv4/{name}");
+        in_netns(cluster.nodes[0].netns.name(), || std::fs::write(path, value))
+            .unwrap()
+            .unwrap();
+    };
+    let problems = || cluster.nodes[0].json(&["status"]).unwrap()["service_problems"].to_string();
+    set("ip_local_port_range", "1024 65535");
+    cluster
+        .add_service("red/web", "--address 172.16.0.1 --port tcp/80")
+        .unwrap();
+    assert_eq!(problems(), "[]");
+    cluster.add_service("red/web", "--port tcp/80@30080").unwrap();
+    let said = problems();
+    let expected = "add 30000-32767 to the sysctl net.ipv4.ip_local_reserved_ports";
+    assert!(said.contains(expected), "{said}");
+    set("ip_local_reserved_ports", "30000-32767");
+    assert!(wait_until(LONG, || problems() == "[]"));
+}
+
+#[test]
+fn a_node_that_could_have_a_services_address_does_not_start() {
     kernel_test!();
     let mut cluster = Cluster::without_hostd(&Options::default()).unwrap();
     cluster.nodes[0].start().unwrap();
@@ -117,11 +141,21 @@ fn a_node_whose_pods_could_have_a_services_address_does_not_start() {
         "--port",
         "tcp/80",
     ];
-    let at = ["--address", "10.2.0.7"];
-    cluster.nodes[0].json(&[&service[..], &at].concat()).unwrap();
-    let error = cluster.nodes[1].start().unwrap_err().to_string();
-    let expected = "pod CIDR 10.2.0.0/24 contains 10.2.0.7, the address of service red/web";
-    assert!(error.contains(expected), "{error}");
+    for (address, expected) in [
+        (
+            "10.2.0.7",
+            "pod CIDR 10.2.0.0/24 contains 10.2.0.7, the address of service red/web",
+        ),
+        (
+            "192.0.2.2",
+            "the underlay address 192.0.2.2 is the address of service red/web",
+        ),
+    ] {
+        let at = ["--address", address];
+        cluster.nodes[0].json(&[&service[..], &at].concat()).unwrap();
+        let error = cluster.nodes[1].start().unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
 }
 
 #[test]

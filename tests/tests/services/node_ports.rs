@@ -2,8 +2,8 @@
 
 use super::{AT_VIPS, LONG, WAIT, cluster};
 use harness::{
-    Cluster, Listener, Options, TcpOutcome, in_netns, kernel_test, tcp_exchange, udp_exchange, udp_exchange_of,
-    wait_until,
+    Cluster, Listener, Options, TcpOutcome, Traffic, in_netns, kernel_test, tcp_exchange, tcp_open, udp_exchange,
+    udp_exchange_of, wait_until,
 };
 use std::{
     io::{Read, Write},
@@ -33,6 +33,36 @@ fn seen_by(cluster: &Cluster, pods: &[&str], client: &str, to: SocketAddr) -> Op
     stream.set_read_timeout(Some(WAIT)).unwrap();
     stream.read_exact(&mut [0; 5]).ok()?;
     Some(from.ip().to_canonical())
+}
+
+#[test]
+fn a_restart_ends_no_connection_of_a_pod_through_a_node_port() {
+    kernel_test!();
+    let mut cluster = cluster(&Options::default());
+    cluster.load("allow-all").unwrap();
+    // Pods whose interfaces the new hostd has to prepare between its first program and its last step.
+    for number in 0..12 {
+        cluster.add_pod(0, &format!("red/other{number}"), &[]).unwrap();
+    }
+    cluster
+        .add_service(
+            "red/web",
+            "--port udp/53=5353@30053 --port tcp/80=5353@30080 --selector app=web",
+        )
+        .unwrap();
+    let _listeners = ["red/here", "red/there"].map(|pod| Listener::new(cluster.pod(pod).netns.name(), 5353).unwrap());
+    let client = cluster.pod("red/client").netns.name().to_owned();
+    let node = cluster.nodes[0].underlay;
+    let mut open = tcp_open(&client, node, 30080, WAIT).unwrap();
+    let traffic = Traffic::start(&client, node, 30053, WAIT);
+    for _ in 0..3 {
+        cluster.nodes[0].stop(false).unwrap();
+        cluster.nodes[0].start().unwrap();
+        assert!(open.exchange(WAIT).unwrap());
+    }
+    let counts = traffic.stop().unwrap();
+    assert!(counts.answered > 1000, "{counts:?}");
+    assert_eq!(counts.lost, 0);
 }
 
 #[test]
