@@ -391,9 +391,7 @@ impl Bench {
         let entry = numbers.entry(key, affinity);
         let mut inner = Array::<MapData, Service>::create(1, 0).unwrap();
         inner.set(0, *entry.clone(), 0).unwrap();
-        let mut services: HashOfMaps<_, ServiceKey, Array<MapData, Service>> =
-            self.ebpf.map_mut(map::SERVICES).unwrap().try_into().unwrap();
-        services.insert(key, &inner, 0).unwrap();
+        self.services().insert(key, &inner, 0).unwrap();
         if key.address != Address::NONE {
             let address = abi::address::ip(key.family, key.address);
             self.put_ipcache(address, [Identity::NONE; 2], 0, None, IPCACHE_SERVICE);
@@ -402,11 +400,21 @@ impl Bench {
     }
 
     fn clear_services(&mut self) {
-        let mut services: HashOfMaps<_, ServiceKey, Array<MapData, Service>> =
-            self.ebpf.map_mut(map::SERVICES).unwrap().try_into().unwrap();
         for key in std::mem::take(&mut self.numbers).into_keys() {
-            services.remove(&key).unwrap();
+            self.services().remove(&key).unwrap();
         }
+    }
+
+    fn services(&mut self) -> HashOfMaps<&mut MapData, ServiceKey, Array<MapData, Service>> {
+        self.ebpf.map_mut(map::SERVICES).unwrap().try_into().unwrap()
+    }
+
+    /// Ends a service at its only port.
+    pub fn remove_service(&mut self, key: ServiceKey) {
+        self.services().remove(&key).unwrap();
+        self.numbers.remove(&key);
+        let address = AddressKey::from(abi::address::ip(key.family, key.address));
+        self.hash::<IpcacheEntry>(map::IPCACHE).remove(&address).unwrap();
     }
 
     /// Lets the node route: without it everything that is no pod's ends at the node itself.

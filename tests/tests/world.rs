@@ -3,6 +3,7 @@
 
 use harness::{
     Capture, Cluster, Listener, Options, TcpOutcome, in_netns, kernel_test, run, tcp_exchange, udp_exchange,
+    udp_exchange_of,
 };
 use std::{
     net::{IpAddr, SocketAddr, TcpListener, TcpStream},
@@ -106,6 +107,14 @@ fn a_node_and_the_pods_of_another_reach_each_other_through_the_tunnel() {
             assert!(udp_exchange(from, to, 80, WAIT).unwrap(), "{from} -> {to}");
             let ping = ["netns", "exec", from, "ping", "-c", "1", "-W", "2", &to.to_string()];
             assert!(run("ip", &ping).is_ok(), "ping {from} -> {to}");
+        }
+        // What is larger than a pod's packets comes in pieces, from its own node, too.
+        for (from, to) in [
+            (other.netns.name(), address),
+            (cluster.nodes[0].netns.name(), pod.addresses[0]),
+            (cluster.nodes[0].netns.name(), pod.addresses[1]),
+        ] {
+            assert!(udp_exchange_of(from, to, 80, 8000, WAIT).unwrap(), "{from} -> {to}");
         }
         if let Some(capture) = capture {
             let packets = capture.stop().unwrap();

@@ -1,14 +1,14 @@
 //! Which backend of a service a connection gets, for how long, and what it costs.
 
 use super::{
-    bench::{BLUE, BLUE_PLACE, Bench, FULL},
-    frame::{ACK, Frame, GATEWAY_A, GATEWAY_B, POD_A, POD_A_MAC, POD_B, POD_B_MAC, REMOTE, SYN},
+    bench::{BLUE, BLUE_PLACE, Bench, FULL, RED_PLACE},
+    frame::{ACK, Frame, GATEWAY_A, GATEWAY_B, NOBODY, POD_A, POD_A_MAC, POD_B, POD_B_MAC, REMOTE, SYN},
     run::Outcome,
     services::{SYN_ACK, VIP, bench_with, frame_of, frontend, receiver, serve},
 };
-use abi::{DropReason, Path, conntrack::FRONTEND, policy::TCP};
+use abi::{Direction, DropReason, Identity, Path, conntrack::FRONTEND, policy::TCP};
 use harness::kernel_test;
-use std::{collections::BTreeSet, net::IpAddr};
+use std::{collections::BTreeSet, net::IpAddr, time::Duration};
 
 const OTHER_VIP: [u8; 4] = [172, 16, 0, 2];
 
@@ -84,7 +84,43 @@ fn a_client_keeps_its_backend_where_the_service_says_so() {
         .copied()
         .collect();
     bench.put_service(frontend(VIP, TCP, 80), &others, 60);
-    assert!((6000..6032).all(|port| ask(&mut bench, port) != first));
+    assert!((6000..6032).all(|port| IpAddr::from(ask(&mut bench, port)) == others[0].0));
+}
+
+#[test]
+fn a_client_keeps_its_backend_for_no_longer_than_the_service_says() {
+    kernel_test!();
+    let mut bench = Bench::new();
+    let two = [(POD_B.into(), 8080), (REMOTE.into(), 8080)];
+    let ask =
+        |bench: &mut Bench, port: u16| receiver(bench.from_pod_a(&Frame::tcp(POD_A, port, VIP, 80, SYN).summed()));
+    bench.put_service(frontend(VIP, TCP, 80), &two, 0);
+    let first = ask(&mut bench, 4000);
+    let other_port = (4001..5000).find(|port| ask(&mut bench, *port) != first).unwrap();
+    bench.forget();
+    bench.put_service(frontend(VIP, TCP, 80), &two, 1);
+    assert_eq!(ask(&mut bench, 4000), first);
+    assert_eq!(ask(&mut bench, other_port), first);
+    let flows = bench.flows();
+    std::thread::sleep(Duration::from_millis(2100));
+    for (key, _) in flows {
+        bench.forget_flow(&key);
+    }
+    assert_ne!(ask(&mut bench, other_port), first);
+}
+
+#[test]
+fn what_was_known_of_a_frontend_is_no_flow_of_whoever_has_its_address_next() {
+    kernel_test!();
+    let mut bench = Bench::new();
+    bench.forward();
+    bench.put_service(frontend(VIP, TCP, 80), &[(NOBODY.into(), 8080)], 0);
+    let to_vip = |flags| Frame::tcp(POD_A, 4000, VIP, 80, flags).summed();
+    assert_eq!(bench.from_pod_a(&to_vip(SYN)).path(), Path::ToOutside);
+    bench.remove_service(frontend(VIP, TCP, 80));
+    // Outside, as its backend was: what is in the middle of something policy has to let through both ways.
+    bench.set_cell(Direction::Ingress, RED_PLACE.0, Identity::WORLD.0, 0);
+    assert_eq!(bench.from_pod_a(&to_vip(ACK)).reason(), DropReason::MidStream);
 }
 
 #[test]
@@ -110,6 +146,10 @@ fn one_port_of_a_client_by_way_of_two_services_is_two_connections() {
         );
         assert_eq!(port(&ask(&mut bench, vip, ACK)), port(seen));
     }
+    // Nor may a third one have the port that was chosen, though it is the client's own.
+    let taken = port(&other);
+    let third = bench.from_pod_a(&Frame::tcp(POD_A, taken, OTHER_VIP, 80, SYN).summed());
+    assert_ne!(port(&frame_of(third)), taken);
 }
 
 #[test]

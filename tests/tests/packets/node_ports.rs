@@ -1,7 +1,7 @@
 //! Node ports: clients outside, who ask at a node's address, and the pods that answer them.
 
 use super::{
-    bench::{BLUE_PLACE, Bench, GREEN, RED, TUNNEL_MTU},
+    bench::{BLUE_PLACE, Bench, GREEN, GREEN_COLUMN, RED, TUNNEL_MTU},
     frame::{
         ACK, Frame, GATEWAY_A, GATEWAY_B, NOBODY, NODE, OTHER_NODE, POD_A, POD_A_MAC, POD_B, POD_B_MAC, REMOTE, RST,
         SYN, checksum,
@@ -126,6 +126,15 @@ fn a_backend_on_another_node_is_told_who_asks_and_answers_by_way_of_this_one() {
             "{outcome:?}"
         );
     }
+    // Nor what was a flow of the pod's to the outside when it was here.
+    let mut bench = bench_with(&[]);
+    bench.owner = 100;
+    bench.put_pod(REMOTE, [GREEN; 2], (1, GREEN_COLUMN), 1, bench.pod_a);
+    let opened = Frame::tcp(REMOTE, 5000, NOBODY, 80, SYN);
+    assert_eq!(bench.from_pod_a(&opened).path(), Path::ToOutside);
+    bench.remove_pod(REMOTE);
+    let outcome = bench.from_overlay(&opened, OTHER_NODE, GREEN);
+    assert_eq!(outcome.reason(), DropReason::NotLocal);
 }
 
 #[test]

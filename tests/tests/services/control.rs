@@ -2,6 +2,10 @@
 
 use super::{AT_VIPS, LONG, WAIT, cluster};
 use harness::{Cluster, Listener, Options, TcpOutcome, in_netns, kernel_test, tcp_exchange, wait_until};
+use hostd::store::{
+    Collection, Expect, FileStore, Key,
+    records::{self, PodRecord},
+};
 
 #[test]
 fn what_can_be_no_service_is_refused_with_a_reason() {
@@ -100,6 +104,40 @@ fn an_explanation_of_a_service_says_whom_to_ask_about() {
         let answer = asked(&node.underlay.to_string(), "30081").unwrap();
         assert_eq!(answer["to"]["identity_name"], expected);
     }
+}
+
+#[test]
+fn an_address_that_passes_to_another_namespaces_pod_is_no_backend_any_more() {
+    kernel_test!();
+    let cluster = cluster(&Options::default());
+    cluster
+        .add_service("red/web", "--address 172.16.0.1 --port tcp/80=8080 --selector app=web")
+        .unwrap();
+    let backends = || -> Vec<String> {
+        let list = cluster.nodes[0].json(&["service", "list"]).unwrap();
+        let backends = list[0]["ports"][0]["backends"].as_array().unwrap();
+        let names = backends.iter().map(|backend| backend["name"].as_str().unwrap());
+        names.map(str::to_owned).collect()
+    };
+    assert_eq!(backends(), ["red/here", "red/there"]);
+    // As a node hears of it that was busy when the address was given up and taken again.
+    let store = FileStore::open(&cluster.folder().join("store")).unwrap();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let key = Key::new(Collection::Pods, cluster.pod("red/there").address);
+    let (record, _) = runtime
+        .block_on(records::get::<PodRecord>(&store, &key))
+        .unwrap()
+        .unwrap();
+    let next = PodRecord {
+        namespace: "blue".to_owned(),
+        name: "next".to_owned(),
+        incarnation: record.incarnation.wrapping_add(1),
+        ..record
+    };
+    runtime
+        .block_on(records::put(&store, &key, &next, Expect::Any))
+        .unwrap();
+    assert!(wait_until(LONG, || backends() == ["red/here"]), "{:?}", backends());
 }
 
 #[test]
