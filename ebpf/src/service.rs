@@ -78,14 +78,14 @@ pub fn is_node_port(flow: &mut Flow) -> bool {
 /// port, or that was open to a process of the node's before there was a service. Of clients outside the stack knows more
 /// connections than conntrack does: those of masquerade have any port.
 #[inline(always)]
-fn is_anothers(flow: &Flow) -> bool {
+fn is_anothers(flow: &mut Flow) -> bool {
     let goes_on = flow.related || (flow.protocol == TCP && !flow.is_syn());
     // A router's error is about somebody else's packet.
-    let mut ends = flow.ends;
+    flow.seen = flow.ends;
     if flow.related {
-        ends.source = flow.about;
+        flow.seen.source = flow.about;
     }
-    let known = conntrack::place(flow, &ends).and_then(|place| conntrack::find(&place, conntrack::now()));
+    let known = conntrack::place(flow, &flow.seen).and_then(|place| conntrack::find(&place, conntrack::now()));
     match known {
         Some(known) if known.entry.state & FRONTEND != 0 => false,
         Some(known) => known.reply || goes_on,

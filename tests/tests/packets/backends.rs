@@ -159,6 +159,8 @@ fn a_client_has_no_more_entries_for_its_services_than_its_share() {
     bench.set_account(1, 0);
     bench.from_pod_a(&Frame::tcp(POD_A, 4000, VIP, 80, SYN).summed());
     assert_eq!(bench.tracked(), 2, "one for the frontend, one for the flow");
+    // It lives for longer from then on, and counts once.
+    bench.from_pod_b(&Frame::tcp(POD_B, 8080, POD_A, 4000, SYN_ACK).summed());
     bench.from_pod_a(&Frame::tcp(POD_A, 4000, VIP, 80, ACK).summed());
     assert_eq!(bench.tracked(), 2);
     // A share of four, in a map that is full.
