@@ -385,6 +385,17 @@ fn connections_that_have_nothing_to_do_with_a_node_port_go_on() {
 }
 
 #[test]
+fn only_pods_answer_at_node_ports() {
+    kernel_test!();
+    for other in [OTHER_NODE, NOBODY] {
+        let mut bench = bench_with(&[other]);
+        let asked = Frame::tcp([198, 51, 100, 9], 5000, NODE, PORT, SYN).summed();
+        let outcome = bench.from_netdev(&asked);
+        assert_eq!(outcome.reason(), DropReason::BackendGone, "{other:?}");
+    }
+}
+
+#[test]
 fn no_client_outside_gets_the_port_of_the_tunnel() {
     kernel_test!();
     let mut bench = bench_with(&[POD_B]);

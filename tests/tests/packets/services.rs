@@ -3,8 +3,8 @@
 use super::{
     bench::{BLUE_PLACE, Bench, GREEN, RED_PLACE},
     frame::{
-        ACK, FIN, Frame, GATEWAY_A, GATEWAY_B, OTHER_NODE, POD_A, POD_A_MAC, POD_A6, POD_B, POD_B_MAC, POD_B6, REMOTE,
-        REMOTE6, RST, SYN,
+        ACK, FIN, Frame, GATEWAY_A, GATEWAY_B, NOBODY, OTHER_NODE, POD_A, POD_A_MAC, POD_A6, POD_B, POD_B_MAC, POD_B6,
+        REMOTE, REMOTE6, RST, SYN,
     },
     run::{Arrival, Outcome},
 };
@@ -224,6 +224,15 @@ fn errors_are_translated_back_both_ways() {
         let refused = bench.from_pod_b(&Frame::error6(POD_B6, 1, &got).summed());
         assert_eq!(frame_of(refused), into_a(Frame::error6(VIP6, 1, &asked)));
     }
+    // A router between the client and a backend outside speaks for itself.
+    bench.forward();
+    serve(&mut bench, &[NOBODY.into()]);
+    let asked = Frame::udp(POD_A, 4002, VIP, 53).summed();
+    let got = frame_of(bench.from_pod_a(&asked));
+    let router = [198, 51, 100, 7];
+    let told = bench.to_pod(&Frame::unreachable(router, &got).summed(), bench.underlay);
+    let asked_there = asked.clone().with(22, &got.0[22..23]);
+    assert_eq!(frame_of(told), Frame::unreachable(router, &asked_there).summed());
     // About nothing that was ever sent.
     let stray = Frame::unreachable(POD_A, &Frame::udp(VIP, 53, POD_A, 4999)).summed();
     assert_eq!(bench.from_pod_a(&stray).reason(), DropReason::IcmpUnrelated);

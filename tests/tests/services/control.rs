@@ -1,6 +1,6 @@
 //! What can be a service, and what becomes of one that a node can't have.
 
-use super::{AT_VIPS, LONG, WAIT, cluster};
+use super::{AT_VIPS, LONG, WAIT, backends, cluster};
 use harness::{Cluster, Listener, Options, TcpOutcome, in_netns, kernel_test, tcp_exchange, wait_until};
 use hostd::store::{
     Collection, Expect, FileStore, Key,
@@ -113,13 +113,7 @@ fn an_address_that_passes_to_another_namespaces_pod_is_no_backend_any_more() {
     cluster
         .add_service("red/web", "--address 172.16.0.1 --port tcp/80=8080 --selector app=web")
         .unwrap();
-    let backends = || -> Vec<String> {
-        let list = cluster.nodes[0].json(&["service", "list"]).unwrap();
-        let backends = list[0]["ports"][0]["backends"].as_array().unwrap();
-        let names = backends.iter().map(|backend| backend["name"].as_str().unwrap());
-        names.map(str::to_owned).collect()
-    };
-    assert_eq!(backends(), ["red/here", "red/there"]);
+    assert_eq!(backends(&cluster, 0), ["red/here", "red/there"]);
     // As a node hears of it that was busy when the address was given up and taken again.
     let store = FileStore::open(&cluster.folder().join("store")).unwrap();
     let runtime = tokio::runtime::Runtime::new().unwrap();
@@ -137,7 +131,11 @@ fn an_address_that_passes_to_another_namespaces_pod_is_no_backend_any_more() {
     runtime
         .block_on(records::put(&store, &key, &next, Expect::Any))
         .unwrap();
-    assert!(wait_until(LONG, || backends() == ["red/here"]), "{:?}", backends());
+    assert!(
+        wait_until(LONG, || backends(&cluster, 0) == ["red/here"]),
+        "{:?}",
+        backends(&cluster, 0)
+    );
 }
 
 #[test]

@@ -65,3 +65,11 @@ fn who_answers(from: &str, to: IpAddr) -> io::Result<String> {
     let length = stream.read(&mut name)?;
     Ok(String::from_utf8_lossy(&name[..length]).into_owned())
 }
+
+/// The backends of the only service's first port, as a node shows them.
+fn backends(cluster: &Cluster, node: usize) -> Vec<String> {
+    let list = cluster.nodes[node].json(&["service", "list"]).unwrap();
+    let backends = list[0]["ports"][0]["backends"].as_array().unwrap();
+    let names = backends.iter().map(|backend| backend["name"].as_str().unwrap());
+    names.map(str::to_owned).collect()
+}

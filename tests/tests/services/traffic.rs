@@ -1,6 +1,6 @@
 //! What clients in pods get from services.
 
-use super::{AT_VIPS, LONG, WAIT, cluster, name_server, vips, who_answers};
+use super::{AT_VIPS, LONG, WAIT, backends, cluster, name_server, vips, who_answers};
 use harness::{
     Listener, Options, TcpOutcome, in_netns, kernel_test, tcp_exchange, tcp_open, udp_exchange, udp_exchange_of,
     wait_until,
@@ -184,19 +184,11 @@ fn backends_come_and_go_with_their_pods_and_open_connections_stay() {
         "app=other",
     ];
     cluster.nodes[1].json(&label).unwrap();
-    let backends = |node: usize| -> Vec<String> {
-        let list = cluster.nodes[node].json(&["service", "list"]).unwrap();
-        let backends = list[0]["ports"][0]["backends"].as_array().unwrap();
-        let names = backends
-            .iter()
-            .map(|backend| backend["name"].as_str().unwrap().to_owned());
-        names.collect()
-    };
     for node in 0..2 {
         let follows = wait_until(LONG, || {
-            backends(node) == ["red/here", "red/new", "red/here", "red/new"]
+            backends(&cluster, node) == ["red/here", "red/new", "red/here", "red/new"]
         });
-        assert!(follows, "node {node}: {:?}", backends(node));
+        assert!(follows, "node {node}: {:?}", backends(&cluster, node));
     }
     for stream in &mut streams {
         assert!(stream.exchange(WAIT).unwrap());
@@ -211,6 +203,12 @@ fn backends_come_and_go_with_their_pods_and_open_connections_stay() {
         cluster.nodes[0].json(&["service", "list"]).unwrap(),
         cluster.nodes[1].json(&["service", "list"]).unwrap()
     );
+    // One that goes is none on any node.
+    cluster.remove_pod("red/new").unwrap();
+    for node in 0..2 {
+        let follows = wait_until(LONG, || backends(&cluster, node) == ["red/here", "red/here"]);
+        assert!(follows, "node {node}: {:?}", backends(&cluster, node));
+    }
     // A service that is removed is one nobody knows.
     assert!(cluster.delete_service("red/web").unwrap());
     assert!(!cluster.delete_service("red/web").unwrap());
@@ -218,7 +216,6 @@ fn backends_come_and_go_with_their_pods_and_open_connections_stay() {
         tcp_exchange(&client, vip, 80, WAIT).unwrap() != TcpOutcome::Open
     });
     assert!(gone);
-    cluster.remove_pod("red/new").unwrap();
 }
 
 #[test]
