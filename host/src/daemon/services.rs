@@ -192,28 +192,9 @@ impl Daemon {
 
     /// The same without a word to the maps yet.
     pub(super) fn note_service(&mut self, record: ServiceRecord) {
-        let name = record.full_name();
-        for address in &record.addresses {
-            self.names_mut()
-                .set_address(AddressKey::from(*address), format!("service {name}"));
-        }
         let frontends = self.frontends_of(&record);
-        let before = self.services.by_name.insert(name, Service { record, frontends });
-        self.forget_names(before.as_ref());
-    }
-
-    /// Forgets the names of addresses that no service has any more.
-    fn forget_names(&self, before: Option<&Service>) {
-        let gone = before.into_iter().flat_map(|service| &service.record.addresses);
-        let used: BTreeSet<IpAddr> = self
-            .services
-            .by_name
-            .values()
-            .flat_map(|service| service.record.addresses.iter().copied())
-            .collect();
-        for address in gone.filter(|address| !used.contains(address)) {
-            self.names_mut().remove_address(&AddressKey::from(*address));
-        }
+        let service = Service { record, frontends };
+        self.services.by_name.insert(service.record.full_name(), service);
     }
 
     fn frontends_of(&self, record: &ServiceRecord) -> BTreeMap<ServiceKey, Frontend> {
@@ -228,8 +209,7 @@ impl Daemon {
 
     /// The cluster has a service no longer.
     pub(super) fn service_gone(&mut self, name: &str) {
-        let before = self.services.by_name.remove(name);
-        self.forget_names(before.as_ref());
+        self.services.by_name.remove(name);
         self.place_services();
     }
 
@@ -362,33 +342,36 @@ impl Daemon {
                 }
             }
         }
-        let its = |service: &Service| service.record.addresses.clone();
-        let addresses: BTreeSet<AddressKey> = self
-            .services
-            .by_name
-            .values()
-            .flat_map(its)
-            .map(AddressKey::from)
-            .collect();
+        let mut addresses: BTreeMap<AddressKey, String> = BTreeMap::new();
+        for (name, service) in &self.services.by_name {
+            let its = service
+                .record
+                .addresses
+                .iter()
+                .map(|address| AddressKey::from(*address));
+            addresses.extend(its.map(|address| (address, format!("service {name}"))));
+        }
         let placed = self.datapath.placed();
         let stale: Vec<AddressKey> = placed
             .filter(|(_, desired)| desired.ipcache.flags & IPCACHE_SERVICE != 0)
             .map(|(address, _)| *address)
-            .filter(|address| !addresses.contains(address) || self.has_somebody(address))
+            .filter(|address| !addresses.contains_key(address) || self.has_somebody(address))
             .collect();
         let mut failed: Vec<DatapathError> = Vec::new();
         for address in &stale {
             failed.extend(self.datapath.remove(address).err());
+            self.names_mut().remove_address(address);
         }
         failed.extend(block_in_place(|| self.datapath.place_frontends(&desired)));
-        for address in &addresses {
-            if self.has_somebody(address) {
+        for (address, name) in addresses {
+            if self.has_somebody(&address) {
                 problems.push(format!(
                     "{} is a service's address, but a pod or a node has it",
                     address.ip()
                 ));
             } else {
-                failed.extend(self.datapath.place(*address, plan::service_address(address)).err());
+                failed.extend(self.datapath.place(address, plan::service_address(&address)).err());
+                self.names_mut().set_address(address, name);
             }
         }
         problems.extend(failed.into_iter().map(|error| error.to_string()));

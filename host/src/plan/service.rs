@@ -119,7 +119,8 @@ pub fn service_address(address: &AddressKey) -> Desired {
             tunnel_endpoint: Address::NONE,
             tunnel_family: 0,
             flags: IPCACHE_SERVICE,
-            zero: [0; 6],
+            zero: [0; 2],
+            slot: 0,
             last_stamp: 0,
         },
         endpoint: None,
@@ -217,7 +218,7 @@ mod tests {
             addresses: ["10.96.0.1", "fd00:96::1"].map(|text| text.parse().unwrap()).into(),
             ports: vec![
                 port(TCP, 80, TargetPort::Name("http".to_owned()), Some(30080)),
-                port(UDP, 53, TargetPort::Number(5353), None),
+                port(UDP, 53, TargetPort::Number(5353), Some(30053)),
             ],
             selector: [("app".to_owned(), "web".to_owned())].into(),
             backends: vec!["203.0.113.9".parse().unwrap()],
@@ -272,7 +273,12 @@ mod tests {
                 pair("203.0.113.9", 5353)
             ]
         );
-        assert_eq!(frontends.len(), 6);
+        // Nor do its answers to clients outside come by the node that was asked.
+        assert_eq!(
+            of("0.0.0.0", UDP, 30053),
+            [pair("10.1.0.1", 5353), pair("10.1.0.2", 5353)]
+        );
+        assert_eq!(frontends.len(), 8);
     }
 
     #[test]

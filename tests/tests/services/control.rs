@@ -3,7 +3,7 @@
 use super::{AT_VIPS, LONG, WAIT, backends, cluster};
 use harness::{Cluster, Listener, Options, TcpOutcome, in_netns, kernel_test, tcp_exchange, wait_until};
 use hostd::store::{
-    Collection, Expect, FileStore, Key,
+    Collection, Expect, FileStore, Key, Store,
     records::{self, PodRecord},
 };
 
@@ -136,6 +136,44 @@ fn an_address_that_passes_to_another_namespaces_pod_is_no_backend_any_more() {
         "{:?}",
         backends(&cluster, 0)
     );
+}
+
+#[test]
+fn a_pod_that_has_a_services_address_against_all_precautions_gives_it_back() {
+    kernel_test!();
+    let cluster = cluster(&Options::default());
+    cluster
+        .add_service("red/web", "--address 172.16.0.1 --port tcp/80=8080 --selector app=web")
+        .unwrap();
+    let whose = || -> String {
+        let list = cluster.nodes[0].json(&["ipcache", "list"]).unwrap();
+        let list = list.as_array().unwrap().iter();
+        let mut entries = list.filter(|entry| entry["address"] == "172.16.0.1");
+        entries.next().map_or(String::new(), |entry| entry["name"].to_string())
+    };
+    let problems = || cluster.nodes[0].json(&["status"]).unwrap()["service_problems"].to_string();
+    assert_eq!(whose(), "\"service red/web\"");
+    // Two nodes have written to the store at the same time.
+    let store = FileStore::open(&cluster.folder().join("store")).unwrap();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let there = cluster.pod("red/there").address;
+    let (record, _) = runtime
+        .block_on(records::get::<PodRecord>(&store, &Key::new(Collection::Pods, there)))
+        .unwrap()
+        .unwrap();
+    let pod = PodRecord {
+        name: "usurper".to_owned(),
+        address: "172.16.0.1".parse().unwrap(),
+        incarnation: record.incarnation.wrapping_add(1),
+        ..record
+    };
+    let key = Key::new(Collection::Pods, pod.address);
+    runtime.block_on(records::put(&store, &key, &pod, Expect::Any)).unwrap();
+    assert!(wait_until(LONG, || whose() == "\"red/usurper\""), "{}", whose());
+    assert!(wait_until(LONG, || problems().contains("172.16.0.1 is a service's address")));
+    runtime.block_on(store.delete(&key, Expect::Any)).unwrap();
+    assert!(wait_until(LONG, || whose() == "\"service red/web\""), "{}", whose());
+    assert!(wait_until(LONG, || problems() == "[]"), "{}", problems());
 }
 
 #[test]

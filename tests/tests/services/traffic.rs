@@ -216,6 +216,10 @@ fn backends_come_and_go_with_their_pods_and_open_connections_stay() {
         tcp_exchange(&client, vip, 80, WAIT).unwrap() != TcpOutcome::Open
     });
     assert!(gone);
+    for node in &cluster.nodes {
+        let listed = node.json(&["ipcache", "list"]).unwrap().to_string();
+        assert!(!listed.contains("172.16.0.1"), "{listed}");
+    }
 }
 
 #[test]

@@ -1,0 +1,360 @@
+//! The fast path: that flows take it, and that it ends with whatever a flow was let open by.
+
+use super::{
+    bench::{BLUE, BLUE_PLACE, Bench, GREEN, RED_PLACE, TUNNEL_MTU},
+    frame::{
+        ACK, FIN, Frame, GATEWAY_B, NOBODY, OTHER_NODE, POD_A, POD_A_MAC, POD_A6, POD_B, POD_B_MAC, POD_B6, REMOTE,
+        REMOTE6, RST, SYN,
+    },
+    run::{Arrival, Outcome},
+};
+use abi::{Direction, DropReason, Hook, Identity, Path, node::GATEWAY_V4};
+use harness::kernel_test;
+use std::time::Duration;
+
+type Change = fn(&mut Bench);
+type Sends = fn(&mut Bench) -> Outcome;
+
+fn there(flags: u8) -> Frame {
+    Frame::tcp(POD_A, 40000, POD_B, 80, flags)
+}
+
+fn far(flags: u8) -> Frame {
+    Frame::tcp(POD_A, 40000, REMOTE, 80, flags)
+}
+
+fn from_far(bench: &mut Bench, flags: u8) -> Outcome {
+    bench.from_overlay(&Frame::tcp(REMOTE, 80, POD_A, 40000, flags), OTHER_NODE, GREEN)
+}
+
+/// Whether every flow may take the fast path.
+fn is_armed(bench: &mut Bench) -> bool {
+    let flows = bench.flows();
+    !flows.is_empty()
+        && flows.iter().all(|(_, entry)| {
+            let links = entry.links;
+            entry.fast_until > 0 && links.iter().all(|link| link.slot > 0)
+        })
+}
+
+/// Pod A has a connection open to pod B, and to the remote pod, and neither may open one to it.
+fn connected() -> Bench {
+    let mut bench = Bench::new();
+    bench.set_cell(Direction::Ingress, RED_PLACE.0, BLUE_PLACE.1, 0);
+    bench.set_cell(Direction::Ingress, RED_PLACE.0, super::bench::GREEN_COLUMN, 0);
+    bench.from_pod_a(&there(SYN));
+    bench.from_pod_b(&Frame::tcp(POD_B, 80, POD_A, 40000, SYN | ACK));
+    bench.from_pod_a(&there(ACK));
+    bench.from_pod_a(&far(SYN));
+    from_far(&mut bench, SYN | ACK);
+    bench.from_pod_a(&far(ACK));
+    assert!(is_armed(&mut bench));
+    bench
+}
+
+#[test]
+fn a_flow_takes_it_once_it_is_established_and_its_packets_are_the_same() {
+    kernel_test!();
+    let mut bench = connected();
+    for _ in 0..3 {
+        let sent = bench.from_pod_a(&there(ACK));
+        assert!(matches!(sent, Outcome::Sent { path: Path::Local, ifindex, .. } if ifindex == bench.pod_b));
+        let Outcome::Sent { frame, .. } = sent else {
+            unreachable!()
+        };
+        assert_eq!(frame, there(ACK).after_hop(POD_B_MAC, GATEWAY_B));
+        let sent = bench.from_pod_a(&far(ACK));
+        let expected = Some((Identity(0x01_0001), OTHER_NODE));
+        assert!(matches!(sent, Outcome::Sent { path: Path::Encap, tunnel, .. } if tunnel == expected));
+        let sent = from_far(&mut bench, ACK);
+        assert!(matches!(sent, Outcome::Sent { path: Path::Overlay, ifindex, .. } if ifindex == bench.pod_a));
+    }
+    // UDP with answers, and IPv6.
+    bench.forget();
+    for (to, from) in [
+        (Frame::udp(POD_A, 9, POD_B, 53), Frame::udp(POD_B, 53, POD_A, 9)),
+        (Frame::udp6(POD_A6, 9, POD_B6, 53), Frame::udp6(POD_B6, 53, POD_A6, 9)),
+    ] {
+        bench.from_pod_a(&to);
+        assert!(!is_armed(&mut bench));
+        bench.from_pod_b(&from);
+        bench.from_pod_a(&to);
+        assert!(is_armed(&mut bench));
+        assert_eq!(bench.from_pod_b(&from).path(), Path::Local);
+        bench.forget();
+    }
+    let to = Frame::udp6(POD_A6, 9, REMOTE6, 53);
+    let from = Frame::udp6(REMOTE6, 53, POD_A6, 9);
+    bench.from_pod_a(&to);
+    bench.from_overlay(&from, OTHER_NODE, GREEN);
+    bench.from_pod_a(&to);
+    assert!(is_armed(&mut bench));
+    assert_eq!(bench.from_pod_a(&to).path(), Path::Encap);
+    assert_eq!(bench.from_overlay(&from, OTHER_NODE, GREEN).path(), Path::Overlay);
+}
+
+/// What changes, what is sent then, and why it is dropped.
+const CHANGES: &[(&str, Change, Sends, DropReason)] = &[
+    (
+        "a policy that forbids it",
+        |b| {
+            b.flip();
+            b.deny_egress(RED_PLACE.0, BLUE_PLACE.1);
+        },
+        |b| b.from_pod_a(&there(ACK)),
+        DropReason::EgressDenied,
+    ),
+    (
+        "the same, of what comes back",
+        |b| {
+            b.flip();
+            b.deny_egress(RED_PLACE.0, BLUE_PLACE.1);
+        },
+        |b| b.from_pod_b(&Frame::tcp(POD_B, 80, POD_A, 40000, ACK)),
+        DropReason::EgressDenied,
+    ),
+    (
+        "the receiver is relabelled",
+        |b| b.put_pod(POD_B, [BLUE; 2], (2, 0), 9, b.pod_b),
+        |b| {
+            b.deny_egress(RED_PLACE.0, 0);
+            b.from_pod_a(&there(ACK))
+        },
+        DropReason::EgressDenied,
+    ),
+    (
+        "the sender is relabelled",
+        |b| b.put_pod(POD_A, [Identity(0x01_0002); 2], (3, 20), 9, b.pod_a),
+        |b| {
+            b.deny_egress(3, BLUE_PLACE.1);
+            b.from_pod_a(&there(ACK))
+        },
+        DropReason::EgressDenied,
+    ),
+    (
+        "somebody else has the receiver's address",
+        |b| {
+            b.owner = 7;
+            b.put_pod(POD_B, [BLUE; 2], BLUE_PLACE, 2, b.pod_b);
+        },
+        |b| b.from_pod_a(&there(ACK)),
+        DropReason::MidStream,
+    ),
+    (
+        "the receiver is gone",
+        |b| b.remove_pod(POD_B),
+        |b| b.from_pod_a(&there(ACK)),
+        DropReason::UnknownDestination,
+    ),
+    (
+        "the sender is gone",
+        |b| b.remove_pod(POD_A),
+        |b| b.from_pod_a(&far(ACK)),
+        DropReason::SpoofedAddress,
+    ),
+    (
+        "the pod that the tunnel leads to is gone",
+        |b| b.remove_pod(POD_A),
+        |b| from_far(b, ACK),
+        DropReason::NotLocal,
+    ),
+    (
+        "the remote pod has moved to another node",
+        |b| b.put_remote(REMOTE, [GREEN; 2], [192, 0, 2, 3]),
+        |b| from_far(b, ACK),
+        DropReason::WrongNode,
+    ),
+    (
+        "the flow was forgotten",
+        |b| b.forget(),
+        |b| b.from_pod_a(&there(ACK)),
+        DropReason::MidStream,
+    ),
+];
+
+#[test]
+fn it_ends_with_every_change_of_what_it_was_about() {
+    kernel_test!();
+    for (what, change, sends, reason) in CHANGES {
+        let mut bench = connected();
+        change(&mut bench);
+        assert_eq!(sends(&mut bench).reason(), *reason, "{what}");
+    }
+    // Where it goes on elsewhere, it does at once.
+    let mut bench = connected();
+    bench.put_remote(REMOTE, [GREEN; 2], [192, 0, 2, 3]);
+    let sent = bench.from_pod_a(&far(ACK));
+    assert!(
+        matches!(
+            sent,
+            Outcome::Sent {
+                tunnel: Some((_, [192, 0, 2, 3])),
+                ..
+            }
+        ),
+        "{sent:?}"
+    );
+    let mut bench = connected();
+    bench.put_pod(POD_B, [BLUE; 2], BLUE_PLACE, 2, bench.pod_a);
+    let sent = bench.from_pod_a(&there(ACK));
+    assert!(
+        matches!(sent, Outcome::Sent { ifindex, .. } if ifindex == bench.pod_a),
+        "{sent:?}"
+    );
+}
+
+/// What is sent, and why it is dropped.
+const STRAYS: &[(&str, Sends, DropReason)] = &[
+    (
+        "from another pod's interface",
+        |b| b.run(&Arrival::new(Hook::FromPod, &there(ACK), b.pod_b)),
+        DropReason::SpoofedAddress,
+    ),
+    (
+        "from another MAC",
+        |b| b.from_pod_a(&there(ACK).with(6, &POD_B_MAC)),
+        DropReason::SpoofedMac,
+    ),
+    (
+        "from one that differs in the last byte",
+        |b| b.from_pod_a(&there(ACK).with(11, &[POD_A_MAC[5] ^ 1])),
+        DropReason::SpoofedMac,
+    ),
+    (
+        "to another MAC than the gateway's",
+        |b| b.from_pod_a(&there(ACK).with(0, &POD_B_MAC)),
+        DropReason::NotForGateway,
+    ),
+    (
+        "to one that differs in the first byte",
+        |b| b.from_pod_a(&there(ACK).with(0, &[4])),
+        DropReason::NotForGateway,
+    ),
+    (
+        "without another hop",
+        |b| b.from_pod_a(&there(ACK).ttl(1)),
+        DropReason::TtlExceeded,
+    ),
+    (
+        "without another hop, to another node",
+        |b| b.from_pod_a(&far(ACK).ttl(1)),
+        DropReason::TtlExceeded,
+    ),
+    (
+        "longer than it is",
+        |b| b.from_pod_a(&there(ACK).with(16, &[1, 0])),
+        DropReason::Truncated,
+    ),
+    (
+        "with options",
+        |b| b.from_pod_a(&there(ACK).with(14, &[0x46])),
+        DropReason::IpOptions,
+    ),
+    (
+        "with half a TCP header",
+        |b| b.from_pod_a(&there(ACK).with(46, &[0x40])),
+        DropReason::InvalidHeader,
+    ),
+    (
+        "larger than the tunnel carries",
+        |b| {
+            let header = &far(ACK).0[34..];
+            let data = vec![0; TUNNEL_MTU as usize];
+            b.from_pod_a(&Frame::ipv4(POD_A, REMOTE, 6, &[header, &data].concat()))
+        },
+        DropReason::TooBig,
+    ),
+    (
+        "from the tunnel without metadata",
+        |b| {
+            let frame = Frame::tcp(REMOTE, 80, POD_A, 40000, ACK);
+            b.run(&Arrival::new(Hook::FromOverlay, &frame, b.vxlan))
+        },
+        DropReason::NoTunnelKey,
+    ),
+    (
+        "from another node",
+        |b| {
+            let frame = Frame::tcp(REMOTE, 80, POD_A, 40000, ACK);
+            b.from_overlay(&frame, NOBODY, GREEN)
+        },
+        DropReason::UnknownNode,
+    ),
+    (
+        "with another identity",
+        |b| {
+            let frame = Frame::tcp(REMOTE, 80, POD_A, 40000, ACK);
+            b.from_overlay(&frame, OTHER_NODE, BLUE)
+        },
+        DropReason::WrongVni,
+    ),
+    (
+        "from the tunnel, as a pod of this node",
+        |b| {
+            let frame = Frame::tcp(POD_B, 80, POD_A, 40000, ACK);
+            b.from_overlay(&frame, OTHER_NODE, BLUE)
+        },
+        DropReason::WrongNode,
+    ),
+    (
+        "from a pod, as a remote one",
+        |b| b.from_pod_a(&Frame::tcp(REMOTE, 80, POD_A, 40000, ACK)),
+        DropReason::SpoofedAddress,
+    ),
+    (
+        "to the gateway",
+        |b| b.from_pod_a(&Frame::tcp(POD_A, 40000, GATEWAY_V4, 80, ACK)),
+        DropReason::UnknownDestination,
+    ),
+];
+
+#[test]
+fn nothing_gets_by_on_it_that_would_not_otherwise() {
+    kernel_test!();
+    for (what, sends, reason) in STRAYS {
+        let mut bench = connected();
+        assert_eq!(sends(&mut bench).reason(), *reason, "{what}");
+        // Whoever tried that has not ended the flows.
+        assert_eq!(bench.from_pod_a(&there(ACK)).path(), Path::Local, "{what}");
+        assert_eq!(bench.from_pod_a(&far(ACK)).path(), Path::Encap, "{what}");
+        assert_eq!(from_far(&mut bench, ACK).path(), Path::Overlay, "{what}");
+    }
+}
+
+#[test]
+fn what_says_something_about_the_flow_is_noted() {
+    kernel_test!();
+    let mut bench = connected();
+    bench.from_pod_a(&there(FIN | ACK));
+    bench.from_pod_b(&Frame::tcp(POD_B, 80, POD_A, 40000, FIN | ACK));
+    bench.from_pod_a(&there(ACK));
+    // It is closed: the same ports open another one.
+    bench.set_cell(Direction::Egress, RED_PLACE.0, BLUE_PLACE.1, 0);
+    assert_eq!(bench.from_pod_a(&there(SYN)).reason(), DropReason::EgressDenied);
+    let mut bench = connected();
+    assert_eq!(from_far(&mut bench, RST).path(), Path::Overlay);
+    bench.set_cell(Direction::Egress, RED_PLACE.0, super::bench::GREEN_COLUMN, 0);
+    assert_eq!(bench.from_pod_a(&far(SYN)).reason(), DropReason::EgressDenied);
+}
+
+#[test]
+fn a_flow_ends_on_it_as_on_any_other() {
+    kernel_test!();
+    let mut bench = connected();
+    bench.configure(|config| config.timeouts.tcp_established = 1);
+    // What is heard of again lives on; each packet may take the fast path for a while.
+    for _ in 0..4 {
+        std::thread::sleep(Duration::from_millis(600));
+        bench.from_pod_a(&there(ACK));
+    }
+    assert_eq!(bench.from_pod_a(&there(ACK)).path(), Path::Local);
+    std::thread::sleep(Duration::from_millis(2100));
+    assert_eq!(bench.from_pod_a(&there(ACK)).reason(), DropReason::MidStream);
+    // Nor does one live that has just ended.
+    let mut bench = Bench::new();
+    bench.set_cell(Direction::Ingress, RED_PLACE.0, BLUE_PLACE.1, 0);
+    bench.configure(|config| config.timeouts.tcp_syn = 0);
+    assert_eq!(bench.from_pod_a(&there(SYN)).path(), Path::Local);
+    let answer = Frame::tcp(POD_B, 80, POD_A, 40000, SYN | ACK);
+    assert_eq!(bench.from_pod_b(&answer).reason(), DropReason::IngressDenied);
+}
