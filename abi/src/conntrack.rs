@@ -1,6 +1,6 @@
 //! Connection tracking: one entry a flow, found from either direction by one look-up.
 
-use crate::address::Address;
+use crate::{Identity, address::Address};
 
 /// Key of a flow, the same for both of its directions: the end with the lower (address, port) comes first.
 #[repr(C)]
@@ -79,7 +79,37 @@ impl Translation {
     };
 }
 
-/// An allowed flow. Denied flows take no entry.
+/// How one end of a flow is reached, and what says that it still is.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// Slot and stamp of the address's entry when this was found out; the slot is 0 where nothing was.
+    pub slot: u32,
+    /// The stamp.
+    pub stamp: u32,
+    /// Interface index of the host's end of the pod's veth pair; 0 where the pod lives behind another node.
+    pub ifindex: u32,
+    /// Security identity.
+    pub identity: Identity,
+    /// Words in network byte order: [`Macs`](crate::Macs) of a pod here, and zero; or else the other node's address.
+    pub place: [u32; 4],
+}
+
+impl Link {
+    /// Nothing is known.
+    pub const NONE: Self = Self {
+        slot: 0,
+        stamp: 0,
+        ifindex: 0,
+        identity: Identity::NONE,
+        place: [0; 4],
+    };
+}
+
+/// State of a flow between pods that goes on as it does: nothing is to be noted of its packets.
+pub const ESTABLISHED: u32 = SEEN_REPLY | CONFIRMED;
+
+/// An allowed flow. Denied flows take no entry. What every packet needs comes first.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ConntrackEntry {
@@ -88,11 +118,15 @@ pub struct ConntrackEntry {
     pub cookie: u64,
     /// When the entry ends, in nanoseconds of `CLOCK_MONOTONIC`.
     pub expires: u64,
+    /// Until then packets may go by the links alone, in jiffies.
+    pub fast_until: u64,
     /// Generation that the verdict was given under.
     pub generation: u32,
     /// [`SEEN_REPLY`], [`FIN_ORIGINAL`], [`FIN_REPLY`], [`RESET`], [`CONFIRMED`], [`TRANSLATED`], [`FRONTEND`], [`HAIRPIN`],
     /// [`NODE_PORT`], [`VIA_NODE`].
     pub state: u32,
+    /// Lower and upper end, as they are reached. Both are known, or none.
+    pub links: [Link; 2],
     /// Lower and upper end, as they were when the flow was judged; in a [`FRONTEND`]'s entry client and backend, each at
     /// its side.
     pub peers: [Peer; 2],
@@ -155,4 +189,5 @@ pub struct Account {
 const _: () = assert!(size_of::<Timeouts>() == 24);
 const _: () = assert!(size_of::<Account>() == 8);
 const _: () = assert!(size_of::<ConntrackKey>() == 40);
-const _: () = assert!(size_of::<ConntrackEntry>() == 72);
+const _: () = assert!(size_of::<Link>() == 32);
+const _: () = assert!(size_of::<ConntrackEntry>() == 144);

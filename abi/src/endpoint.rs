@@ -33,6 +33,9 @@ pub struct Endpoint {
     pub ifindex: u32,
     /// MAC addresses of both ends.
     pub macs: Macs,
+    /// Element of [`map::STAMPS`](crate::map::STAMPS) that has the stamp of the last write of this address, in either map:
+    /// hostd writes it there first. What was concluded from an entry holds for as long as the stamp is there.
+    pub slot: u32,
     /// Number of the write, as in `first_stamp`.
     pub last_stamp: u32,
 }
@@ -48,4 +51,4 @@ pub struct Macs {
 }
 
 const _: () = assert!(size_of::<Macs>() == 12);
-const _: () = assert!(size_of::<Endpoint>() == 72);
+const _: () = assert!(size_of::<Endpoint>() == 76);

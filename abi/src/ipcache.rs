@@ -31,7 +31,9 @@ pub struct IpcacheEntry {
     /// [`IPCACHE_HOST`], [`IPCACHE_SERVICE`] or zero.
     pub flags: u8,
     /// Zero.
-    pub zero: [u8; 6],
+    pub zero: [u8; 2],
+    /// Where the address has its last stamp outside the maps, too; as in [`Endpoint`](crate::Endpoint).
+    pub slot: u32,
     /// Number of the write, as in `first_stamp`.
     pub last_stamp: u32,
 }

@@ -36,7 +36,7 @@ pub use policy::{Direction, PortSet};
 pub use service::{AffinityEntry, AffinityKey, Service, ServiceKey};
 
 /// Version of all layouts in this crate. Raise it with every change that an older program would misread.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 
 /// Names of the maps in the eBPF object: what hostd asks aya for, and the file names of the pins.
 pub mod map {
@@ -44,6 +44,8 @@ pub mod map {
     pub const ENDPOINTS: &str = "ENDPOINTS";
     /// Hash: [`AddressKey`](crate::AddressKey) to [`IpcacheEntry`](crate::IpcacheEntry), every address of the cluster.
     pub const IPCACHE: &str = "IPCACHE";
+    /// Array of `u64`: the stamp of the last write of an address's entries, by the slot that they name. Slot 0 is nobody's.
+    pub const STAMPS: &str = "STAMPS";
     /// Hash: [`AddressKey`](crate::AddressKey) to [`NodeEntry`](crate::NodeEntry), the underlay address of every node.
     pub const NODES: &str = "NODES";
     /// LRU hash: [`ConntrackKey`](crate::ConntrackKey) to [`ConntrackEntry`](crate::ConntrackEntry).

@@ -9,8 +9,8 @@ use abi::{
     ConntrackEntry, ConntrackKey, DropReason, NodeConfig,
     address::{Address, SHARED_SCOPE},
     conntrack::{
-        Account, CONFIRMED, FIN_ORIGINAL, FIN_REPLY, FRONTEND, HAIRPIN, NODE_PORT, Peer, RESET, SECOND, SEEN_REPLY,
-        TRANSLATED, Translation, VIA_NODE,
+        Account, CONFIRMED, FIN_ORIGINAL, FIN_REPLY, FRONTEND, HAIRPIN, Link, NODE_PORT, Peer, RESET, SECOND,
+        SEEN_REPLY, TRANSLATED, Translation, VIA_NODE,
     },
 };
 use aya_ebpf::{bindings::BPF_ANY, helpers::generated::bpf_ktime_get_ns};
@@ -43,9 +43,14 @@ pub fn place(flow: &Flow, ends: &Ends) -> Option<Place> {
     Some(Place { key, entry, sender })
 }
 
-/// Fills in a key; 1 where the upper end is the sender.
 #[inline(never)]
-fn fill(key: &mut ConntrackKey, flow: &Flow, ends: &Ends) -> u32 {
+fn fill(to: &mut ConntrackKey, flow: &Flow, ends: &Ends) -> u32 {
+    key(to, ends, flow.family, flow.protocol)
+}
+
+/// Fills in a key; 1 where the upper end is the sender.
+#[inline(always)]
+pub fn key(key: &mut ConntrackKey, ends: &Ends, family: u8, protocol: u8) -> u32 {
     let sender_is_upper = is_above(ends);
     if sender_is_upper {
         key.lower = ends.destination;
@@ -59,8 +64,8 @@ fn fill(key: &mut ConntrackKey, flow: &Flow, ends: &Ends) -> u32 {
         key.upper_port = ends.destination_port;
     }
     key.scope = SHARED_SCOPE;
-    key.family = flow.family;
-    key.protocol = flow.protocol;
+    key.family = family;
+    key.protocol = protocol;
     u32::from(sender_is_upper)
 }
 
@@ -76,21 +81,44 @@ fn is_above(ends: &Ends) -> bool {
     ends.source_port > ends.destination_port
 }
 
-/// A hash of the key: what an entry says whose it is.
+/// A hash of the key: what an entry says whose it is. Multilinear, which takes the processor less time than one word after
+/// the other; never zero.
 #[inline(always)]
-fn cookie(key: &ConntrackKey) -> u64 {
+pub fn cookie(key: &ConntrackKey) -> u64 {
+    // Digits of the golden ratio, of pi and of e, made odd.
+    const FACTORS: [u64; 5] = [
+        0x9e37_79b9_7f4a_7c15,
+        0x243f_6a88_85a3_08d3,
+        0x1319_8a2e_0370_7345,
+        0xb7e1_5162_8aed_2a6b,
+        0xbf71_5880_9cf4_f3c7,
+    ];
     let ports = u64::from(key.lower_port) << 32 | u64::from(key.upper_port) << 16 | u64::from(key.protocol);
-    hash(&key.lower, &key.upper, ports)
+    let parts = [
+        word(&key.lower, 0),
+        word(&key.lower, 2),
+        word(&key.upper, 0),
+        word(&key.upper, 2),
+        ports,
+    ];
+    let mut sum = 0_u64;
+    for (part, factor) in parts.into_iter().zip(FACTORS) {
+        sum = sum.wrapping_add(part.wrapping_mul(factor));
+    }
+    (sum ^ sum >> 32) | 1
+}
+
+/// Half of an address.
+#[inline(always)]
+fn word(address: &Address, at: usize) -> u64 {
+    let words = address.words();
+    u64::from(words[at]) << 32 | u64::from(words[at + 1])
 }
 
 /// FNV-1a over 64-bit words; never zero.
 #[inline(always)]
 pub fn hash(one: &Address, other: &Address, rest: u64) -> u64 {
     const PRIME: u64 = 0x0000_0100_0000_01b3;
-    let word = |address: &Address, at: usize| {
-        let words = address.words();
-        u64::from(words[at]) << 32 | u64::from(words[at + 1])
-    };
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
     for part in [word(one, 0), word(one, 2), word(other, 0), word(other, 2), rest] {
         hash = (hash ^ part).wrapping_mul(PRIME);
@@ -202,22 +230,27 @@ pub fn peers(place: &Place, from: &Party, to: &Party) -> [Peer; 2] {
 #[inline(always)]
 pub fn touch(place: &Place, tracked: &Tracked, flow: &mut Flow, now: u64) {
     let state = next_state(flow, tracked.reply, tracked.entry.state);
-    let expires = now + lifetime(flow.protocol, state);
-    flow.expires = expires;
-    // A flow at full rate would write the same cache line from every CPU; a second's precision is enough. A packet
-    // that is about the flow (an ICMP error) does not keep it alive.
-    let same_time = expires.wrapping_sub(tracked.entry.expires) < SECOND;
-    if flow.related || (state == tracked.entry.state && same_time) {
+    (flow.state, flow.expires) = (state, now + lifetime(flow.protocol, state));
+    // A packet that is about the flow (an ICMP error) does not keep it alive.
+    if flow.related || (state == tracked.entry.state && !is_later(flow, tracked.entry.expires)) {
         return;
     }
     if let Some(pointer) = maps::CONNTRACK.get_ptr_mut(place.key) {
         // SAFETY: the element is valid memory (see `lru::copy_out`). Should it belong to another flow by now, that flow gets
         // a wrong time-out at worst: neither verdict nor peers are written here.
         unsafe {
-            core::ptr::write_volatile(&raw mut (*pointer).expires, expires);
+            core::ptr::write_volatile(&raw mut (*pointer).expires, flow.expires);
             core::ptr::write_volatile(&raw mut (*pointer).state, state);
         }
     }
+}
+
+/// Whether the flow lives longer by this packet than an entry says. A flow at full rate would write the same cache line from
+/// every CPU: a second's precision is enough, or a quarter of a life that is short.
+#[inline(always)]
+pub fn is_later(flow: &Flow, expires: u64) -> bool {
+    let life = lifetime(flow.protocol, flow.state);
+    flow.expires.wrapping_sub(expires) >= SECOND.min(life / 4)
 }
 
 /// Enters a flow that policy lets open, on this account. Where the map is nearly full each pod has its share of it, so
@@ -266,6 +299,7 @@ pub fn keep_frontend(flow: &Flow, client: &Party, backend: &Party) {
     let entry = place.entry;
     entry.cookie = cookie(place.key);
     entry.expires = flow.expires;
+    (entry.fast_until, entry.links) = (0, [Link::NONE; 2]);
     entry.generation = flow.generation;
     entry.state = FRONTEND | if flow.hairpin { HAIRPIN } else { 0 };
     entry.peers = if place.sender == 0 {
@@ -325,10 +359,11 @@ fn enter(
         None => (false, translated(flow), flow.translation),
     };
     let state = next_state(flow, reply, state);
-    flow.expires = now + lifetime(flow.protocol, state);
+    (flow.state, flow.expires) = (state, now + lifetime(flow.protocol, state));
     let entry = &mut *place.entry;
     entry.cookie = cookie(place.key);
     entry.expires = flow.expires;
+    (entry.fast_until, entry.links) = (0, [Link::NONE; 2]);
     entry.translation = translation;
     entry.generation = flow.generation;
     entry.state = state;
@@ -394,7 +429,7 @@ fn next_state(flow: &Flow, reply: bool, before: u32) -> u32 {
 
 /// Nanoseconds that a flow lives without another packet.
 #[inline(always)]
-fn lifetime(protocol: u8, state: u32) -> u64 {
+pub fn lifetime(protocol: u8, state: u32) -> u64 {
     // Without a configuration nothing gets here.
     let Some(config) = maps::config() else { return 0 };
     let after = &config.timeouts;

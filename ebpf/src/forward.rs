@@ -107,7 +107,30 @@ fn encapsulate(
 ) -> Result<(), DropReason> {
     let config = maps::config().ok_or(DropReason::Internal)?;
     one_hop(ctx, flow)?;
-    fits(ctx, flow, config.tunnel_mtu)?;
+    if !fits(ctx, config.tunnel_mtu) {
+        may_be_cut(ctx, flow)?;
+    }
+    tunnel(ctx, config, node, sender, action)
+}
+
+/// The same for a packet on the fast path, which is not changed; for one that does not fit this is an error.
+#[inline(always)]
+pub fn into_tunnel(ctx: &TcContext, node: &[u32; 4], sender: Identity, action: &mut Action) -> Result<(), DropReason> {
+    let config = maps::config().ok_or(DropReason::Internal)?;
+    if !fits(ctx, config.tunnel_mtu) {
+        return Err(DropReason::TooBig);
+    }
+    tunnel(ctx, config, node, sender, action)
+}
+
+#[inline(always)]
+fn tunnel(
+    ctx: &TcContext,
+    config: &NodeConfig,
+    node: &[u32; 4],
+    sender: Identity,
+    action: &mut Action,
+) -> Result<(), DropReason> {
     set_tunnel_key(ctx, config, node, sender)?;
     let v6 = config.underlay_family == Family::V6 as u8;
     *action = Action::redirect(Path::Encap, config.vxlan_ifindex);
@@ -206,13 +229,11 @@ fn one_hop(ctx: &TcContext, flow: &Flow) -> Result<(), DropReason> {
     parse::write(ctx, IPV4_CHECKSUM, (folded as u16).to_be())
 }
 
-/// A packet that the tunnel would have to cut, though its sender forbids that: IPv6, or IPv4 with "don't fragment". What
-/// stands for many packets (GSO) is as large as one of them.
+/// Whether the tunnel carries a packet whole. What stands for many packets (GSO) is as large as one of them.
 #[inline(always)]
-fn fits(ctx: &TcContext, flow: &Flow, mtu: u32) -> Result<(), DropReason> {
+fn fits(ctx: &TcContext, mtu: u32) -> bool {
     /// IPv4 and TCP headers without options: less than that no segment has in front of its data.
     const HEADERS: u32 = 40;
-    const DONT_FRAGMENT: u8 = 0x40;
     // SAFETY: the context is the kernel's `__sk_buff`, valid as long as the program runs.
     let segment = unsafe { (*ctx.skb.skb).gso_size };
     let length = if segment == 0 {
@@ -220,9 +241,13 @@ fn fits(ctx: &TcContext, flow: &Flow, mtu: u32) -> Result<(), DropReason> {
     } else {
         segment + HEADERS
     };
-    if length <= mtu {
-        return Ok(());
-    }
+    length <= mtu
+}
+
+/// Whether the tunnel may cut a packet: its sender forbids that by IPv6, or IPv4's "don't fragment".
+#[inline(always)]
+fn may_be_cut(ctx: &TcContext, flow: &Flow) -> Result<(), DropReason> {
+    const DONT_FRAGMENT: u8 = 0x40;
     let v6 = flow.family == Family::V6 as u8;
     if v6 || parse::read::<u8>(ctx, IPV4_FRAGMENT)? & DONT_FRAGMENT != 0 {
         return Err(DropReason::TooBig);

@@ -4,7 +4,7 @@ use crate::{maps, packet::Flow};
 use abi::{
     AddressKey, DropReason, Family, Identity,
     address::Address,
-    conntrack::Peer,
+    conntrack::{Link, Peer},
     ipcache::{IPCACHE_HOST, IPCACHE_SERVICE},
     network::{NETWORK_KEY_BITS, UNROUTED},
     policy::NOT_ENFORCED,
@@ -175,6 +175,46 @@ fn look_at_address(key: &AddressKey, parity: usize, known: &mut Known) -> Look {
         known.identity = [volatile!(entry, identity[0]), volatile!(entry, identity[1])];
         known.flags = volatile!(entry, flags);
     })
+}
+
+#[inline(never)]
+fn look_at_near_link(key: &AddressKey, parity: usize, link: &mut Link, peer: &mut Peer) -> Look {
+    look!(maps::ENDPOINTS, key, |entry| {
+        link.slot = volatile!(entry, slot);
+        link.stamp = volatile!(entry, first_stamp);
+        link.ifindex = volatile!(entry, ifindex);
+        link.identity = volatile!(entry, identity[parity & 1]);
+        let macs: [u32; 3] = volatile_words!(entry, macs);
+        link.place = [macs[0], macs[1], macs[2], 0];
+        peer.owner = volatile!(entry, owner);
+        peer.epoch = volatile!(entry, epoch);
+    })
+}
+
+#[inline(never)]
+fn look_at_far_link(key: &AddressKey, parity: usize, link: &mut Link, peer: &mut Peer) -> Look {
+    look!(maps::IPCACHE, key, |entry| {
+        // Nothing else has one that is not zero.
+        let is_far = volatile!(entry, tunnel_family) != 0;
+        link.slot = if is_far { volatile!(entry, slot) } else { 0 };
+        link.stamp = volatile!(entry, first_stamp);
+        link.ifindex = 0;
+        link.identity = volatile!(entry, identity[parity & 1]);
+        link.place = volatile_words!(entry, tunnel_endpoint);
+        peer.owner = volatile!(entry, owner);
+        peer.epoch = volatile!(entry, epoch);
+    })
+}
+
+/// How a pod's address is reached, where it is still whose it was; false where there is no telling.
+#[inline(always)]
+pub fn link(key: &AddressKey, parity: usize, link: &mut Link, whose: &Peer) -> bool {
+    let mut peer = Peer { owner: 0, epoch: 0 };
+    let look = match look_at_near_link(key, parity, link, &mut peer) {
+        Look::Nothing => look_at_far_link(key, parity, link, &mut peer),
+        near => near,
+    };
+    look == Look::Whole && link.slot != 0 && peer == *whose
 }
 
 /// A pod of this node. An entry that is replaced just as it is read is looked at once more: that was one write of hostd's.

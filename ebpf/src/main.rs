@@ -8,6 +8,7 @@ mod affinity;
 mod arp;
 mod conntrack;
 mod enforce;
+mod fast;
 mod forward;
 mod fragment;
 mod icmp;
@@ -34,6 +35,10 @@ use packet::{Flow, Fragment};
 /// tc ingress of a pod's host veth: what the pod sends.
 #[classifier]
 pub fn from_pod(ctx: TcContext) -> i32 {
+    let done = fast::from_pod(&ctx);
+    if done != verdict::UNDECIDED {
+        return done;
+    }
     let Some(flow) = Flow::begin() else {
         return verdict::broken();
     };
@@ -67,12 +72,19 @@ fn pod_sends(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReason> {
     let mut action = Action::go_on(Path::ToHost);
     forward::deliver(ctx, flow, sender.identity, &receiver, &mut action)?;
     translate::rewrite(ctx, flow)?;
+    if matches!(action.path, Path::Local | Path::Encap) {
+        fast::arm(flow);
+    }
     Ok(action)
 }
 
 /// tc ingress of the vxlan device: what other nodes send.
 #[classifier]
 pub fn from_overlay(ctx: TcContext) -> i32 {
+    let done = fast::from_overlay(&ctx);
+    if done != verdict::UNDECIDED {
+        return done;
+    }
     let Some(flow) = Flow::begin() else {
         return verdict::broken();
     };
@@ -98,7 +110,11 @@ fn overlay_delivers(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReas
         enforce::admit(flow, &sender, &receiver.party)?;
     }
     translate::rewrite(ctx, flow)?;
-    forward::from_overlay(ctx, flow, &receiver)
+    let action = forward::from_overlay(ctx, flow, &receiver)?;
+    if action.path == Path::Overlay {
+        fast::arm(flow);
+    }
+    Ok(action)
 }
 
 /// In front of everything for the moment in which a program is moved on its hook: rather no packet than one past it.

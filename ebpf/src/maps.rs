@@ -87,6 +87,18 @@ pub fn scratch() -> Option<*mut Scratch> {
 #[btf_map]
 pub static GENERATION: Array<u64, 1, MMAPABLE> = Array::new();
 #[btf_map]
+static STAMPS: Array<u64, 65536, MMAPABLE> = Array::new();
+
+/// Stamp of the last write of the address that has the slot.
+#[inline(always)]
+pub fn stamp(slot: u32) -> Option<u32> {
+    // SAFETY: as in `generation`.
+    STAMPS
+        .get_ptr(slot)
+        .map(|word| unsafe { core::ptr::read_volatile(word) } as u32)
+}
+
+#[btf_map]
 pub static CONFIG: Array<NodeConfig, 1> = Array::new();
 #[btf_map]
 pub static POLICY_EVEN: Array<u64, 1024, MMAPABLE> = Array::new();

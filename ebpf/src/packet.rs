@@ -105,6 +105,8 @@ pub struct Flow {
     /// When the frontend's entry runs out, or zero where there is none yet; and the flow's own entry.
     pub frontend_expires: u64,
     pub expires: u64,
+    /// The flow's state after this packet; zero where it has none.
+    pub state: u32,
     /// The packet opened a flow.
     pub opened: bool,
     pub from: Identity,
@@ -164,6 +166,7 @@ impl Flow {
             affinity: 0,
             frontend_expires: 0,
             expires: 0,
+            state: 0,
             opened: false,
             from: Identity::NONE,
             to: Identity::NONE,

@@ -12,7 +12,7 @@ use crate::{
 use abi::{
     DropReason, Family, Service, ServiceKey,
     address::{Address, SHARED_SCOPE},
-    conntrack::{FRONTEND, HAIRPIN, SECOND, TRANSLATED, Translation},
+    conntrack::{FRONTEND, HAIRPIN, TRANSLATED, Translation},
     node::{GATEWAY_V4, GATEWAY_V6},
     service::{MAX_BACKENDS, SLOTS, SLOTS_PER_WORD},
 };
@@ -257,7 +257,7 @@ pub fn keep(flow: &Flow, client: &Party, backend: &Party) {
     if flow.opened && flow.affinity != 0 {
         affinity::remember(flow);
     }
-    let same_time = flow.expires.wrapping_sub(flow.frontend_expires) < SECOND;
+    let same_time = !conntrack::is_later(flow, flow.frontend_expires);
     let same_backend = flow.backend_owner == backend.peer.owner;
     if flow.service == Stage::Asked && !flow.related && !(same_time && same_backend) {
         conntrack::keep_frontend(flow, client, backend);

@@ -18,6 +18,9 @@ use aya_ebpf::{
     programs::TcContext,
 };
 
+/// No `TC_ACT_*`: the packet has not been looked at enough.
+pub const UNDECIDED: i32 = i32::MIN;
+
 /// For a packet that nothing can be said of.
 #[inline(always)]
 pub fn broken() -> i32 {
@@ -35,12 +38,10 @@ pub fn pass() -> i32 {
 pub fn act(ctx: &TcContext, hook: Hook, flow: &Flow, outcome: Result<Action, DropReason>) -> i32 {
     match outcome {
         Ok(action) => {
-            count(FORWARDED.get_ptr_mut(action.path as u32), ctx.len());
             if flow.opened && is_wanted(REPORT_FLOWS) {
                 report(ctx, hook, flow, ALLOWED, action.path as u8);
             }
-            record(ctx, &action);
-            carry_out(&action)
+            forward(ctx, &action)
         }
         Err(reason) => {
             count(DROPS.get_ptr_mut(reason as u32), ctx.len());
@@ -62,6 +63,14 @@ pub fn act(ctx: &TcContext, hook: Hook, flow: &Flow, outcome: Result<Action, Dro
             }
         }
     }
+}
+
+/// Carries out what is not dropped.
+#[inline(always)]
+pub fn forward(ctx: &TcContext, action: &Action) -> i32 {
+    count(FORWARDED.get_ptr_mut(action.path as u32), ctx.len());
+    record(ctx, action);
+    carry_out(action)
 }
 
 /// What is for the node or comes from it goes on to whatever else is attached to the hook (`TC_ACT_UNSPEC`).

@@ -96,6 +96,9 @@ pub struct Bench {
     /// Who has the addresses of the pods that are put.
     pub owner: u32,
     numbers: BTreeMap<ServiceKey, Numbers>,
+    /// Slot of each address, and the last stamp of any.
+    slots: BTreeMap<AddressKey, u32>,
+    stamp: u32,
     setup: Setup,
 }
 
@@ -146,6 +149,8 @@ impl Bench {
             generation: 2,
             owner: 1,
             numbers: BTreeMap::new(),
+            slots: BTreeMap::new(),
+            stamp: 0,
             setup,
         };
         bench.furnish();
@@ -239,8 +244,9 @@ impl Bench {
         } else {
             (POD_A_MAC, GATEWAY_A)
         };
+        let (slot, stamp) = self.next_stamp(key);
         let endpoint = Endpoint {
-            first_stamp: 1,
+            first_stamp: stamp,
             address: key.address,
             identity,
             row: [place.0; 2],
@@ -252,7 +258,8 @@ impl Bench {
                 pod: mac,
                 gateway: gateway_mac,
             },
-            last_stamp: 1,
+            slot,
+            last_stamp: stamp,
         };
         self.hash(map::ENDPOINTS).insert(key, endpoint, 0).unwrap();
     }
@@ -275,8 +282,9 @@ impl Bench {
     fn put_ipcache(&mut self, address: IpAddr, identity: [Identity; 2], column: u32, node: Option<IpAddr>, flags: u8) {
         let key = AddressKey::from(address);
         let tunnel = node.map(AddressKey::from);
+        let (slot, stamp) = self.next_stamp(key);
         let entry = IpcacheEntry {
-            first_stamp: 1,
+            first_stamp: stamp,
             address: key.address,
             identity,
             column: [column; 2],
@@ -286,8 +294,9 @@ impl Bench {
             tunnel_endpoint: tunnel.map_or(Address::NONE, |key| key.address),
             tunnel_family: tunnel.map_or(0, |key| key.family),
             flags,
-            zero: [0; 6],
-            last_stamp: 1,
+            zero: [0; 2],
+            slot,
+            last_stamp: stamp,
         };
         self.hash(map::IPCACHE).insert(key, entry, 0).unwrap();
     }
@@ -440,9 +449,19 @@ impl Bench {
     }
 
     pub fn remove_pod(&mut self, address: impl Into<IpAddr>) {
-        self.hash::<Endpoint>(map::ENDPOINTS)
-            .remove(&AddressKey::from(address.into()))
-            .unwrap();
+        let key = AddressKey::from(address.into());
+        self.next_stamp(key);
+        self.hash::<Endpoint>(map::ENDPOINTS).remove(&key).unwrap();
+    }
+
+    /// As hostd does before it changes anything about an address.
+    fn next_stamp(&mut self, key: AddressKey) -> (u32, u32) {
+        self.stamp += 1;
+        let unused = u32::try_from(self.slots.len()).unwrap() + 1;
+        let slot = *self.slots.entry(key).or_insert(unused);
+        let stamp = u64::from(self.stamp);
+        self.array::<u64>(map::STAMPS).set(slot, stamp, 0).unwrap();
+        (slot, self.stamp)
     }
 
     /// The flows that are tracked, and what is remembered of each.

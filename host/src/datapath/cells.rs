@@ -59,6 +59,11 @@ impl Mapped {
         })
     }
 
+    /// Elements.
+    pub const fn len(&self) -> usize {
+        self.elements
+    }
+
     /// Writes one element. Everything written before is seen by a program that sees this.
     pub fn store_u64(&self, index: usize, value: u64) {
         assert!(index < self.elements, "element {index} of {}", self.elements);

@@ -101,6 +101,10 @@ pub struct Datapath {
     service_capacity: u32,
     /// Number of the last write of an entry.
     stamp: u32,
+    stamps: Mapped,
+    /// Slot of each address that is placed, and those that are nobody's any more.
+    slots: BTreeMap<AddressKey, u32>,
+    free_slots: Vec<u32>,
     node_config: NodeConfig,
     bpffs: PathBuf,
 }
@@ -156,6 +160,7 @@ impl Datapath {
 
     fn from_object(mut ebpf: Ebpf, settings: &Settings, shape: Shape) -> Result<Self, DatapathError> {
         let generation: Array<MapData, u64> = typed!(&mut ebpf, map::GENERATION);
+        let stamps: Array<MapData, u64> = typed!(&mut ebpf, map::STAMPS);
         let even: Array<MapData, u64> = typed!(&mut ebpf, map::POLICY[0]);
         let odd: Array<MapData, u64> = typed!(&mut ebpf, map::POLICY[1]);
         let pins = settings.bpffs.join("maps-new");
@@ -164,6 +169,7 @@ impl Datapath {
         // Pinned one by one: a typed map of aya does not give its data back.
         generation.pin(pin(map::GENERATION)).map_err(pin_failed)?;
         even.pin(pin(map::POLICY[0])).map_err(pin_failed)?;
+        stamps.pin(pin(map::STAMPS)).map_err(pin_failed)?;
         odd.pin(pin(map::POLICY[1])).map_err(pin_failed)?;
         for name in map::PORT_POOL {
             let pool: Array<MapData, u64> = typed!(&mut ebpf, name);
@@ -207,6 +213,9 @@ impl Datapath {
             earlier_numbers: BTreeMap::new(),
             service_capacity: settings.maps.services,
             stamp: 0,
+            stamps: mapped(map::STAMPS)?,
+            slots: BTreeMap::new(),
+            free_slots: Vec::new(),
             node_config: NodeConfig {
                 vxlan_ifindex: 0,
                 report: 0,
@@ -323,23 +332,26 @@ impl Datapath {
         if before == Some(&desired) {
             return Ok(());
         }
-        self.stamp = self.stamp.wrapping_add(1);
-        let stamp = self.stamp;
+        let is_new = before.is_none();
+        let before = before.and_then(|before| before.endpoint);
+        let (slot, stamp) = self.next_stamp(address);
         let ipcache = IpcacheEntry {
             first_stamp: stamp,
+            slot,
             last_stamp: stamp,
             ..desired.ipcache
         };
         if let Some(endpoint) = desired.endpoint
-            && before.and_then(|before| before.endpoint).map(|known| known.owner) != Some(endpoint.owner)
+            && before.map(|known| known.owner) != Some(endpoint.owner)
         {
             self.open_account(endpoint.owner)?;
         }
-        let before = self.placed.get(&address).and_then(|before| before.endpoint);
-        let is_new = !self.placed.contains_key(&address);
-        self.ipcache
-            .insert(address, ipcache, 0)
-            .map_err(|error| full(error, map::IPCACHE, "maps.addresses"))?;
+        if let Err(error) = self.ipcache.insert(address, ipcache, 0) {
+            if is_new {
+                self.free_slots.extend(self.slots.remove(&address));
+            }
+            return Err(full(error, map::IPCACHE, "maps.addresses"));
+        }
         // What the maps hold by now, should the rest fail.
         let half = Desired {
             ipcache: desired.ipcache,
@@ -350,6 +362,7 @@ impl Datapath {
             Some(endpoint) => {
                 let endpoint = Endpoint {
                     first_stamp: stamp,
+                    slot,
                     last_stamp: stamp,
                     ..endpoint
                 };
@@ -374,14 +387,36 @@ impl Datapath {
     ///
     /// Where a map can't be written.
     pub fn remove(&mut self, address: &AddressKey) -> Result<(), DatapathError> {
+        if self.placed.contains_key(address) {
+            self.next_stamp(*address);
+        }
         if let Some(before) = self.placed.get(address) {
             if before.endpoint.is_some() {
                 gone(self.endpoints.remove(address), map::ENDPOINTS)?;
             }
             gone(self.ipcache.remove(address), map::IPCACHE)?;
             self.placed.remove(address);
+            self.free_slots.extend(self.slots.remove(address));
         }
         Ok(())
+    }
+
+    /// A stamp for what is written next of an address. From here on the programs conclude nothing any more from what was
+    /// there before. Slots are as many as the ipcache has room for, and stamps of all addresses are different.
+    fn next_stamp(&mut self, address: AddressKey) -> (u32, u32) {
+        self.stamp = self.stamp.wrapping_add(1);
+        let used = self.slots.len() + self.free_slots.len();
+        let slot = *self.slots.entry(address).or_insert_with(|| {
+            let unused = u32::try_from(used + 1).unwrap_or(u32::MAX);
+            self.free_slots.pop().unwrap_or(unused)
+        });
+        // Without a slot of its own an address has no fast path.
+        if (slot as usize) < self.stamps.len() {
+            self.stamps.store_u64(slot as usize, u64::from(self.stamp));
+            (slot, self.stamp)
+        } else {
+            (0, self.stamp)
+        }
     }
 
     /// What the maps hold, by address.

@@ -61,6 +61,7 @@ pub fn load_programs(maps: &Maps, constants: &Constants, reuse: &[(&str, PathBuf
         .map_max_entries(map::ENDPOINTS, 2 * maps.endpoints)
         .map_max_entries(map::ACCOUNTS, 4 * maps.endpoints + 1)
         .map_max_entries(map::IPCACHE, maps.addresses)
+        .map_max_entries(map::STAMPS, maps.addresses + 1)
         .map_max_entries(map::CONNTRACK, maps.conntrack)
         .map_max_entries(map::FRAGMENTS, maps.fragments)
         .map_max_entries(map::SERVICES, maps.services)

@@ -87,7 +87,8 @@ pub fn entry(
         tunnel_endpoint,
         tunnel_family,
         flags: if stance == Stance::Host { IPCACHE_HOST } else { 0 },
-        zero: [0; 6],
+        zero: [0; 2],
+        slot: 0,
         last_stamp: 0,
     };
     let endpoint = match stance {
@@ -101,6 +102,7 @@ pub fn entry(
             epoch,
             ifindex,
             macs,
+            slot: 0,
             last_stamp: 0,
         }),
         Stance::Remote(_) | Stance::Host | Stance::Nowhere => None,

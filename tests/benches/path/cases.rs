@@ -36,6 +36,8 @@ struct Packets {
     ifindex: u32,
     replay: Replay,
     fate: Fate,
+    /// Packets in a round.
+    repeat: u32,
 }
 
 enum Work {
@@ -71,6 +73,7 @@ impl Packets {
             ifindex,
             replay,
             fate,
+            repeat: REPEAT,
         }
     }
 
@@ -106,7 +109,8 @@ impl Packets {
         stage.target(&empty)?;
         let netns = self.bench.borrow().netns.name().to_owned();
         let ifindex = self.ifindex;
-        in_netns(&netns, || stage.run("replay", ifindex, REPEAT, UNSPEC))?
+        let repeat = self.repeat;
+        in_netns(&netns, || stage.run("replay", ifindex, repeat, UNSPEC))?
     }
 }
 
@@ -126,7 +130,7 @@ impl Case {
             Work::Alone(name, returns) => stage.run(name, 1, REPEAT, *returns),
             Work::Packets(packets) => {
                 let making = packets.make(stage)?;
-                let taken = packets.send(stage, REPEAT)?;
+                let taken = packets.send(stage, packets.repeat)?;
                 let nothing = stage.run("empty", 1, REPEAT, UNSPEC)?;
                 Ok(taken - making + nothing)
             }
@@ -356,6 +360,8 @@ fn many_flows(maker: &mut Maker) -> anyhow::Result<()> {
         talk.open(maker, &bench, flows)?;
         let mut packets = talk.there(&bench);
         packets.replay.source_ports = flows;
+        // Every flow has its turns in each round, as it would if there was nothing else.
+        packets.repeat = REPEAT.max(2 * flows);
         maker.case(name, packets);
     }
     Ok(())

@@ -75,6 +75,7 @@ impl Packets {
                 pod: [2, 0, 0, 0, 0, 1],
                 gateway: [2, 0, 0, 0, 0, 2],
             },
+            slot: 0,
             last_stamp: 1,
         };
         HashMap::<_, AddressKey, Endpoint>::try_from(ebpf.map_mut(map::ENDPOINTS).context("no map")?)?
@@ -95,7 +96,8 @@ impl Packets {
                 tunnel_endpoint: AddressKey::v4([192, 0, 2, 2]).address,
                 tunnel_family: Family::V4 as u8,
                 flags: 0,
-                zero: [0; 6],
+                zero: [0; 2],
+                slot: 0,
                 last_stamp: 1,
             };
             ipcache.insert(AddressKey::v4(address), entry, 0)?;

@@ -7,6 +7,7 @@ mod services;
 mod backends;
 mod differential;
 mod drops;
+mod fast;
 mod flows;
 mod forwarding;
 mod fragments;

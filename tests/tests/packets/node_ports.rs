@@ -16,7 +16,10 @@ use abi::{
     policy::{TCP, UDP},
 };
 use harness::kernel_test;
-use std::net::{IpAddr, Ipv4Addr};
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr},
+};
 
 const PORT: u16 = 30080;
 const SYN_ACK: u8 = SYN | ACK;
@@ -312,7 +315,7 @@ fn one_port_of_a_client_that_asks_at_two_nodes_is_two_connections() {
         .collect();
     assert!(ports.iter().all(|port| *port >= 1024));
     assert!((5000..5064).zip(&ports).filter(|(asked, got)| asked == *got).count() < 2);
-    assert_eq!(ports.iter().collect::<std::collections::BTreeSet<_>>().len(), 64);
+    assert_eq!(ports.iter().collect::<BTreeSet<_>>().len(), 64);
 }
 
 #[test]
@@ -382,6 +385,23 @@ fn connections_that_have_nothing_to_do_with_a_node_port_go_on() {
     assert_eq!(bench.from_pod_a(&to_node(ACK)).path(), Path::ToHost);
     assert_eq!(bench.from_pod_a(&to_node(SYN)).path(), Path::Local);
     assert_eq!(bench.from_pod_a(&to_node(ACK)).path(), Path::Local);
+}
+
+#[test]
+fn a_client_outside_keeps_its_backend_where_the_service_says_so() {
+    kernel_test!();
+    let mut bench = bench_with(&[]);
+    let both = [(POD_B.into(), 8080), (REMOTE.into(), 8080)];
+    let mut backends = |affinity| -> BTreeSet<[u8; 4]> {
+        bench.put_service(frontend(Ipv4Addr::UNSPECIFIED, TCP, PORT), &both, affinity);
+        let asked = |port| Frame::tcp(NOBODY, port, NODE, PORT, SYN).summed();
+        let to = (5000..5032).map(|port| frame_of(bench.from_netdev(&asked(port))).0[30..34].try_into().unwrap());
+        let to = to.collect();
+        bench.forget();
+        to
+    };
+    assert_eq!(backends(0).len(), 2);
+    assert_eq!(backends(60).len(), 1);
 }
 
 #[test]
