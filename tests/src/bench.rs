@@ -80,6 +80,12 @@ fn clear<K: Pod + Eq + std::hash::Hash, V: Pod>(map: &mut Map) {
     }
 }
 
+/// Now, in nanoseconds of `CLOCK_MONOTONIC`.
+pub fn now() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    u64::try_from(now.tv_sec).unwrap() * SECOND + u64::try_from(now.tv_nsec).unwrap()
+}
+
 /// The programs, and what they run in.
 pub struct Bench {
     pub ebpf: Ebpf,
@@ -489,9 +495,30 @@ impl Bench {
     pub fn lifetime(&mut self) -> u64 {
         let entries = self.flows();
         assert_eq!(entries.len(), 1);
-        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-        let now = u64::try_from(now.tv_sec).unwrap() * SECOND + u64::try_from(now.tv_nsec).unwrap();
-        (entries[0].1.expires - now).div_ceil(SECOND)
+        (entries[0].1.expires - now()).div_ceil(SECOND)
+    }
+
+    /// Changes what is remembered of all flows.
+    pub fn change_flows(&mut self, mut change: impl FnMut(&mut ConntrackEntry)) {
+        let flows = self.flows();
+        let mut tracked: HashMap<_, ConntrackKey, ConntrackEntry> =
+            HashMap::try_from(self.ebpf.map_mut(map::CONNTRACK).unwrap()).unwrap();
+        for (key, mut entry) in flows {
+            change(&mut entry);
+            tracked.insert(key, entry, 0).unwrap();
+        }
+    }
+
+    /// Makes the clients of pods' services as old as this, in nanoseconds of `CLOCK_MONOTONIC`; the answer is how old they
+    /// were.
+    pub fn age_clients(&mut self, expires: u64) -> Vec<u64> {
+        let mut clients: HashMap<_, AffinityKey, AffinityEntry> =
+            HashMap::try_from(self.ebpf.map_mut(map::AFFINITY[0]).unwrap()).unwrap();
+        let known: Vec<(AffinityKey, AffinityEntry)> = clients.iter().map(Result::unwrap).collect();
+        for (key, entry) in &known {
+            clients.insert(key, AffinityEntry { expires, ..*entry }, 0).unwrap();
+        }
+        known.iter().map(|(_, entry)| entry.expires).collect()
     }
 
     /// Says how many flows are tracked in all.

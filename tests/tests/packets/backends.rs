@@ -1,14 +1,18 @@
 //! Which backend of a service a connection gets, for how long, and what it costs.
 
 use super::{
-    bench::{BLUE, BLUE_PLACE, Bench, FULL, RED_PLACE},
+    bench::{BLUE, BLUE_PLACE, Bench, FULL, RED_PLACE, now},
     frame::{ACK, Frame, GATEWAY_A, GATEWAY_B, NOBODY, POD_A, POD_A_MAC, POD_B, POD_B_MAC, REMOTE, SYN},
     run::Outcome,
     services::{SYN_ACK, VIP, bench_with, frame_of, frontend, receiver, serve},
 };
-use abi::{Direction, DropReason, Identity, Path, conntrack::FRONTEND, policy::TCP};
+use abi::{
+    Direction, DropReason, Identity, Path,
+    conntrack::{FRONTEND, SECOND},
+    policy::TCP,
+};
 use harness::kernel_test;
-use std::{collections::BTreeSet, net::IpAddr, time::Duration};
+use std::{collections::BTreeSet, net::IpAddr};
 
 const OTHER_VIP: [u8; 4] = [172, 16, 0, 2];
 
@@ -98,14 +102,15 @@ fn a_client_keeps_its_backend_for_no_longer_than_the_service_says() {
     let first = ask(&mut bench, 4000);
     let other_port = (4001..5000).find(|port| ask(&mut bench, *port) != first).unwrap();
     bench.forget();
-    bench.put_service(frontend(VIP, TCP, 80), &two, 1);
+    bench.put_service(frontend(VIP, TCP, 80), &two, 60);
     assert_eq!(ask(&mut bench, 4000), first);
     assert_eq!(ask(&mut bench, other_port), first);
-    let flows = bench.flows();
-    std::thread::sleep(Duration::from_millis(2100));
-    for (key, _) in flows {
+    for (key, _) in bench.flows() {
         bench.forget_flow(&key);
     }
+    let expires = bench.age_clients(1);
+    assert_eq!(expires.len(), 1);
+    assert_eq!((expires[0] - now()).div_ceil(SECOND), 60);
     assert_ne!(ask(&mut bench, other_port), first);
 }
 

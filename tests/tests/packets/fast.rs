@@ -1,16 +1,15 @@
 //! The fast path: that flows take it, and that it ends with whatever a flow was let open by.
 
 use super::{
-    bench::{BLUE, BLUE_PLACE, Bench, GREEN, RED_PLACE, TUNNEL_MTU},
+    bench::{BLUE, BLUE_PLACE, Bench, GREEN, RED_PLACE, TUNNEL_MTU, now},
     frame::{
         ACK, FIN, Frame, GATEWAY_B, NOBODY, OTHER_NODE, POD_A, POD_A_MAC, POD_A6, POD_B, POD_B_MAC, POD_B6, REMOTE,
         REMOTE6, RST, SYN,
     },
     run::{Arrival, Outcome},
 };
-use abi::{Direction, DropReason, Hook, Identity, Path, node::GATEWAY_V4};
+use abi::{AddressKey, Direction, DropReason, Hook, Identity, Path, conntrack::SECOND, node::GATEWAY_V4};
 use harness::kernel_test;
-use std::time::Duration;
 
 type Change = fn(&mut Bench);
 type Sends = fn(&mut Bench) -> Outcome;
@@ -40,16 +39,22 @@ fn is_armed(bench: &mut Bench) -> bool {
 /// Pod A has a connection open to pod B, and to the remote pod, and neither may open one to it.
 fn connected() -> Bench {
     let mut bench = Bench::new();
+    connect(&mut bench);
+    bench
+}
+
+/// The same anew: loading the programs for each case takes too long.
+fn connect(bench: &mut Bench) {
+    bench.reset();
     bench.set_cell(Direction::Ingress, RED_PLACE.0, BLUE_PLACE.1, 0);
     bench.set_cell(Direction::Ingress, RED_PLACE.0, super::bench::GREEN_COLUMN, 0);
     bench.from_pod_a(&there(SYN));
     bench.from_pod_b(&Frame::tcp(POD_B, 80, POD_A, 40000, SYN | ACK));
     bench.from_pod_a(&there(ACK));
     bench.from_pod_a(&far(SYN));
-    from_far(&mut bench, SYN | ACK);
+    from_far(bench, SYN | ACK);
     bench.from_pod_a(&far(ACK));
-    assert!(is_armed(&mut bench));
-    bench
+    assert!(is_armed(bench));
 }
 
 #[test]
@@ -175,13 +180,14 @@ const CHANGES: &[(&str, Change, Sends, DropReason)] = &[
 #[test]
 fn it_ends_with_every_change_of_what_it_was_about() {
     kernel_test!();
+    let mut bench = Bench::new();
     for (what, change, sends, reason) in CHANGES {
-        let mut bench = connected();
+        connect(&mut bench);
         change(&mut bench);
         assert_eq!(sends(&mut bench).reason(), *reason, "{what}");
     }
     // Where it goes on elsewhere, it does at once.
-    let mut bench = connected();
+    connect(&mut bench);
     bench.put_remote(REMOTE, [GREEN; 2], [192, 0, 2, 3]);
     let sent = bench.from_pod_a(&far(ACK));
     assert!(
@@ -194,7 +200,7 @@ fn it_ends_with_every_change_of_what_it_was_about() {
         ),
         "{sent:?}"
     );
-    let mut bench = connected();
+    connect(&mut bench);
     bench.put_pod(POD_B, [BLUE; 2], BLUE_PLACE, 2, bench.pod_a);
     let sent = bench.from_pod_a(&there(ACK));
     assert!(
@@ -311,8 +317,9 @@ const STRAYS: &[(&str, Sends, DropReason)] = &[
 #[test]
 fn nothing_gets_by_on_it_that_would_not_otherwise() {
     kernel_test!();
+    let mut bench = Bench::new();
     for (what, sends, reason) in STRAYS {
-        let mut bench = connected();
+        connect(&mut bench);
         assert_eq!(sends(&mut bench).reason(), *reason, "{what}");
         // Whoever tried that has not ended the flows.
         assert_eq!(bench.from_pod_a(&there(ACK)).path(), Path::Local, "{what}");
@@ -331,30 +338,51 @@ fn what_says_something_about_the_flow_is_noted() {
     // It is closed: the same ports open another one.
     bench.set_cell(Direction::Egress, RED_PLACE.0, BLUE_PLACE.1, 0);
     assert_eq!(bench.from_pod_a(&there(SYN)).reason(), DropReason::EgressDenied);
-    let mut bench = connected();
+    connect(&mut bench);
     assert_eq!(from_far(&mut bench, RST).path(), Path::Overlay);
     bench.set_cell(Direction::Egress, RED_PLACE.0, super::bench::GREEN_COLUMN, 0);
     assert_eq!(bench.from_pod_a(&far(SYN)).reason(), DropReason::EgressDenied);
 }
 
 #[test]
-fn a_flow_ends_on_it_as_on_any_other() {
+fn a_flow_lives_and_ends_on_it_as_on_any_other() {
     kernel_test!();
     let mut bench = connected();
-    bench.configure(|config| config.timeouts.tcp_established = 1);
-    // What is heard of again lives on; each packet may take the fast path for a while.
-    for _ in 0..4 {
-        std::thread::sleep(Duration::from_millis(600));
-        bench.from_pod_a(&there(ACK));
+    for (key, _) in bench.flows() {
+        if key.upper == AddressKey::v4(REMOTE).address {
+            bench.forget_flow(&key);
+        }
     }
-    assert_eq!(bench.from_pod_a(&there(ACK)).path(), Path::Local);
-    std::thread::sleep(Duration::from_millis(2100));
+    let set = |bench: &mut Bench, seconds: u64, fast: bool| {
+        bench.change_flows(|entry| {
+            entry.expires = now() + seconds * SECOND;
+            entry.fast_until = if fast { u64::MAX } else { 1 };
+        });
+        assert_eq!(bench.from_pod_a(&there(ACK)).path(), Path::Local);
+    };
+    // Nothing is noted for a while, and then that the flow lives.
+    bench.configure(|config| config.timeouts.tcp_established = 1000);
+    set(&mut bench, 500, true);
+    assert!(bench.lifetime() <= 500);
+    set(&mut bench, 500, false);
+    assert!(bench.lifetime() > 900);
+    // A while is no longer than a quarter of the time-out, and 100 ticks.
+    let until = |bench: &mut Bench| bench.flows()[0].1.fast_until;
+    let long = until(&mut bench);
+    bench.configure(|config| config.timeouts.tcp_established = 1);
+    set(&mut bench, 500, false);
+    let short = until(&mut bench);
+    bench.configure(|config| config.timeouts.tcp_established = 1000);
+    set(&mut bench, 500, false);
+    let longer = until(&mut bench);
+    assert!(long <= longer && short + 75 <= longer, "{long} {short} {longer}");
+    // Short lives are prolonged, too.
+    bench.configure(|config| config.timeouts.tcp_established = 3);
+    bench.change_flows(|entry| (entry.expires, entry.fast_until) = (now() + 2 * SECOND + SECOND / 10, 1));
+    let before = bench.flows()[0].1.expires;
+    bench.from_pod_a(&there(ACK));
+    assert!(bench.flows()[0].1.expires > before);
+    // What has run out is none.
+    bench.change_flows(|entry| (entry.expires, entry.fast_until) = (1, 1));
     assert_eq!(bench.from_pod_a(&there(ACK)).reason(), DropReason::MidStream);
-    // Nor does one live that has just ended.
-    let mut bench = Bench::new();
-    bench.set_cell(Direction::Ingress, RED_PLACE.0, BLUE_PLACE.1, 0);
-    bench.configure(|config| config.timeouts.tcp_syn = 0);
-    assert_eq!(bench.from_pod_a(&there(SYN)).path(), Path::Local);
-    let answer = Frame::tcp(POD_B, 80, POD_A, 40000, SYN | ACK);
-    assert_eq!(bench.from_pod_b(&answer).reason(), DropReason::IngressDenied);
 }
