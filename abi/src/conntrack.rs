@@ -83,26 +83,28 @@ impl Translation {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Link {
-    /// Slot and stamp of the address's entry when this was found out; the slot is 0 where nothing was.
-    pub slot: u32,
-    /// The stamp.
-    pub stamp: u32,
+    /// Words in network byte order: [`Macs`](crate::Macs) of a pod here, and zero; or else the other node's address.
+    pub place: [u32; 4],
     /// Interface index of the host's end of the pod's veth pair; 0 where the pod lives behind another node.
     pub ifindex: u32,
     /// Security identity.
     pub identity: Identity,
-    /// Words in network byte order: [`Macs`](crate::Macs) of a pod here, and zero; or else the other node's address.
-    pub place: [u32; 4],
+    /// Slot and stamp of the address's entry when this was found out; the slot is 0 where nothing was. They come last, for
+    /// the kernel writes an entry from its beginning: who reads them first reads the rest that belongs to them, or what came
+    /// later.
+    pub slot: u32,
+    /// The stamp.
+    pub stamp: u32,
 }
 
 impl Link {
     /// Nothing is known.
     pub const NONE: Self = Self {
-        slot: 0,
-        stamp: 0,
+        place: [0; 4],
         ifindex: 0,
         identity: Identity::NONE,
-        place: [0; 4],
+        slot: 0,
+        stamp: 0,
     };
 }
 

@@ -81,8 +81,8 @@ fn is_above(ends: &Ends) -> bool {
     ends.source_port > ends.destination_port
 }
 
-/// A hash of the key: what an entry says whose it is. Multilinear, which takes the processor less time than one word after
-/// the other; never zero.
+/// A hash of the key: what an entry says whose it is. Multilinear and mixed at the end, which takes the processor less time
+/// than one word after the other; never zero.
 #[inline(always)]
 pub fn cookie(key: &ConntrackKey) -> u64 {
     // Digits of the golden ratio, of pi and of e, made odd.
@@ -103,9 +103,11 @@ pub fn cookie(key: &ConntrackKey) -> u64 {
     ];
     let mut sum = 0_u64;
     for (part, factor) in parts.into_iter().zip(FACTORS) {
-        sum = sum.wrapping_add(part.wrapping_mul(factor));
+        // Of a product only bits above those of the factors tell: IPv4 has one half alone.
+        sum = sum.wrapping_add((part ^ part >> 32).wrapping_mul(factor));
     }
-    (sum ^ sum >> 32) | 1
+    sum = (sum ^ sum >> 32).wrapping_mul(FACTORS[0]);
+    (sum ^ sum >> 29) | 1
 }
 
 /// Half of an address.
@@ -242,6 +244,19 @@ pub fn touch(place: &Place, tracked: &Tracked, flow: &mut Flow, now: u64) {
             core::ptr::write_volatile(&raw mut (*pointer).expires, flow.expires);
             core::ptr::write_volatile(&raw mut (*pointer).state, state);
         }
+        // Another CPU may have put a new entry in its place, with what it had read before.
+        if state != tracked.entry.state && maps::CONNTRACK.get_ptr_mut(place.key) != Some(pointer) {
+            note(place.key, state);
+        }
+    }
+}
+
+/// Notes a flow's state where its entry is now.
+#[inline(always)]
+pub fn note(key: &ConntrackKey, state: u32) {
+    if let Some(pointer) = maps::CONNTRACK.get_ptr_mut(key) {
+        // SAFETY: as in `touch`.
+        unsafe { core::ptr::write_volatile(&raw mut (*pointer).state, state) };
     }
 }
 

@@ -385,7 +385,10 @@ pub fn arm(flow: &Flow) {
         && flow.fragment == Fragment::None
         && matches!(flow.protocol, TCP | UDP)
         && !flow.related;
-    let Some(place) = conntrack::place(flow, &flow.ends).filter(|_| is_plain) else {
+    if !is_plain {
+        return;
+    }
+    let Some(place) = conntrack::place(flow, &flow.ends) else {
         return;
     };
     let (Some(pointer), Some(scratch)) = (maps::CONNTRACK.get_ptr_mut(place.key), maps::scratch()) else {
@@ -393,7 +396,8 @@ pub fn arm(flow: &Flow) {
     };
     // SAFETY: as in `conntrack::find`.
     let entry = unsafe { &mut (*scratch).found };
-    let is_known = lru::copy_out(pointer, entry, conntrack::cookie(place.key), 0);
+    let cookie = conntrack::cookie(place.key);
+    let is_known = lru::copy_out(pointer, entry, cookie, 0);
     if !is_known || entry.state != ESTABLISHED || entry.generation != flow.generation {
         return;
     }
@@ -402,6 +406,10 @@ pub fn arm(flow: &Flow) {
     let life = conntrack::lifetime(flow.protocol, flow.state) / SECOND;
     let until = now + TICKS.min(life * TICKS_A_SECOND);
     if is_current(&raw const entry.links[0]) && is_current(&raw const entry.links[1]) {
+        // Not for each packet that can't take it: all CPUs read that cache line.
+        if entry.fast_until >= now {
+            return;
+        }
         // SAFETY: the element is valid memory (see `lru::copy_out`). Should it belong to another flow by now, that one takes
         // the fast path for a while longer, if it may at all.
         unsafe { core::ptr::write_volatile(&raw mut (*pointer).fast_until, until) };
@@ -426,11 +434,18 @@ pub fn arm(flow: &Flow) {
     ) {
         // Only where it is still there: what was forgotten meanwhile stays forgotten.
         let _ = maps::CONNTRACK.insert(place.key, &*entry, u64::from(BPF_EXIST));
+        // What another CPU has noted of the flow meanwhile.
+        // SAFETY: as in `find`.
+        let (whose, state) = unsafe { (read!(pointer, cookie), read!(pointer, state)) };
+        if whose == cookie && state != entry.state {
+            conntrack::note(place.key, state);
+        }
     }
 }
 
 /// Finds out how a pod's address is reached, where it is whose it was when the flow was judged.
 #[inline(always)]
 fn is_reached(key: AddressKey, flow: &Flow, link: &mut Link, peer: Peer) -> bool {
-    lookup::link(&key, flow.parity(), link, &peer)
+    // What is out of date already would only push something else out of the map.
+    lookup::link(&key, flow.parity(), link, &peer) && is_current(link)
 }

@@ -194,12 +194,12 @@ fn look_at_near_link(key: &AddressKey, parity: usize, link: &mut Link, peer: &mu
 #[inline(never)]
 fn look_at_far_link(key: &AddressKey, parity: usize, link: &mut Link, peer: &mut Peer) -> Look {
     look!(maps::IPCACHE, key, |entry| {
-        // Nothing else has one that is not zero.
-        let is_far = volatile!(entry, tunnel_family) != 0;
-        link.slot = if is_far { volatile!(entry, slot) } else { 0 };
-        link.stamp = volatile!(entry, first_stamp);
         link.ifindex = 0;
         link.identity = volatile!(entry, identity[parity & 1]);
+        // Nothing else has a tunnel, and the tunnel carries no other identity from a pod.
+        let is_far = volatile!(entry, tunnel_family) != 0 && link.identity.is_allocated();
+        link.slot = if is_far { volatile!(entry, slot) } else { 0 };
+        link.stamp = volatile!(entry, first_stamp);
         link.place = volatile_words!(entry, tunnel_endpoint);
         peer.owner = volatile!(entry, owner);
         peer.epoch = volatile!(entry, epoch);

@@ -454,6 +454,16 @@ impl Bench {
         self.array::<u64>(map::GENERATION).set(0, generation, 0).unwrap();
     }
 
+    /// A node is none any more; those of its pods that are known are looked at anew, as hostd has it.
+    pub fn remove_node(&mut self, node: [u8; 4], pods: &[[u8; 4]]) {
+        for pod in pods {
+            self.next_stamp(AddressKey::v4(*pod));
+        }
+        self.hash::<NodeEntry>(map::NODES)
+            .remove(&AddressKey::v4(node))
+            .unwrap();
+    }
+
     pub fn remove_pod(&mut self, address: impl Into<IpAddr>) {
         let key = AddressKey::from(address.into());
         self.next_stamp(key);

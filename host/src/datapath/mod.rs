@@ -52,7 +52,7 @@ use conntrack::Counted;
 use error::chain;
 use ipnet::IpNet;
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     path::{Path, PathBuf},
 };
@@ -104,6 +104,8 @@ pub struct Datapath {
     stamps: Mapped,
     /// Slot of each address that is placed, and those that are nobody's any more.
     slots: BTreeMap<AddressKey, u32>,
+    /// Addresses whose last stamp their entries may not have: something failed.
+    unsettled: BTreeSet<AddressKey>,
     free_slots: Vec<u32>,
     node_config: NodeConfig,
     bpffs: PathBuf,
@@ -215,6 +217,7 @@ impl Datapath {
             stamp: 0,
             stamps: mapped(map::STAMPS)?,
             slots: BTreeMap::new(),
+            unsettled: BTreeSet::new(),
             free_slots: Vec::new(),
             node_config: NodeConfig {
                 vxlan_ifindex: 0,
@@ -312,13 +315,23 @@ impl Datapath {
             .map_err(DatapathError::map(map::NODES))
     }
 
-    /// Makes an underlay address no longer one of a node.
+    /// Makes an underlay address no longer one of a node. Flows that lead there, or come from there, are looked at anew.
     ///
     /// # Errors
     ///
     /// Where the map can't be written.
     pub fn remove_node(&mut self, underlay: IpAddr) -> Result<(), DatapathError> {
-        gone(self.nodes.remove(&AddressKey::from(underlay)), map::NODES)
+        let key = AddressKey::from(underlay);
+        let is_behind = |desired: &Desired| {
+            let entry = &desired.ipcache;
+            (entry.tunnel_endpoint, entry.tunnel_family) == (key.address, key.family)
+        };
+        let its = self.placed.iter().filter(|(_, desired)| is_behind(desired));
+        for address in its.map(|(address, _)| *address).collect::<Vec<_>>() {
+            self.next_stamp(address);
+            self.unsettled.insert(address);
+        }
+        gone(self.nodes.remove(&key), map::NODES)
     }
 
     /// Makes the maps hold this of an address: the ipcache first, then the endpoint map, so that a pod is never
@@ -329,26 +342,28 @@ impl Datapath {
     /// Where a map is full.
     pub fn place(&mut self, address: AddressKey, desired: Desired) -> Result<(), DatapathError> {
         let before = self.placed.get(&address);
-        if before == Some(&desired) {
+        if before == Some(&desired) && !self.unsettled.contains(&address) {
             return Ok(());
         }
         let is_new = before.is_none();
         let before = before.and_then(|before| before.endpoint);
+        if let Some(endpoint) = desired.endpoint
+            && before.map(|known| known.owner) != Some(endpoint.owner)
+        {
+            self.open_account(endpoint.owner)?;
+        }
         let (slot, stamp) = self.next_stamp(address);
+        self.unsettled.insert(address);
         let ipcache = IpcacheEntry {
             first_stamp: stamp,
             slot,
             last_stamp: stamp,
             ..desired.ipcache
         };
-        if let Some(endpoint) = desired.endpoint
-            && before.map(|known| known.owner) != Some(endpoint.owner)
-        {
-            self.open_account(endpoint.owner)?;
-        }
         if let Err(error) = self.ipcache.insert(address, ipcache, 0) {
             if is_new {
                 self.free_slots.extend(self.slots.remove(&address));
+                self.unsettled.remove(&address);
             }
             return Err(full(error, map::IPCACHE, "maps.addresses"));
         }
@@ -378,6 +393,7 @@ impl Datapath {
             None => {}
         }
         self.placed.insert(address, desired);
+        self.unsettled.remove(&address);
         Ok(())
     }
 
@@ -389,6 +405,7 @@ impl Datapath {
     pub fn remove(&mut self, address: &AddressKey) -> Result<(), DatapathError> {
         if self.placed.contains_key(address) {
             self.next_stamp(*address);
+            self.unsettled.insert(*address);
         }
         if let Some(before) = self.placed.get(address) {
             if before.endpoint.is_some() {
@@ -396,6 +413,7 @@ impl Datapath {
             }
             gone(self.ipcache.remove(address), map::IPCACHE)?;
             self.placed.remove(address);
+            self.unsettled.remove(address);
             self.free_slots.extend(self.slots.remove(address));
         }
         Ok(())

@@ -170,6 +170,35 @@ const CHANGES: &[(&str, Change, Sends, DropReason)] = &[
         DropReason::WrongNode,
     ),
     (
+        "the other node is none any more",
+        |b| b.remove_node(OTHER_NODE, &[REMOTE]),
+        |b| {
+            // Not even by way of what a pod sends there.
+            b.from_pod_a(&far(ACK));
+            from_far(b, ACK)
+        },
+        DropReason::UnknownNode,
+    ),
+    (
+        "the remote pod has no identity of its own any more",
+        |b| b.put_remote(REMOTE, [Identity::INIT; 2], OTHER_NODE),
+        |b| {
+            b.from_pod_a(&far(ACK));
+            b.from_overlay(&Frame::tcp(REMOTE, 80, POD_A, 40000, ACK), OTHER_NODE, Identity::INIT)
+        },
+        DropReason::ReservedVni,
+    ),
+    (
+        "hostd has started anew, and its stamps are the same again",
+        |b| {
+            b.flip();
+            b.flip();
+            b.deny_egress(RED_PLACE.0, BLUE_PLACE.1);
+        },
+        |b| b.from_pod_a(&there(ACK)),
+        DropReason::EgressDenied,
+    ),
+    (
         "the flow was forgotten",
         |b| b.forget(),
         |b| b.from_pod_a(&there(ACK)),
