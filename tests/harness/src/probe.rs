@@ -260,7 +260,7 @@ pub fn tcp_retransmits(namespace: &str) -> anyhow::Result<u64> {
     Ok(count.parse()?)
 }
 
-/// UDP echoes from one pod to another, one after the other and behind other programs, until it is stopped: each datagram that does not come back
+/// UDP echoes from one pod to another, one after the other, until it is stopped: each datagram that does not come back
 /// is a lost packet, since nothing sends it again.
 pub struct Traffic {
     stop: Arc<AtomicBool>,
@@ -306,8 +306,6 @@ impl Traffic {
 }
 
 fn echo_until(stop: &AtomicBool, to: IpAddr, port: u16, wait: Duration) -> anyhow::Result<Counts> {
-    // Of this thread alone; as much as what `nice` starts.
-    rustix::process::setpriority_process(None, 10)?;
     let socket = UdpSocket::bind("0.0.0.0:0")?;
     socket.connect(SocketAddr::new(to, port))?;
     socket.set_read_timeout(Some(wait))?;

@@ -120,12 +120,12 @@ pub fn bare_pair(seconds: u32) -> anyhow::Result<Throughput> {
     iperf3(end(&one, "198.51.100.1")?, end(&other, "198.51.100.2")?, seconds)?.finish()
 }
 
-/// Starts iperf3 from one end to another. Other programs of this machine, the nodes' daemons among them, go before it.
+/// Starts iperf3 from one end to another.
 pub fn iperf3(from: End, to: End, seconds: u32) -> anyhow::Result<Iperf> {
     let server = to
         .netns
-        .command("nice")
-        .args(["iperf3", "--server", "--one-off"])
+        .command("iperf3")
+        .args(["--server", "--one-off"])
         .stdout(Stdio::null())
         .spawn()
         .context("iperf3")?;
@@ -136,9 +136,8 @@ pub fn iperf3(from: End, to: End, seconds: u32) -> anyhow::Result<Iperf> {
     ensure!(listening, "iperf3 does not listen in {}", to.netns.name());
     let client = from
         .netns
-        .command("nice")
+        .command("iperf3")
         .args([
-            "iperf3",
             "--json",
             "--time",
             &seconds.to_string(),
