@@ -67,7 +67,15 @@ pub fn run(keep: bool) -> anyhow::Result<()> {
 fn play(interrupted: &Interrupted, keep: bool) -> anyhow::Result<()> {
     show::step("two nodes, two tenants and shared services");
     let cluster = stage::build(interrupted)?;
-    show::pods(&cluster)?;
+    let result = show_all(&cluster, interrupted, keep);
+    if result.is_err() {
+        show::logs(&cluster);
+    }
+    result
+}
+
+fn show_all(cluster: &Cluster, interrupted: &Interrupted, keep: bool) -> anyhow::Result<()> {
+    show::pods(cluster)?;
     let listeners = cluster
         .pods
         .iter()
@@ -75,19 +83,19 @@ fn play(interrupted: &Interrupted, keep: bool) -> anyhow::Result<()> {
         .collect::<anyhow::Result<BTreeMap<_, _>>>()?;
 
     show::step("no policy yet: who reaches whom, by TCP and UDP?");
-    expect(&cluster, interrupted, |_, _| false)?;
+    expect(cluster, interrupted, |_, _| false)?;
 
     show::step("hostd load-policy tenant-isolation.wasm");
-    show::hostd(&cluster, &["load-policy", &stage::policy("tenant-isolation")?])?;
+    show::hostd(cluster, &["load-policy", &stage::policy("tenant-isolation")?])?;
 
     show::step("who reaches whom now, and what is on the wire between the nodes?");
     let capture = Capture::start(&cluster.nodes[0].netns, "underlay")?;
-    expect(&cluster, interrupted, stage::isolated)?;
-    vnis(&cluster, capture)?;
+    expect(cluster, interrupted, stage::isolated)?;
+    vnis(cluster, capture)?;
 
     show::step("why? hostd policy explain red/backend blue/db --protocol tcp --port 8080");
     show::hostd(
-        &cluster,
+        cluster,
         &[
             "policy",
             "explain",
@@ -100,16 +108,16 @@ fn play(interrupted: &Interrupted, keep: bool) -> anyhow::Result<()> {
         ],
     )?;
 
-    service(&cluster, &listeners, interrupted)?;
+    service(cluster, &listeners, interrupted)?;
 
     show::step("throughput: iperf3, 3 s each, with a bare veth pair for comparison");
-    throughput(&cluster, interrupted)?;
+    throughput(cluster, interrupted)?;
 
     show::step("a policy change under traffic: allow-all, then tenant-isolation again");
-    change_under_traffic(&cluster, interrupted)?;
+    change_under_traffic(cluster, interrupted)?;
 
     if keep {
-        show::commands(&cluster)?;
+        show::commands(cluster)?;
         while interrupted.check().is_ok() {
             thread::sleep(Duration::from_millis(100));
         }

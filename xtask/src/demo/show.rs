@@ -131,6 +131,19 @@ pub fn revoked(names: &[&str], before: &[[u64; 2]], after: &[[u64; 2]], later: &
     }
 }
 
+/// What the nodes' daemons said last.
+pub fn logs(cluster: &Cluster) {
+    const LINES: usize = 12;
+    for node in &cluster.nodes {
+        let log = node.log();
+        let lines: Vec<&str> = log.lines().collect();
+        println!("\n{}, the last of what hostd said:", node.name);
+        for line in &lines[lines.len().saturating_sub(LINES)..] {
+            println!("  {line}");
+        }
+    }
+}
+
 /// Commands to play with.
 pub fn commands(cluster: &Cluster) -> anyhow::Result<()> {
     let hostd = harness::hostd()?;
