@@ -94,7 +94,7 @@ pub fn cookie(key: &ConntrackKey) -> u64 {
         0xbf71_5880_9cf4_f3c7,
     ];
     let ports = u64::from(key.lower_port) << 32 | u64::from(key.upper_port) << 16 | u64::from(key.protocol);
-    let parts = [
+    let words = [
         word(&key.lower, 0),
         word(&key.lower, 2),
         word(&key.upper, 0),
@@ -102,7 +102,7 @@ pub fn cookie(key: &ConntrackKey) -> u64 {
         ports,
     ];
     let mut sum = 0_u64;
-    for (part, factor) in parts.into_iter().zip(FACTORS) {
+    for (part, factor) in words.into_iter().zip(FACTORS) {
         // Of a product only bits above those of the factors tell: IPv4 has one half alone.
         sum = sum.wrapping_add((part ^ part >> 32).wrapping_mul(factor));
     }

@@ -9,6 +9,7 @@ use stage::{ACROSS, BACKENDS, FAR, NEAR, SENDER, STRANGER};
 use std::{
     collections::BTreeMap,
     net::Ipv4Addr,
+    process::Command,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -49,6 +50,8 @@ pub fn run(keep: bool) -> anyhow::Result<()> {
     }
     harness::use_release();
     let interrupted = Interrupted::watch()?;
+    // The store waits for the disk, and would wait for what a build has left to write.
+    crate::run(&mut Command::new("sync"))?;
     let began = Instant::now();
     let result = play(&interrupted, keep);
     if interrupted.0.load(Ordering::Relaxed) {
