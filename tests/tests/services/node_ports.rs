@@ -16,7 +16,13 @@ fn seen_by(cluster: &Cluster, pods: &[&str], client: &str, to: SocketAddr) -> Op
         .iter()
         .map(|pod| {
             let netns = cluster.pod(pod).netns.name();
-            let listener = in_netns(netns, || TcpListener::bind(("::", 8080))).unwrap().unwrap();
+            // What the last one had open may not be gone yet.
+            let mut listener = None;
+            wait_until(LONG, || {
+                listener = in_netns(netns, || TcpListener::bind(("::", 8080))).unwrap().ok();
+                listener.is_some()
+            });
+            let listener = listener.unwrap();
             listener.set_nonblocking(true).unwrap();
             listener
         })
