@@ -6,7 +6,8 @@ use anyhow::Context;
 use aya::{Ebpf, EbpfLoader, programs::SchedClassifier};
 use hostd::{config::Maps, datapath::shape};
 use serde_json::json;
-use std::{fs, time::Instant};
+use std::time::Instant;
+use wasmgate_tests::report::{Arguments, Samples};
 
 /// Times that each is loaded; the median is shown, with the range.
 const ROUNDS: usize = 7;
@@ -25,17 +26,12 @@ fn object() -> anyhow::Result<Ebpf> {
 }
 
 fn main() -> anyhow::Result<()> {
-    // `cargo test --all-targets` runs benchmarks, too, to see that they run: this one is for `cargo bench`.
-    if !std::env::args().any(|argument| argument == "--bench") {
+    let Some(arguments) = Arguments::read()? else {
         return Ok(());
-    }
-    if let Err(unsupported) = harness::check_support() {
-        anyhow::bail!("this machine can't run it: {unsupported}");
-    }
-    let mut arguments = std::env::args().skip_while(|argument| argument != "--json").skip(1);
+    };
     let mut rows = Vec::new();
     for name in Hook::ALL.map(Hook::name) {
-        let mut times = Vec::new();
+        let mut times = Samples::default();
         let mut sizes = (0, 0, 0);
         for _ in 0..ROUNDS {
             let mut ebpf = object()?;
@@ -50,7 +46,6 @@ fn main() -> anyhow::Result<()> {
                 info.size_jitted(),
             );
         }
-        times.sort_by(f64::total_cmp);
         rows.push((name, sizes, times));
     }
     println!("\nPROGRAM       VERIFIED  OF LIMIT  INSTRUCTIONS  JITTED BYTES  LOAD MS (RANGE)");
@@ -58,21 +53,17 @@ fn main() -> anyhow::Result<()> {
         let share = f64::from(*verified) * 100.0 / f64::from(LIMIT);
         println!(
             "{name:<12}  {verified:>8}  {share:>6.1} %  {translated:>12}  {jitted:>12}  {:.0} ({:.0} - {:.0})",
-            times[ROUNDS / 2],
-            times[0],
-            times[ROUNDS - 1]
+            times.median(),
+            times.least(),
+            times.most()
         );
     }
-    if let Some(path) = arguments.next() {
-        let programs: Vec<_> = rows
-            .iter()
-            .map(|(name, (verified, translated, jitted), times)| {
-                json!({"program": name, "verified_instructions": verified, "instructions": translated,
-                       "jitted_bytes": jitted, "load_ms": {"median": times[ROUNDS / 2], "all": times}})
-            })
-            .collect();
-        let text = serde_json::to_string_pretty(&json!({ "limit": LIMIT, "programs": programs }))?;
-        fs::write(&path, text).with_context(|| path.clone())?;
-    }
-    Ok(())
+    let programs: Vec<_> = rows
+        .iter()
+        .map(|(name, (verified, translated, jitted), times)| {
+            json!({"program": name, "verified_instructions": verified, "instructions": translated,
+                   "jitted_bytes": jitted, "load_ms": times.json()})
+        })
+        .collect();
+    arguments.write(&json!({"limit": LIMIT, "programs": programs}))
 }

@@ -11,5 +11,7 @@
 )]
 
 pub mod bench;
+pub mod crowd;
 pub mod frame;
+pub mod report;
 pub mod run;

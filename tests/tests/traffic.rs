@@ -1,66 +1,19 @@
 //! What real programs send, from real clients to real servers: on one node, across nodes, through services, outside.
 #![expect(clippy::unwrap_used, reason = "helpers of tests, which fail as a whole")]
 
-use harness::{Cluster, Namespace, Options, in_netns, kernel_test, wait_until};
+use harness::{
+    Cluster, Namespace, Options, Program, Short, answer_each, ask, in_netns, kernel_test, short_connections, wait_until,
+};
 use std::{
     fs,
     io::{self, Read, Write},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream},
-    process::{Child, Stdio},
-    sync::atomic::{AtomicU64, Ordering},
     thread,
     time::{Duration, Instant},
 };
 
 const LONG: Duration = Duration::from_secs(20);
 const VIPS: [&str; 2] = ["172.16.0.1", "fd00:96::1"];
-
-/// Ends with its owner.
-struct Server(Child);
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // One that has ended by itself can't be ended.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn server(netns: &Namespace, program: &str, arguments: &[&str]) -> Server {
-    let child = netns
-        .command(program)
-        .args(arguments)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn();
-    Server(child.unwrap_or_else(|error| panic!("{program}: {error}")))
-}
-
-/// What a program says, where it ends well.
-fn ask(netns: &Namespace, program: &str, arguments: &[&str]) -> Result<String, String> {
-    let output = netns.command(program).args(arguments).output().unwrap();
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    if output.status.success() {
-        Ok(text(&output.stdout))
-    } else {
-        Err(format!(
-            "{program} {arguments:?}: {}{}",
-            text(&output.stdout),
-            text(&output.stderr)
-        ))
-    }
-}
-
-fn listens(netns: &Namespace, port: u16) -> bool {
-    wait_until(LONG, || {
-        let to = SocketAddr::from(([127, 0, 0, 1], port));
-        in_netns(netns.name(), || {
-            TcpStream::connect_timeout(&to, Duration::from_millis(200))
-        })
-        .unwrap()
-        .is_ok()
-    })
-}
 
 /// A client and a server on one node, a server on another, a host outside; and services of either server.
 struct Site {
@@ -136,12 +89,13 @@ fn curl_gets_files_from_a_web_server() {
     for app in ["here", "there"] {
         site.serve(app);
         let netns = &site.cluster.pod(&format!("red/{app}")).netns;
-        let _web = server(netns, "apache2", &["-X", "-f", &config.display().to_string()]);
-        assert!(
-            listens(netns, 8080),
-            "{}",
-            fs::read_to_string(folder.join("log")).unwrap_or_default()
-        );
+        let _web = Program::listening(netns, "apache2", &["-X", "-f", &config.display().to_string()], 8080)
+            .unwrap_or_else(|error| {
+                panic!(
+                    "{error}: {}",
+                    fs::read_to_string(folder.join("log")).unwrap_or_default()
+                )
+            });
         for (index, address) in site.addresses(app).into_iter().enumerate() {
             let port = if index < 2 { 8080 } else { 80 };
             let got = folder.join("got");
@@ -184,8 +138,7 @@ fn names_are_resolved_over_udp_and_tcp_and_in_large_answers() {
             "--address=/host.test/192.0.2.77",
         ];
         arguments.extend(texts.iter().map(String::as_str));
-        let _resolver = server(netns, "dnsmasq", &arguments);
-        assert!(listens(netns, 53));
+        let _resolver = Program::listening(netns, "dnsmasq", &arguments, 53).unwrap();
         for address in site.addresses(app) {
             let at = format!("@{address}");
             for how in ["+notcp", "+tcp"] {
@@ -243,8 +196,7 @@ fn throughput_and_latency_programs_run_to_their_end() {
     for app in ["here", "there"] {
         site.serve(app);
         let netns = &site.cluster.pod(&format!("red/{app}")).netns;
-        let _iperf = server(netns, "iperf3", &["-s"]);
-        assert!(listens(netns, 5201));
+        let _iperf = Program::listening(netns, "iperf3", &["-s"], 5201).unwrap();
         for address in site.addresses(app) {
             let to = address.to_string();
             for more in [
@@ -263,7 +215,7 @@ fn throughput_and_latency_programs_run_to_their_end() {
                             true
                         }
                         Err(problem) => {
-                            told = problem;
+                            told = problem.to_string();
                             false
                         }
                     }
@@ -273,7 +225,7 @@ fn throughput_and_latency_programs_run_to_their_end() {
         }
         let own = site.cluster.pod(&format!("red/{app}")).address.to_string();
         for (protocol, more) in [("tcp", &["--tcp"][..]), ("udp", &[])] {
-            let _echo = server(netns, "sockperf", &[&["server", "-p", "11111"], more].concat());
+            let _echo = Program::start(netns, "sockperf", &[&["server", "-p", "11111"], more].concat()).unwrap();
             thread::sleep(Duration::from_millis(300));
             let arguments = [&["ping-pong", "-i", &own, "-p", "11111", "-t", "1"], more].concat();
             let report = ask(site.client(), "sockperf", &arguments).unwrap();
@@ -282,69 +234,14 @@ fn throughput_and_latency_programs_run_to_their_end() {
     }
 }
 
-/// Connections that a client has opened, asked by and closed; the rest have failed.
-fn short_connections(from: &str, to: SocketAddr, count: u64, threads: u64) -> (u64, Vec<String>) {
-    let done = AtomicU64::new(0);
-    let problems = thread::scope(|scope| {
-        let clients: Vec<_> = (0..threads)
-            .map(|_| {
-                scope.spawn(|| {
-                    in_netns(from, || {
-                        let mut problems = Vec::new();
-                        for _ in 0..count / threads {
-                            match short_connection(to) {
-                                Ok(()) => {
-                                    done.fetch_add(1, Ordering::Relaxed);
-                                }
-                                Err(error) => problems.push(error.to_string()),
-                            }
-                        }
-                        problems
-                    })
-                    .unwrap()
-                })
-            })
-            .collect();
-        clients.into_iter().flat_map(|client| client.join().unwrap()).collect()
-    });
-    (done.into_inner(), problems)
-}
-
-fn short_connection(to: SocketAddr) -> io::Result<()> {
-    let mut stream = TcpStream::connect_timeout(&to, LONG)?;
-    stream.set_read_timeout(Some(LONG))?;
-    stream.write_all(b"?")?;
-    // To its end: the server closes first, and so has to wait, and not the client with its few ports.
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer)?;
-    if answer == b"!" {
-        Ok(())
-    } else {
-        Err(io::Error::other("no answer"))
-    }
-}
-
-fn answer_each(netns: &str, port: u16) -> TcpListener {
-    let listener = in_netns(netns, || TcpListener::bind(("::", port))).unwrap().unwrap();
-    for _ in 0..4 {
-        let socket = listener.try_clone().unwrap();
-        thread::spawn(move || {
-            for stream in socket.incoming() {
-                let Ok(mut stream) = stream else { return };
-                // A client that has gone wants no answer.
-                let _ = stream.read_exact(&mut [0; 1]).and_then(|()| stream.write_all(b"!"));
-            }
-        });
-    }
-    listener
-}
-
 #[test]
 fn a_hundred_thousand_short_connections_all_succeed() {
     kernel_test!();
     let site = Site::new(&Options::default());
     let backends = ["here", "there"].map(|app| &site.cluster.pod(&format!("red/{app}")).netns);
-    let _listeners = backends.map(|netns| answer_each(netns.name(), 8080));
+    for netns in backends {
+        answer_each(netns.name(), 8080).unwrap();
+    }
     let own = site.cluster.pods.iter().filter(|pod| pod.name != "red/client");
     let own: Vec<String> = own.map(|pod| format!("--backend {}", pod.address)).collect();
     let options = format!("--address 172.16.0.9 --port tcp/80=8080 {}", own.join(" "));
@@ -357,7 +254,7 @@ fn a_hundred_thousand_short_connections_all_succeed() {
         (SocketAddr::new(site.cluster.pod("red/there").address, 8080), 30_000),
         (SocketAddr::new(vip, 80), 30_000),
     ] {
-        let (done, problems) = short_connections(site.client().name(), to, count, 8);
+        let Short { done, problems } = short_connections(site.client().name(), to, count, 8).unwrap();
         assert!(
             problems.is_empty(),
             "{to}: {} failed, as with {}",

@@ -49,8 +49,7 @@ enum Task {
         /// Only tests whose name contains this.
         filter: Option<String>,
     },
-    /// Measure.
-    #[command(subcommand)]
+    /// Measure. Needs root, and a machine that does nothing else meanwhile.
     Bench(bench::Bench),
     /// Run `NetworkPolicy` cases with real probes between real pods; compare, and ask `explain` too. Needs root.
     ///

@@ -10,6 +10,7 @@
 //! A hostd that starts builds maps anew, but for conntrack, fills them, and then swaps the programs in the links: each
 //! packet meets the old programs with the old maps or the new ones with the new.
 
+mod addresses;
 mod attach;
 mod cells;
 mod conntrack;
@@ -20,6 +21,7 @@ mod networks;
 mod object;
 mod read;
 mod services;
+mod stamps;
 
 pub use attach::detach_node_ports;
 pub use error::DatapathError;
@@ -51,8 +53,9 @@ use cells::Mapped;
 use conntrack::Counted;
 use error::chain;
 use ipnet::IpNet;
+use stamps::Stamps;
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     net::IpAddr,
     path::{Path, PathBuf},
 };
@@ -99,14 +102,7 @@ pub struct Datapath {
     /// Numbers of backends that an earlier hostd has given.
     earlier_numbers: BTreeMap<ServiceKey, Numbers>,
     service_capacity: u32,
-    /// Number of the last write of an entry.
-    stamp: u32,
-    stamps: Mapped,
-    /// Slot of each address that is placed, and those that are nobody's any more.
-    slots: BTreeMap<AddressKey, u32>,
-    /// Addresses whose last stamp their entries may not have: something failed.
-    unsettled: BTreeSet<AddressKey>,
-    free_slots: Vec<u32>,
+    stamps: Stamps,
     node_config: NodeConfig,
     bpffs: PathBuf,
 }
@@ -214,11 +210,7 @@ impl Datapath {
             placed_services: BTreeMap::new(),
             earlier_numbers: BTreeMap::new(),
             service_capacity: settings.maps.services,
-            stamp: 0,
-            stamps: mapped(map::STAMPS)?,
-            slots: BTreeMap::new(),
-            unsettled: BTreeSet::new(),
-            free_slots: Vec::new(),
+            stamps: Stamps::new(mapped(map::STAMPS)?),
             node_config: NodeConfig {
                 vxlan_ifindex: 0,
                 report: 0,
@@ -299,147 +291,6 @@ impl Datapath {
         self.config
             .set(0, self.node_config, 0)
             .map_err(DatapathError::map(map::CONFIG))
-    }
-
-    /// Makes an underlay address one of a node.
-    ///
-    /// # Errors
-    ///
-    /// Where the map is full.
-    pub fn add_node(&mut self, underlay: IpAddr, local: bool) -> Result<(), DatapathError> {
-        let entry = NodeEntry {
-            local: u32::from(local),
-        };
-        self.nodes
-            .insert(AddressKey::from(underlay), entry, 0)
-            .map_err(DatapathError::map(map::NODES))
-    }
-
-    /// Makes an underlay address no longer one of a node. Flows that lead there, or come from there, are looked at anew.
-    ///
-    /// # Errors
-    ///
-    /// Where the map can't be written.
-    pub fn remove_node(&mut self, underlay: IpAddr) -> Result<(), DatapathError> {
-        let key = AddressKey::from(underlay);
-        let is_behind = |desired: &Desired| {
-            let entry = &desired.ipcache;
-            (entry.tunnel_endpoint, entry.tunnel_family) == (key.address, key.family)
-        };
-        let its = self.placed.iter().filter(|(_, desired)| is_behind(desired));
-        for address in its.map(|(address, _)| *address).collect::<Vec<_>>() {
-            self.next_stamp(address);
-            self.unsettled.insert(address);
-        }
-        gone(self.nodes.remove(&key), map::NODES)
-    }
-
-    /// Makes the maps hold this of an address: the ipcache first, then the endpoint map, so that a pod is never
-    /// reachable before its identity is known.
-    ///
-    /// # Errors
-    ///
-    /// Where a map is full.
-    pub fn place(&mut self, address: AddressKey, desired: Desired) -> Result<(), DatapathError> {
-        let before = self.placed.get(&address);
-        if before == Some(&desired) && !self.unsettled.contains(&address) {
-            return Ok(());
-        }
-        let is_new = before.is_none();
-        let before = before.and_then(|before| before.endpoint);
-        if let Some(endpoint) = desired.endpoint
-            && before.map(|known| known.owner) != Some(endpoint.owner)
-        {
-            self.open_account(endpoint.owner)?;
-        }
-        let (slot, stamp) = self.next_stamp(address);
-        self.unsettled.insert(address);
-        let ipcache = IpcacheEntry {
-            first_stamp: stamp,
-            slot,
-            last_stamp: stamp,
-            ..desired.ipcache
-        };
-        if let Err(error) = self.ipcache.insert(address, ipcache, 0) {
-            if is_new {
-                self.free_slots.extend(self.slots.remove(&address));
-                self.unsettled.remove(&address);
-            }
-            return Err(full(error, map::IPCACHE, "maps.addresses"));
-        }
-        // What the maps hold by now, should the rest fail.
-        let half = Desired {
-            ipcache: desired.ipcache,
-            endpoint: before,
-        };
-        self.placed.insert(address, half);
-        match desired.endpoint {
-            Some(endpoint) => {
-                let endpoint = Endpoint {
-                    first_stamp: stamp,
-                    slot,
-                    last_stamp: stamp,
-                    ..endpoint
-                };
-                let inserted = self.endpoints.insert(address, endpoint, 0);
-                if let Err(error) = inserted {
-                    if is_new {
-                        self.remove(&address)?;
-                    }
-                    return Err(full(error, map::ENDPOINTS, "maps.endpoints"));
-                }
-            }
-            None if before.is_some() => gone(self.endpoints.remove(&address), map::ENDPOINTS)?,
-            None => {}
-        }
-        self.placed.insert(address, desired);
-        self.unsettled.remove(&address);
-        Ok(())
-    }
-
-    /// Makes the maps hold nothing of an address: the endpoint map first, then the ipcache.
-    ///
-    /// # Errors
-    ///
-    /// Where a map can't be written.
-    pub fn remove(&mut self, address: &AddressKey) -> Result<(), DatapathError> {
-        if self.placed.contains_key(address) {
-            self.next_stamp(*address);
-            self.unsettled.insert(*address);
-        }
-        if let Some(before) = self.placed.get(address) {
-            if before.endpoint.is_some() {
-                gone(self.endpoints.remove(address), map::ENDPOINTS)?;
-            }
-            gone(self.ipcache.remove(address), map::IPCACHE)?;
-            self.placed.remove(address);
-            self.unsettled.remove(address);
-            self.free_slots.extend(self.slots.remove(address));
-        }
-        Ok(())
-    }
-
-    /// A stamp for what is written next of an address. From here on the programs conclude nothing any more from what was
-    /// there before. Slots are as many as the ipcache has room for, and stamps of all addresses are different.
-    fn next_stamp(&mut self, address: AddressKey) -> (u32, u32) {
-        self.stamp = self.stamp.wrapping_add(1);
-        let used = self.slots.len() + self.free_slots.len();
-        let slot = *self.slots.entry(address).or_insert_with(|| {
-            let unused = u32::try_from(used + 1).unwrap_or(u32::MAX);
-            self.free_slots.pop().unwrap_or(unused)
-        });
-        // Without a slot of its own an address has no fast path.
-        if (slot as usize) < self.stamps.len() {
-            self.stamps.store_u64(slot as usize, u64::from(self.stamp));
-            (slot, self.stamp)
-        } else {
-            (0, self.stamp)
-        }
-    }
-
-    /// What the maps hold, by address.
-    pub fn placed(&self) -> impl Iterator<Item = (&AddressKey, &Desired)> {
-        self.placed.iter()
     }
 
     /// Looks whether a program is still first on its hook, and puts it there where it is not. The answer is what was wrong.

@@ -1,6 +1,6 @@
 //! In this process: the code that hostd runs, with a real module and real maps.
 
-use super::{LOCAL, ROUNDS, median, timed};
+use super::{LOCAL, ROUNDS, timed};
 use abi::{AddressKey, Identity};
 use harness::{Namespace, in_netns};
 use hostd::{
@@ -18,6 +18,7 @@ use std::{
     fs,
     net::{IpAddr, Ipv4Addr},
 };
+use wasmgate_tests::report::Samples;
 
 fn pod(number: usize, app: &str) -> (AddressKey, Pod) {
     let address = Ipv4Addr::from(0x0a00_0000 + u32::try_from(number).unwrap());
@@ -165,13 +166,16 @@ impl Bench {
     }
 }
 
-/// The rounds put together: what, median, least, most, unit.
-fn summary(rounds: &[Round]) -> Vec<(String, f64, f64, f64, &'static str)> {
-    (0..rounds[0].len())
-        .map(|line| {
-            let mut values: Vec<f64> = rounds.iter().map(|round| round[line].1).collect();
-            let (middle, least, most) = median(&mut values);
-            (rounds[0][line].0.to_owned(), middle, least, most, rounds[0][line].2)
+/// The rounds put together: what, how much, unit.
+fn summary(rounds: &[Round]) -> Vec<(&'static str, Samples, &'static str)> {
+    let lines = rounds[0].iter().enumerate();
+    lines
+        .map(|(line, (what, _, unit))| {
+            (
+                what.trim_end(),
+                rounds.iter().map(|round| round[line].1).collect(),
+                *unit,
+            )
         })
         .collect()
 }
@@ -210,12 +214,15 @@ pub fn in_process(identities: usize) -> anyhow::Result<Value> {
             "\n{identities} identities, {} of them here: {ROUNDS} rounds",
             LOCAL.min(identities)
         );
-        for (what, middle, least, most, unit) in &lines {
-            let name = what.trim_end();
-            println!("  {name:<32} {middle:>12.3} {unit:<4} ({least:.3} to {most:.3})");
+        for (what, samples, unit) in &lines {
+            let (median, least, most) = (samples.median(), samples.least(), samples.most());
+            println!("  {what:<32} {median:>12.3} {unit:<4} ({least:.3} to {most:.3})");
         }
-        let lines = lines.iter().map(|(what, middle, least, most, unit)| {
-            json!({"what": what.trim_end(), "median": middle, "least": least, "most": most, "unit": unit})
+        let lines = lines.iter().map(|(what, samples, unit)| {
+            let mut line = samples.json();
+            line["what"] = json!(what);
+            line["unit"] = json!(unit);
+            line
         });
         Ok(json!({"identities": identities, "lines": lines.collect::<Vec<_>>()}))
     })?;

@@ -14,7 +14,8 @@ mod engine;
 mod packets;
 
 use serde_json::json;
-use std::{fs, time::Instant};
+use std::time::Instant;
+use wasmgate_tests::report::Arguments;
 
 /// Identities of this node's pods.
 const LOCAL: usize = 250;
@@ -28,21 +29,10 @@ fn timed<T>(work: impl FnOnce() -> T) -> (f64, T) {
     (began.elapsed().as_secs_f64(), result)
 }
 
-fn median(values: &mut [f64]) -> (f64, f64, f64) {
-    values.sort_by(f64::total_cmp);
-    (values[values.len() / 2], values[0], values[values.len() - 1])
-}
-
 fn main() -> anyhow::Result<()> {
-    // `cargo test` runs benchmarks too, to see that they run: this one takes its time.
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    if !arguments.iter().any(|argument| argument == "--bench") {
+    let Some(arguments) = Arguments::read()? else {
         return Ok(());
-    }
-    if let Err(unsupported) = harness::check_support() {
-        anyhow::bail!("this machine can't run it: {unsupported}");
-    }
-    harness::use_release();
+    };
     let sizes = [100, 1000, 10_000];
     let loads = sizes
         .iter()
@@ -52,13 +42,5 @@ fn main() -> anyhow::Result<()> {
         .iter()
         .map(|(size, local)| daemon::in_hostd(*size, *local))
         .collect::<anyhow::Result<Vec<_>>>()?;
-    let all = json!({"loads": loads, "hostd": hostd, "packet": packets::per_packet()?});
-    if let Some(file) = arguments
-        .iter()
-        .position(|one| one == "--json")
-        .and_then(|at| arguments.get(at + 1))
-    {
-        fs::write(file, format!("{all:#}\n"))?;
-    }
-    Ok(())
+    arguments.write(&json!({"loads": loads, "hostd": hostd, "packet": packets::per_packet()?}))
 }

@@ -1,6 +1,5 @@
 //! In the kernel: a packet that policy denies.
 
-use super::median;
 use abi::{
     AddressKey, Endpoint, Family, Identity, IpcacheEntry, NodeConfig, map, node::TUNNEL_PORT, policy::FIRST_POD_COLUMN,
 };
@@ -17,6 +16,7 @@ use hostd::{
 };
 use serde_json::{Value, json};
 use std::time::Duration;
+use wasmgate_tests::report::Samples;
 
 /// Nanoseconds that a packet takes which policy denies, at so many identities: each packet to another one.
 struct Packets {
@@ -146,22 +146,19 @@ fn frame(to: [u8; 4]) -> Vec<u8> {
 
 pub fn per_packet() -> anyhow::Result<Value> {
     let (few, many) = (Packets::new(100)?, Packets::new(60_000)?);
-    let (mut few_ns, mut many_ns) = (Vec::new(), Vec::new());
+    let mut samples = [Samples::default(), Samples::default()];
     for _ in 0..20 {
-        few_ns.push(few.round()?);
-        many_ns.push(many.round()?);
+        for (samples, packets) in samples.iter_mut().zip([&few, &many]) {
+            samples.push(packets.round()?);
+        }
     }
-    let (few, many) = (median(&mut few_ns), median(&mut many_ns));
-    let ratio = many.0 / few.0;
     println!("\na packet that policy denies, in turn to {FRAMES} identities: 20 rounds side by side");
-    println!(
-        "  at    100 identities             {:>12.1} ns   ({:.1} to {:.1})",
-        few.0, few.1, few.2
-    );
-    println!(
-        "  at 60,000 identities             {:>12.1} ns   ({:.1} to {:.1})",
-        many.0, many.1, many.2
-    );
+    for (samples, identities) in samples.iter().zip(["   100", "60,000"]) {
+        let (median, least, most) = (samples.median(), samples.least(), samples.most());
+        println!("  at {identities} identities             {median:>12.1} ns   ({least:.1} to {most:.1})");
+    }
+    let [few, many] = samples.map(|samples| samples.median());
+    let ratio = many / few;
     println!("  ratio                            {ratio:>12.3}");
-    Ok(json!({"at_100_ns": few.0, "at_60000_ns": many.0, "ratio": ratio}))
+    Ok(json!({"at_100_ns": few, "at_60000_ns": many, "ratio": ratio}))
 }

@@ -8,8 +8,10 @@ mod cluster;
 mod netns;
 mod node;
 mod probe;
+mod program;
 mod reach;
 mod server;
+mod short;
 mod support;
 
 pub use artifacts::{hostd, policy, test_policy, use_release};
@@ -21,8 +23,10 @@ pub use probe::{
     Counts, Listener, Stream, TcpOutcome, Traffic, tcp_exchange, tcp_open, tcp_retransmits, udp_exchange,
     udp_exchange_of, wait_until,
 };
+pub use program::{Program, ask};
 pub use reach::{Duplex, Reach, reachable};
 pub use server::Server;
+pub use short::{Short, answer_each, short_connections};
 pub use support::{Unsupported, check as check_support};
 
 /// Begins a kernel test: on a machine that can't run it the test is skipped, but never in CI.

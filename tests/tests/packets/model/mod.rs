@@ -2,6 +2,7 @@
 //! RFCs, and not from the programs. It knows no maps and no verifier, and time does not pass in it.
 
 mod flows;
+mod forward;
 mod link;
 mod outside;
 mod packet;
@@ -13,11 +14,10 @@ pub use services::{Frontend, hash};
 
 use abi::{
     DropReason, Hook, Identity, Path,
-    conntrack::FRONTEND,
-    node::{GATEWAY_V4, GATEWAY_V6, TUNNEL_PORT},
-    policy::{TCP, UDP},
+    node::{GATEWAY_V4, GATEWAY_V6},
 };
 use flows::{Party, Travel};
+use forward::Place;
 use packet::{Fragment, Packet, ethertype};
 use services::Affinity;
 use std::{
@@ -106,14 +106,6 @@ pub struct Model {
     pub conntrack: Conntrack,
     pub affinity: Affinity,
     pub fragments: HashMap<FragmentKey, FirstPiece>,
-}
-
-enum Place {
-    Pod(Pod),
-    Host,
-    Outside,
-    Remote(IpAddr),
-    Service,
 }
 
 type Step<T> = Result<T, DropReason>;
@@ -305,114 +297,6 @@ impl Model {
         let frontend = self.services.get(&key).ok_or(DropReason::NoService)?;
         let gateway = gateway(travel.packet.v6);
         services::choose(&self.conntrack, &self.affinity, frontend, travel, client, gateway)
-    }
-
-    fn is_node_port(&self, travel: &mut Travel) -> bool {
-        if travel.asked {
-            return false;
-        }
-        let packet = &travel.packet;
-        let key = (None, packet.v6, packet.protocol, travel.destination.1);
-        travel.at_node = matches!(packet.protocol, TCP | UDP)
-            && packet.fragment != Fragment::Ahead
-            && self.services.contains_key(&key)
-            && !self.is_anothers(travel);
-        travel.at_node
-    }
-
-    /// Whether a packet to a node port is of a connection that somebody has opened from there, or to the node itself.
-    fn is_anothers(&self, travel: &Travel) -> bool {
-        let packet = &travel.packet;
-        let goes_on = packet.related || (packet.protocol == TCP && !packet.is_syn());
-        let source = if packet.related {
-            (packet.about, travel.source.1)
-        } else {
-            travel.source
-        };
-        match self.conntrack.get(&key(packet.protocol, source, travel.destination)) {
-            Some(entry) if entry.state & FRONTEND != 0 => false,
-            Some(entry) => goes_on || entry.originator == travel.destination,
-            None => travel.from_outside && goes_on,
-        }
-    }
-
-    fn receiver(&self, travel: &mut Travel) -> Step<(Party, Place)> {
-        let for_gateway = travel.destination.0 == gateway(travel.packet.v6);
-        travel.hairpin |= for_gateway;
-        let address = if for_gateway {
-            travel.source.0
-        } else {
-            travel.destination.0
-        };
-        if let Some(pod) = self.pods.get(&address) {
-            return Ok((pod.party(), Place::Pod(pod.clone())));
-        }
-        let packet = &travel.packet;
-        let to_tunnel = packet.protocol == UDP && !packet.related && travel.destination.1 == TUNNEL_PORT;
-        let nobody = Party::reserved(Identity::NONE);
-        if let Some(remote) = self.remotes.get(&address) {
-            return Ok((remote.party(), Place::Remote(remote.node)));
-        }
-        if self.is_service(address) || (self.is_host(address) && self.is_node_port(travel)) {
-            return Ok((nobody, Place::Service));
-        }
-        if to_tunnel {
-            return Err(DropReason::TunnelPort);
-        }
-        if self.is_host(address) {
-            return Ok((Party::reserved(Identity::HOST), Place::Host));
-        }
-        let party = self.outside(address).ok_or(DropReason::UnknownDestination)?;
-        if party.identity == Identity::REMOTE_NODE {
-            return if self.is_node_port(travel) {
-                Ok((nobody, Place::Service))
-            } else {
-                Ok((party, Place::Remote(address)))
-            };
-        }
-        if self.own.contains(&address) {
-            return Ok((Party::reserved(Identity::HOST), Place::Host));
-        }
-        Ok((party, Place::Outside))
-    }
-
-    fn backend(&self, travel: &mut Travel) -> Step<(Party, Place)> {
-        match self.receiver(travel) {
-            Ok((_, Place::Service)) | Err(DropReason::UnknownDestination) => Err(DropReason::BackendGone),
-            // Somebody else has the address of an open connection's backend.
-            Ok((party, _)) if travel.backend_owner.is_some_and(|owner| owner != party.owner) => {
-                Err(DropReason::BackendGone)
-            }
-            other => other,
-        }
-    }
-
-    fn encapsulate(&self, frame: &mut [u8], v6: bool, vni: Identity, node: IpAddr) -> Step<Sent> {
-        write::one_hop(frame, v6)?;
-        write::fits(frame, v6, self.tunnel_mtu)?;
-        Ok((Path::Encap, self.vxlan, Some((vni, node))))
-    }
-
-    fn deliver(&self, frame: &mut [u8], travel: &Travel, vni: Identity, place: Place) -> Step<Sent> {
-        let v6 = travel.packet.v6;
-        if travel.leaves {
-            write::one_hop(frame, v6)?;
-            return Ok((Path::NodePortReply, self.underlay, None));
-        }
-        if let Some(node) = travel.via {
-            return self.encapsulate(frame, v6, vni, node);
-        }
-        match place {
-            Place::Pod(pod) => {
-                write::one_hop(frame, v6)?;
-                write::macs(frame, pod.mac, pod.gateway_mac);
-                Ok((Path::Local, pod.ifindex, None))
-            }
-            Place::Host => Ok((Path::ToHost, 0, None)),
-            Place::Outside => Ok((Path::ToOutside, 0, None)),
-            Place::Remote(node) => self.encapsulate(frame, v6, vni, node),
-            Place::Service => unreachable!(),
-        }
     }
 
     /// Later pieces have the ports of the first one, where it has been here.

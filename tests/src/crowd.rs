@@ -1,0 +1,120 @@
+//! A real hostd among many pods, and its memory.
+
+use anyhow::{Context, ensure};
+use harness::{Cluster, Options, wait_until};
+use hostd::store::{
+    Collection, Expect, FileStore, Key,
+    records::{self, NodeRecord, PodRecord},
+};
+use std::{
+    collections::BTreeMap,
+    fs,
+    net::{IpAddr, Ipv4Addr},
+    time::Duration,
+};
+
+/// A node with so many pods in its store, each with an identity of its own once a policy tells them apart. `local` of them
+/// are here, the others on a node that does not exist.
+///
+/// # Errors
+///
+/// Where it can't be made, or hostd does not get to know all pods.
+pub fn cluster(identities: usize, local: usize) -> anyhow::Result<Cluster> {
+    let options = Options {
+        nodes: 1,
+        pod_cidr: "10.1.0.0/16".to_owned(),
+        tables: format!(
+            "[maps]\nidentities = {}\naddresses = 131072",
+            (identities + 64).max(128)
+        ),
+        ..Options::default()
+    };
+    let mut cluster = Cluster::without_hostd(&options)?;
+    let store = FileStore::open(&cluster.folder().join("store"))?;
+    let runtime = tokio::runtime::Runtime::new()?;
+    let other = NodeRecord {
+        name: "elsewhere".to_owned(),
+        underlay: "192.0.2.99".parse()?,
+        pod_cidrs: vec!["10.2.0.0/15".parse()?],
+    };
+    let key = Key::new(Collection::Nodes, "elsewhere");
+    runtime.block_on(records::put(&store, &key, &other, Expect::Any))?;
+    for number in 0..identities - local {
+        let address = IpAddr::V4(Ipv4Addr::from(0x0a02_0000 + u32::try_from(number)?));
+        let record = PodRecord {
+            namespace: "shop".to_owned(),
+            name: format!("pod-{number}"),
+            labels: BTreeMap::from([("app".to_owned(), format!("app-{number}"))]),
+            address,
+            second: None,
+            node: "elsewhere".to_owned(),
+            service_account: String::new(),
+            ports: Vec::new(),
+            incarnation: u32::try_from(number)? + 1,
+        };
+        let key = Key::new(Collection::Pods, address);
+        runtime.block_on(records::put(&store, &key, &record, Expect::Any))?;
+    }
+    cluster.nodes[0].start()?;
+    for number in 0..local {
+        cluster.add_pod(0, &format!("shop/here-{number}"), &[("app", &format!("here-{number}"))])?;
+    }
+    let node = &cluster.nodes[0];
+    let known = wait_until(Duration::from_mins(2), || {
+        node.json(&["status"])
+            .is_ok_and(|status| status["maps"][1]["used"] == identities as u64 + 1)
+    });
+    ensure!(known, "hostd does not know all pods: {}", node.log());
+    Ok(cluster)
+}
+
+/// Memory of a process, in MiB.
+pub struct Memory {
+    /// Resident, of which so much is shared with files and maps.
+    pub resident: f64,
+    pub shared: f64,
+    /// BPF maps that it holds, each once.
+    pub maps: f64,
+}
+
+impl Memory {
+    /// # Errors
+    ///
+    /// Where the process has gone.
+    pub fn of(pid: u32) -> anyhow::Result<Self> {
+        Ok(Self {
+            resident: status(pid, "VmRSS:")?,
+            shared: status(pid, "RssFile:")? + status(pid, "RssShmem:")?,
+            maps: maps(pid)?,
+        })
+    }
+}
+
+/// A value of `/proc/PID/status`, in MiB.
+fn status(pid: u32, key: &str) -> anyhow::Result<f64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status
+        .lines()
+        .find(|line| line.starts_with(key))
+        .context("no such line")?;
+    let kib: f64 = line.split_whitespace().nth(1).context("no value")?.parse()?;
+    Ok(kib / 1024.0)
+}
+
+/// Memory of the maps that a process holds, in MiB, each once.
+fn maps(pid: u32) -> anyhow::Result<f64> {
+    let mut maps = BTreeMap::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
+        let Ok(text) = fs::read_to_string(entry?.path()) else {
+            continue;
+        };
+        let value = |key: &str| -> Option<f64> {
+            let line = text.lines().find(|line| line.starts_with(key))?;
+            line.split_whitespace().nth(1)?.parse().ok()
+        };
+        if let (Some(id), Some(bytes)) = (value("map_id:"), value("memlock:")) {
+            maps.insert(id.to_bits(), bytes);
+        }
+    }
+    Ok(maps.values().sum::<f64>() / f64::from(1 << 20))
+}
