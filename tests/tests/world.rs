@@ -63,6 +63,43 @@ fn what_a_pod_sends_outside_comes_from_its_node() {
     assert!(cluster.nodes[0].drops("tunnel_port").unwrap() > 0);
 }
 
+/// Connections that a namespace's netfilter tracks.
+fn tracked(netns: &str) -> u64 {
+    let file = "/proc/sys/net/netfilter/nf_conntrack_count";
+    let count = in_netns(netns, || std::fs::read_to_string(file)).unwrap().unwrap();
+    count.trim().parse().unwrap()
+}
+
+#[test]
+fn the_nodes_stack_tracks_what_it_routes_and_no_packet_of_the_tunnel() {
+    kernel_test!();
+    for ipv6_underlay in [false, true] {
+        let mut cluster = Cluster::with(&Options {
+            externals: outside().to_vec(),
+            ipv6_underlay,
+            ..Options::dual_stack()
+        })
+        .unwrap();
+        cluster.add_pod(0, "red/a", &[]).unwrap();
+        cluster.add_pod(1, "red/b", &[]).unwrap();
+        cluster.settle().unwrap();
+        cluster.load("allow-all").unwrap();
+        let (a, b) = (cluster.pod("red/a"), cluster.pod("red/b"));
+        let _listener = Listener::new(b.netns.name(), 80).unwrap();
+        for address in &b.addresses {
+            assert_eq!(
+                tcp_exchange(a.netns.name(), *address, 80, WAIT).unwrap(),
+                TcpOutcome::Open
+            );
+        }
+        let nodes = [0, 1].map(|index: usize| cluster.nodes[index].netns.name());
+        assert_eq!(nodes.map(tracked), [0, 0]);
+        let external = cluster.external.as_ref().unwrap().name();
+        seen(a.netns.name(), external, outside()[0]);
+        assert_eq!(nodes.map(tracked), [1, 0]);
+    }
+}
+
 #[test]
 fn masquerade_has_exceptions_and_an_end() {
     kernel_test!();

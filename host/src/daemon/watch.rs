@@ -85,7 +85,12 @@ impl Daemon {
         let config = &self.config;
         let masqueraded = if config.masquerade { &config.pod_cidrs[..] } else { &[] };
         self.watch.table = block_in_place(|| {
-            net::set_table(masqueraded, &config.masquerade_except, config.node_port_range)?;
+            net::set_table(net::Routed {
+                masqueraded,
+                except: &config.masquerade_except,
+                node_ports: config.node_port_range,
+                underlay: config.underlay,
+            })?;
             net::table()
         })?;
         Ok(())

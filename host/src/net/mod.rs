@@ -14,7 +14,7 @@ pub use netlink::{bring_up, delete_link};
 pub use netns::{Netns, in_netns};
 pub use ports::given_to_connections;
 pub use route::{has_tunnel_routes, make_reachable, make_unreachable, set_tunnel_routes};
-pub use table::{remove_table, set_table, table};
+pub use table::{Routed, remove_table, set_table, table};
 pub use veth::{Veth, find_pod_link, make_pod_link, pod_links, prepare_node};
 pub use vxlan::{Underlay, ensure_vxlan, pod_mtu, underlay};
 

@@ -2,25 +2,39 @@
 //! whole. Pods of the cluster are reached by the programs alone, which netfilter does not see.
 
 use super::{NetError, VXLAN_DEVICE};
+use abi::node::TUNNEL_PORT;
 use ipnet::IpNet;
 use std::{
     fmt::Write as _,
     io::{self, Write as _},
+    net::IpAddr,
     process::{Command, Stdio},
 };
 
 /// The table.
 const TABLE: &str = "inet wasmgate";
 
-/// Gives what is sent from `masqueraded` pods to the outside the address of the interface that it leaves by, but for
-/// `except`. Connections that came from outside keep theirs: their replies belong to them. Nothing is forwarded into the
-/// tunnel, where it would pass for this node's own.
+/// What the table is made of.
+#[derive(Clone, Copy, Debug)]
+pub struct Routed<'a> {
+    /// What pods with these addresses send to the outside gets the address of the interface that it leaves by. Connections
+    /// that came from outside keep theirs: their replies belong to them.
+    pub masqueraded: &'a [IpNet],
+    /// But for what goes there.
+    pub except: &'a [IpNet],
+    /// First and last node port.
+    pub node_ports: [u16; 2],
+    /// The node's own address, from which and to which the tunnel's packets are sent. They are nobody's connection.
+    pub underlay: IpAddr,
+}
+
+/// Sets the table. Whatever it is made of, nothing is forwarded into the tunnel, where it would pass for this node's own.
 ///
 /// # Errors
 ///
 /// Where `nft` is not there, or refuses.
-pub fn set_table(masqueraded: &[IpNet], except: &[IpNet], node_ports: [u16; 2]) -> Result<(), NetError> {
-    nft(&script(masqueraded, except, node_ports)).map_err(NetError::kernel("setting the table `wasmgate` of nftables"))
+pub fn set_table(routed: Routed<'_>) -> Result<(), NetError> {
+    nft(&script(routed)).map_err(NetError::kernel("setting the table `wasmgate` of nftables"))
 }
 
 /// The table as `nft` shows it now; none where it is not there.
@@ -51,7 +65,6 @@ pub fn remove_table() -> Result<(), NetError> {
     }
 }
 
-/// One transaction: whatever was in the table goes, and this takes its place.
 /// The larger part of the ports that are no node ports, without those below 1024.
 fn free_ports([first, last]: [u16; 2]) -> [u16; 2] {
     let (below, above) = (first.saturating_sub(1024), u16::MAX - last);
@@ -62,11 +75,26 @@ fn free_ports([first, last]: [u16; 2]) -> [u16; 2] {
     }
 }
 
-fn script(masqueraded: &[IpNet], except: &[IpNet], node_ports: [u16; 2]) -> String {
+/// One transaction: whatever was in the table goes, and this takes its place.
+fn script(routed: Routed<'_>) -> String {
+    let Routed {
+        masqueraded,
+        except,
+        node_ports,
+        underlay,
+    } = routed;
+    let family = if underlay.is_ipv4() { "ip" } else { "ip6" };
     let mut text = format!(
         "table {TABLE}\ndelete table {TABLE}\ntable {TABLE} {{\n  chain forward {{\n    \
          type filter hook forward priority filter; policy accept;\n    oifname \"{VXLAN_DEVICE}\" drop\n  }}\n"
     );
+    for (hook, end) in [("prerouting", "daddr"), ("output", "saddr")] {
+        let _ = writeln!(
+            text,
+            "  chain {hook} {{\n    type filter hook {hook} priority raw; policy accept;\n    \
+             {family} {end} {underlay} udp dport {TUNNEL_PORT} notrack\n  }}"
+        );
+    }
     if masqueraded.is_empty() {
         return text + "}\n";
     }
@@ -114,13 +142,19 @@ fn nft(script: &str) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::{free_ports, script};
+    use super::{Routed, free_ports, script};
 
     #[test]
     fn the_table_is_replaced_as_a_whole() {
         let cidr = |text: &str| text.parse().unwrap();
         let pods = [cidr("10.1.0.0/24"), cidr("fd00:10:1::/64")];
-        let text = script(&pods, &[cidr("172.16.5.9/12")], [30_000, 32_767]);
+        let routed = Routed {
+            masqueraded: &pods,
+            except: &[cidr("172.16.5.9/12")],
+            node_ports: [30_000, 32_767],
+            underlay: "192.0.2.1".parse().unwrap(),
+        };
+        let text = script(routed);
         let lines: Vec<&str> = text.lines().map(str::trim).collect();
         assert_eq!(lines[..2], ["table inet wasmgate", "delete table inet wasmgate"]);
         assert!(lines.contains(&"ip daddr 172.16.0.0/12 accept"), "{text}");
@@ -132,7 +166,18 @@ mod tests {
         assert!(lines.contains(&ports), "{text}");
         assert_eq!(free_ports([50_000, 60_000]), [1024, 49_999]);
         assert_eq!(free_ports([1024, u16::MAX - 1]), [u16::MAX, u16::MAX]);
-        let without = script(&[], &[], [30_000, 32_767]);
+        let without = script(Routed {
+            masqueraded: &[],
+            underlay: "2001:db8::1".parse().unwrap(),
+            ..routed
+        });
         assert!(without.contains(guard) && !without.contains("masquerade"), "{without}");
+        for (text, untracked) in [
+            (&text, "ip daddr 192.0.2.1 udp dport 8472 notrack"),
+            (&text, "ip saddr 192.0.2.1 udp dport 8472 notrack"),
+            (&without, "ip6 daddr 2001:db8::1 udp dport 8472 notrack"),
+        ] {
+            assert!(text.lines().any(|line| line.trim() == untracked), "{text}");
+        }
     }
 }
