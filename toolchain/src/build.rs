@@ -29,6 +29,8 @@ pub fn build_ebpf() -> Result<PathBuf, Error> {
             [
                 &format!("-Clinker={}", bpf.linker.display()),
                 "-Clink-arg=--btf",
+                // With it, LLVM clears memory by calls of a loop over bytes, a dozen of them at times.
+                "-Clink-arg=--disable-expand-memcpy-in-order",
                 "-Cdebuginfo=2",
             ]
             .join("\u{1f}"),
