@@ -2,7 +2,7 @@
 
 use crate::{
     codec,
-    store::{StoreError, records::PodRecord},
+    store::{Durability, StoreError, records::PodRecord, replace_file},
 };
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -276,7 +276,7 @@ impl EndpointFile {
             file: self.0.display().to_string(),
             source,
         })?;
-        crate::store::replace_file(&self.0, &bytes)
+        replace_file(&self.0, &bytes, Durability::Disk)
     }
 }
 

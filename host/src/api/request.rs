@@ -150,6 +150,7 @@ pub struct LoadModule {
     /// What it may use; none given keeps what it may, where the file has the same name.
     pub overrides: Option<Overrides>,
     /// The module: a component, or a core module.
+    #[serde(with = "serde_bytes")]
     pub module: Vec<u8>,
     /// Configuration as JSON text, empty for none; none given keeps what it has, where the file has the same name.
     pub config: Option<String>,

@@ -1,7 +1,8 @@
 //! The embedded store: a folder, with a folder for each collection and a file for each value.
 //!
 //! A value is written aside, synced and renamed into place, so that a reader or a crash sees the old one or the new
-//! one. Writers hold a lock on the folder (flock), which makes comparison and change one step. A watch is inotify,
+//! one. Whether a crash may bring the old one back depends on the collection: what nodes say while they are up needs not
+//! outlive the machine. Writers hold a lock on the folder (flock), which makes comparison and change one step. A watch is inotify,
 //! and a listing every two seconds, for on a network file system inotify does not see what other machines write. A lease
 //! is the time of the file's last touch: machines that share a folder need clocks that agree to within a second or so.
 
@@ -34,10 +35,55 @@ struct Entry {
     revision: u64,
     /// Time to live without a touch, in milliseconds.
     lease: Option<u64>,
+    #[serde(with = "serde_bytes")]
     value: Vec<u8>,
 }
 
-const REVISION: &str = ".revision";
+/// Revisions: the next one, and up to which they are reserved.
+#[derive(Clone, Copy)]
+struct Counter {
+    next: u64,
+    reserved: u64,
+}
+
+impl Counter {
+    /// As in the file: as long for all numbers.
+    const fn bytes(self) -> [[u8; 8]; 2] {
+        [self.next.to_le_bytes(), self.reserved.to_le_bytes()]
+    }
+}
+
+impl From<[[u8; 8]; 2]> for Counter {
+    fn from([next, reserved]: [[u8; 8]; 2]) -> Self {
+        Self {
+            next: u64::from_le_bytes(next),
+            reserved: u64::from_le_bytes(reserved),
+        }
+    }
+}
+
+/// Revisions that are reserved at once.
+const RESERVE: u64 = 1000;
+
+/// What a crash of the machine may take back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Durability {
+    /// Nothing that was written.
+    Disk,
+    /// What was written last: then there is what was there before.
+    Memory,
+}
+
+impl Durability {
+    const fn of(collection: Collection) -> Self {
+        match collection {
+            Collection::Alive | Collection::Answers => Self::Memory,
+            _ => Self::Disk,
+        }
+    }
+}
+
+const REVISION: &str = ".revisions";
 const LOCK: &str = ".lock";
 /// What is written aside begins with this.
 const ASIDE: &str = ".new-";
@@ -72,9 +118,16 @@ impl FileStore {
             let path = folder.join(collection.name());
             fs::create_dir_all(&path).context("create", &path)?;
         }
-        Ok(Self {
+        let store = Self {
             folder: folder.to_owned(),
-        })
+        };
+        let _lock = store.lock()?;
+        let behind = match store.counter()? {
+            Some(counter) => counter.reserved,
+            None => store.last_revision()? + 1,
+        };
+        store.reserve(behind)?;
+        Ok(store)
     }
 
     fn path(&self, key: &Key) -> Result<PathBuf, StoreError> {
@@ -121,19 +174,68 @@ impl FileStore {
         Ok(file)
     }
 
+    /// The revision of the next change. The file is written in place, and to the disk only once for many revisions, which
+    /// are reserved by that: what a crash takes back of it are numbers that nobody gives again, since whoever opens the
+    /// store goes on behind all that were reserved.
     fn next_revision(&self) -> Result<u64, StoreError> {
-        let path = self.folder.join(REVISION);
-        let last = match fs::read(&path) {
-            Ok(bytes) => codec::decode::<u64>(&bytes).map_err(|source| StoreError::Content {
-                file: path.display().to_string(),
-                source,
-            })?,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
-            Err(error) => return Err(error).context("read", &path),
+        let Some(Counter { next, reserved }) = self.counter()? else {
+            return self.reserve(self.last_revision()? + 1);
         };
-        let revision = last + 1;
-        replace(&path, &encode(&path, &revision)?)?;
+        if next == reserved {
+            return self.reserve(next);
+        }
+        self.count(Counter {
+            next: next + 1,
+            reserved,
+        })?;
+        Ok(next)
+    }
+
+    /// Takes a revision, and reserves more behind it.
+    fn reserve(&self, revision: u64) -> Result<u64, StoreError> {
+        let path = self.folder.join(REVISION);
+        let counter = Counter {
+            next: revision + 1,
+            reserved: revision + 1 + RESERVE,
+        };
+        replace(&path, &encode(&path, &counter.bytes())?, Durability::Disk)?;
         Ok(revision)
+    }
+
+    /// The highest revision that anything in the store has.
+    fn last_revision(&self) -> Result<u64, StoreError> {
+        let mut last = 0;
+        for collection in Collection::ALL {
+            for name in self.names(collection)? {
+                let found = read(&self.path(&Key::new(collection, name))?)?;
+                last = last.max(found.map_or(0, |found| found.revision));
+            }
+        }
+        Ok(last)
+    }
+
+    /// None where nothing has been written yet.
+    fn counter(&self) -> Result<Option<Counter>, StoreError> {
+        let path = self.folder.join(REVISION);
+        match fs::read(&path) {
+            Ok(bytes) => {
+                let bytes = codec::decode::<[[u8; 8]; 2]>(&bytes).map_err(|source| StoreError::Content {
+                    file: path.display().to_string(),
+                    source,
+                })?;
+                Ok(Some(Counter::from(bytes)))
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error).context("read", &path),
+        }
+    }
+
+    fn count(&self, counter: Counter) -> Result<(), StoreError> {
+        let path = self.folder.join(REVISION);
+        let bytes = encode(&path, &counter.bytes())?;
+        let written = File::options().write(true).open(&path);
+        let written = written.and_then(|mut file| file.write_all(&bytes));
+        written.context("write", &path)
     }
 
     fn write(&self, key: &Key, value: Vec<u8>, lease: Option<Duration>, expect: Expect) -> Result<u64, StoreError> {
@@ -143,7 +245,7 @@ impl FileStore {
         let revision = self.next_revision()?;
         let lease = lease.map(|ttl| u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX));
         let entry = Entry { revision, lease, value };
-        replace(&path, &encode(&path, &entry)?)?;
+        replace(&path, &encode(&path, &entry)?, Durability::of(key.collection))?;
         Ok(revision)
     }
 
@@ -255,7 +357,7 @@ fn read_entry(path: &Path) -> Result<Option<(Entry, SystemTime)>, StoreError> {
 /// # Errors
 ///
 /// Where it can't be written.
-pub fn replace(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
+pub fn replace(path: &Path, bytes: &[u8], durability: Durability) -> Result<(), StoreError> {
     static NUMBER: AtomicU64 = AtomicU64::new(0);
     let folder = path.parent().unwrap_or(Path::new("/"));
     let number = NUMBER.fetch_add(1, Ordering::Relaxed);
@@ -270,6 +372,9 @@ pub fn replace(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
         let _ = fs::remove_file(&aside);
     }
     renamed.context("write", path)?;
+    if durability == Durability::Memory {
+        return Ok(());
+    }
     // Makes the rename itself survive a crash.
     File::open(folder)
         .and_then(|folder| folder.sync_all())

@@ -1,6 +1,6 @@
 //! Tests of the embedded store.
 
-use super::{FileStore, replace};
+use super::{Durability, FileStore, RESERVE, replace};
 use crate::store::{Change, Collection, Expect, Key, Store, StoreError};
 use std::time::Duration;
 
@@ -102,12 +102,39 @@ async fn a_torn_value_is_an_error_and_half_a_write_is_invisible() {
     let bytes = std::fs::read(&path).unwrap();
     std::fs::write(folder.path().join("pods/.new-1-1"), b"half").unwrap();
     assert_eq!(store.list(Collection::Pods).await.unwrap().len(), 1);
-    replace(&path, &bytes[..bytes.len() - 3]).unwrap();
+    replace(&path, &bytes[..bytes.len() - 3], Durability::Disk).unwrap();
     let error = store.get(&key("a")).await.unwrap_err();
     assert!(
         matches!(error, StoreError::Content { .. }) && error.to_string().contains("pods/a"),
         "{error}"
     );
+}
+
+#[tokio::test]
+async fn no_revision_is_given_twice_whatever_a_crash_takes_back() {
+    let (folder, store) = store();
+    let counter = folder.path().join(".revisions");
+    let early = std::fs::read(&counter).unwrap();
+    let mut last = 0;
+    for number in 0..2 * RESERVE + 10 {
+        // Neither is the disk's work done for each of them.
+        let name = format!("n{}", number % 3);
+        let key = Key::new(Collection::Answers, name);
+        let revision = store.put(&key, Vec::new(), Expect::Any).await.unwrap();
+        assert!(revision > last, "{revision} after {last}");
+        last = revision;
+        if number == RESERVE / 2 {
+            // The disk has what was there at first: all of these were reserved by that.
+            std::fs::write(&counter, &early).unwrap();
+            FileStore::open(folder.path()).unwrap();
+        }
+    }
+    // Nothing is left of it at all: whatever is in the store was given before.
+    let kept = store.put(&key("a"), Vec::new(), Expect::Any).await.unwrap();
+    std::fs::remove_file(&counter).unwrap();
+    let store = FileStore::open(folder.path()).unwrap();
+    let next = store.put(&key("b"), Vec::new(), Expect::Any).await.unwrap();
+    assert!(next > kept, "{next} after {kept}");
 }
 
 #[tokio::test]

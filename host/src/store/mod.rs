@@ -6,7 +6,7 @@
 mod file;
 pub mod records;
 
-pub use file::{FileStore, replace as replace_file};
+pub use file::{Durability, FileStore, replace as replace_file};
 
 use futures::future::BoxFuture;
 use std::{fmt, sync::Arc, time::Duration};

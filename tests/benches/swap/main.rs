@@ -1,6 +1,6 @@
 //! `cargo xtask bench swap`: what a policy change every 100 ms costs the traffic of a node that has as much as it can carry.
 //!
-//! Eight TCP streams between two pods, and echoes one after the other between two others, in windows with policy changes and
+//! Eight TCP streams between two pods, and an echo every millisecond between two others, in windows with policy changes and
 //! without in turn. Two modules take turns, which both allow what is sent.
 
 use anyhow::{Context, ensure};
@@ -84,11 +84,12 @@ fn processor(pid: u32) -> anyhow::Result<f64> {
 fn window(cluster: &Cluster, changes: bool, seen: &mut Seen) -> anyhow::Result<()> {
     let (client, server) = (cluster.pod("red/client"), cluster.pod("red/server"));
     let hostd = cluster.nodes[0].pid().context("hostd does not run")?;
-    let echoes = Traffic::start(
+    let echoes = Traffic::paced(
         cluster.pod("red/asks").netns.name(),
         cluster.pod("red/answers").address,
         ECHO,
         Duration::from_secs(1),
+        Duration::from_millis(1),
     );
     let before = (tcp_retransmits(client.netns.name())?, processor(hostd)?);
     let stop = AtomicBool::new(false);

@@ -282,9 +282,15 @@ impl Traffic {
     /// Starts sending; a datagram is lost when it is not back after `wait`.
     #[must_use]
     pub fn start(namespace: &str, to: IpAddr, port: u16, wait: Duration) -> Self {
+        Self::paced(namespace, to, port, wait, Duration::ZERO)
+    }
+
+    /// The same with a pause between two of them.
+    #[must_use]
+    pub fn paced(namespace: &str, to: IpAddr, port: u16, wait: Duration, pause: Duration) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let (namespace, told) = (namespace.to_owned(), Arc::clone(&stop));
-        let thread = thread::spawn(move || in_netns(&namespace, || echo_until(&told, to, port, wait))?);
+        let thread = thread::spawn(move || in_netns(&namespace, || echo_until(&told, to, port, wait, pause))?);
         Self { stop, thread }
     }
 
@@ -305,7 +311,7 @@ impl Traffic {
     }
 }
 
-fn echo_until(stop: &AtomicBool, to: IpAddr, port: u16, wait: Duration) -> anyhow::Result<Counts> {
+fn echo_until(stop: &AtomicBool, to: IpAddr, port: u16, wait: Duration, pause: Duration) -> anyhow::Result<Counts> {
     let socket = UdpSocket::bind("0.0.0.0:0")?;
     socket.connect(SocketAddr::new(to, port))?;
     socket.set_read_timeout(Some(wait))?;
@@ -314,6 +320,9 @@ fn echo_until(stop: &AtomicBool, to: IpAddr, port: u16, wait: Duration) -> anyho
     let mut answer = [0; 8];
     while !stop.load(Ordering::Relaxed) {
         number += 1;
+        if !pause.is_zero() {
+            thread::sleep(pause);
+        }
         let sent = Instant::now();
         socket.send(&number.to_be_bytes())?;
         loop {
