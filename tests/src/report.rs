@@ -70,6 +70,11 @@ impl Samples {
         self.at(0.5)
     }
 
+    #[expect(clippy::cast_precision_loss, reason = "a few thousand at the most")]
+    pub fn mean(&self) -> f64 {
+        self.0.iter().sum::<f64>() / self.0.len() as f64
+    }
+
     pub fn least(&self) -> f64 {
         self.at(0.0)
     }
