@@ -192,29 +192,49 @@ fn v6(words: [u32; 4]) -> Address {
     Address(unsafe { core::mem::transmute::<[u32; 4], [u8; 16]>(words) })
 }
 
-/// An established flow's entry, with its cookie, where packets may go by its links.
+/// An established flow that packets may go on by.
+struct Armed {
+    entry: *const ConntrackEntry,
+    cookie: u64,
+    /// How sender and receiver are reached.
+    from: *const Link,
+    to: *const Link,
+}
+
+/// The flow, where both of its ends are still what they were.
 #[inline(always)]
-fn find(seen: &Seen) -> Option<(*const ConntrackEntry, u64)> {
+fn find(seen: &Seen) -> Option<Armed> {
     let entry = maps::CONNTRACK.get_ptr(&seen.key)?;
     let cookie = conntrack::cookie(&seen.key);
     // SAFETY: as in `lru::copy_out`: the memory is there, and what is read holds if the cookie is still there afterwards,
-    // which is for the caller to see.
-    let holds = unsafe {
-        read!(entry, cookie) == cookie
+    // which is for the caller to see. Of the array only addresses of its two elements are taken.
+    let (holds, links) = unsafe {
+        let holds = read!(entry, cookie) == cookie
             && read!(entry, state) == ESTABLISHED
             && read!(entry, generation) == maps::generation()
-            && read!(entry, fast_until) >= bpf_jiffies64()
+            && read!(entry, fast_until) >= bpf_jiffies64();
+        (holds, (&raw const (*entry).links).cast::<Link>())
     };
-    holds.then_some((entry, cookie))
+    if !holds {
+        return None;
+    }
+    // SAFETY: as above.
+    let (from, to) = unsafe { (links.add(seen.sender & 1), links.add(1 - (seen.sender & 1))) };
+    let armed = Armed {
+        entry,
+        cookie,
+        from,
+        to,
+    };
+    (is_current(from) && is_current(to)).then_some(armed)
 }
 
-/// How the ends are reached: sender, receiver.
-#[inline(always)]
-fn links(entry: *const ConntrackEntry, sender: usize) -> (*const Link, *const Link) {
-    // SAFETY: only addresses of the array's two elements are taken.
-    unsafe {
-        let links = (&raw const (*entry).links).cast::<Link>();
-        (links.add(sender & 1), links.add(1 - (sender & 1)))
+impl Armed {
+    /// Whether what was read of the entry is this flow's.
+    #[inline(always)]
+    fn holds(&self) -> bool {
+        // SAFETY: as in `find`.
+        unsafe { read!(self.entry, cookie) == self.cookie }
     }
 }
 
@@ -293,13 +313,10 @@ fn pod_sends(ctx: &TcContext, action: &mut Action) -> bool {
     if !parse(ctx, &mut seen) {
         return false;
     }
-    let Some((entry, cookie)) = find(&seen) else {
+    let Some(flow) = find(&seen) else {
         return false;
     };
-    let (from, to) = links(entry, seen.sender);
-    if !is_current(from) || !is_current(to) {
-        return false;
-    }
+    let (from, to) = (flow.from, flow.to);
     let own = place(from);
     let there = place(to);
     let start = ctx.data();
@@ -315,7 +332,7 @@ fn pod_sends(ctx: &TcContext, action: &mut Action) -> bool {
             && load!("u32", start, 2) as u32 == own[2]
             && load!("u32", start, 6) as u32 == own[0]
             && load!("u16", start, 10) as u32 == own[1] & 0xffff;
-        if !is_own || read!(entry, cookie) != cookie {
+        if !is_own || !flow.holds() {
             return false;
         }
         if ifindex != 0 {
@@ -346,13 +363,10 @@ fn overlay_delivers(ctx: &TcContext, action: &mut Action) -> bool {
     if failed != 0 || !parse(ctx, &mut seen) {
         return false;
     }
-    let Some((entry, cookie)) = find(&seen) else {
+    let Some(flow) = find(&seen) else {
         return false;
     };
-    let (from, to) = links(entry, seen.sender);
-    if !is_current(from) || !is_current(to) {
-        return false;
-    }
+    let (from, to) = (flow.from, flow.to);
     let node = place(from);
     let there = place(to);
     // SAFETY: as in `find`. The helper has filled in the address of the family that was asked for: in host byte order that
@@ -365,7 +379,7 @@ fn overlay_delivers(ctx: &TcContext, action: &mut Action) -> bool {
         };
         let ifindex = read!(to, ifindex);
         let is_its = read!(from, ifindex) == 0 && outer == node && Identity(tunnel.tunnel_id) == read!(from, identity);
-        if !is_its || ifindex == 0 || read!(entry, cookie) != cookie || forward::for_host(ctx).is_err() {
+        if !is_its || ifindex == 0 || !flow.holds() || forward::for_host(ctx).is_err() {
             return false;
         }
         let start = ctx.data();

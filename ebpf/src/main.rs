@@ -17,6 +17,7 @@ mod lookup;
 mod lru;
 mod maps;
 mod neighbour;
+mod object;
 mod packet;
 mod parse;
 mod reset;
@@ -217,14 +218,3 @@ fn outside_asks(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReason> 
     translate::rewrite(ctx, flow)?;
     Ok(action)
 }
-
-/// The programs cannot panic: every path that would is one that the verifier refuses.
-#[panic_handler]
-fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
-    loop {}
-}
-
-/// Helpers such as `bpf_ktime_get_coarse_ns` are for programs under the GPL (`kernel/bpf/verifier.c`).
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 4] = *b"GPL\0";

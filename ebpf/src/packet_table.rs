@@ -3,6 +3,8 @@
 #![no_std]
 #![no_main]
 
+mod object;
+
 use aya_ebpf::{
     bindings::{TC_ACT_SHOT, bpf_tunnel_key},
     btf_maps::ProgramArray,
@@ -37,14 +39,3 @@ pub fn packet_table(ctx: TcContext) -> i32 {
     }
     TC_ACT_SHOT
 }
-
-/// See the datapath's.
-#[panic_handler]
-fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
-    loop {}
-}
-
-/// See the datapath's.
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 4] = *b"GPL\0";

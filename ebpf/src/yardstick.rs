@@ -5,6 +5,9 @@
 #![no_std]
 #![no_main]
 
+mod object;
+mod primitives;
+
 use aya_ebpf::{
     bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_tunnel_key},
     btf_maps::{Array, HashMap, ProgramArray},
@@ -128,14 +131,3 @@ pub fn sixteen_lookups(_ctx: TcContext) -> i32 {
     // What is missing shows.
     if sum >> 32 == 0 { TC_ACT_UNSPEC } else { TC_ACT_SHOT }
 }
-
-/// See the datapath's.
-#[panic_handler]
-fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
-    loop {}
-}
-
-/// See the datapath's.
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 4] = *b"GPL\0";

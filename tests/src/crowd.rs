@@ -1,7 +1,8 @@
 //! A real hostd among many pods, and its memory.
 
 use anyhow::{Context, ensure};
-use harness::{Cluster, Options, wait_until};
+use aya::maps::MapData;
+use harness::{Cluster, Node, Options, wait_until};
 use hostd::store::{
     Collection, Expect, FileStore, Key,
     records::{self, NodeRecord, PodRecord},
@@ -10,6 +11,8 @@ use std::{
     collections::BTreeMap,
     fs,
     net::{IpAddr, Ipv4Addr},
+    os::fd::{AsFd, AsRawFd},
+    path::Path,
     time::Duration,
 };
 
@@ -73,19 +76,22 @@ pub struct Memory {
     /// Resident, of which so much is shared with files and maps.
     pub resident: f64,
     pub shared: f64,
-    /// BPF maps that it holds, each once.
+    /// Its BPF maps.
     pub maps: f64,
 }
 
 impl Memory {
+    /// Of a node's hostd.
+    ///
     /// # Errors
     ///
-    /// Where the process has gone.
-    pub fn of(pid: u32) -> anyhow::Result<Self> {
+    /// Where it does not run.
+    pub fn of(node: &Node) -> anyhow::Result<Self> {
+        let pid = node.pid().context("hostd does not run")?;
         Ok(Self {
             resident: status(pid, "VmRSS:")?,
             shared: status(pid, "RssFile:")? + status(pid, "RssShmem:")?,
-            maps: maps(pid)?,
+            maps: maps(&node.bpffs().join("maps"))?,
         })
     }
 }
@@ -101,20 +107,18 @@ fn status(pid: u32, key: &str) -> anyhow::Result<f64> {
     Ok(kib / 1024.0)
 }
 
-/// Memory of the maps that a process holds, in MiB, each once.
-fn maps(pid: u32) -> anyhow::Result<f64> {
-    let mut maps = BTreeMap::new();
-    for entry in fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
-        let Ok(text) = fs::read_to_string(entry?.path()) else {
-            continue;
-        };
-        let value = |key: &str| -> Option<f64> {
-            let line = text.lines().find(|line| line.starts_with(key))?;
-            line.split_whitespace().nth(1)?.parse().ok()
-        };
-        if let (Some(id), Some(bytes)) = (value("map_id:"), value("memlock:")) {
-            maps.insert(id.to_bits(), bytes);
-        }
+/// Memory of the maps that are pinned in a folder, in MiB, as the kernel counts it (`bpf_map_show_fdinfo`,
+/// `kernel/bpf/syscall.c`).
+fn maps(pins: &Path) -> anyhow::Result<f64> {
+    let mut bytes = 0.0;
+    for pin in fs::read_dir(pins)? {
+        let map = MapData::from_pin(pin?.path())?;
+        let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", map.fd().as_fd().as_raw_fd()))?;
+        let line = info.lines().find(|line| line.starts_with("memlock:"));
+        let value = line
+            .and_then(|line| line.split_whitespace().nth(1))
+            .context("no memlock")?;
+        bytes += value.parse::<f64>()?;
     }
-    Ok(maps.values().sum::<f64>() / f64::from(1 << 20))
+    Ok(bytes / f64::from(1 << 20))
 }

@@ -41,8 +41,10 @@ struct Packets {
 }
 
 enum Work {
-    /// One of the stage's own programs.
+    /// One of the stage's own programs, and what it returns.
     Alone(&'static str, u32),
+    /// A step that one of them does so many times.
+    Step(&'static str, u32),
     Packets(Packets),
 }
 
@@ -128,6 +130,11 @@ impl Case {
         let stage = &mut *self.stage.borrow_mut();
         match &mut self.work {
             Work::Alone(name, returns) => stage.run(name, 1, REPEAT, *returns),
+            Work::Step(name, times) => {
+                let taken = stage.run(name, 1, REPEAT, UNSPEC)?;
+                let nothing = stage.run("empty", 1, REPEAT, UNSPEC)?;
+                Ok((taken - nothing) / f64::from(*times))
+            }
             Work::Packets(packets) => {
                 let making = packets.make(stage)?;
                 let taken = packets.send(stage, packets.repeat)?;
@@ -166,6 +173,14 @@ impl Maker {
             name,
             stage: Rc::clone(&self.stage),
             work: Work::Alone(program, returns),
+        });
+    }
+
+    fn step(&mut self, name: &'static str, program: &'static str, times: u32) {
+        self.cases.push(Case {
+            name,
+            stage: Rc::clone(&self.stage),
+            work: Work::Step(program, times),
         });
     }
 
@@ -230,6 +245,20 @@ impl Talk {
     }
 }
 
+/// Steps that the programs are made of, without what starting a program takes: `ebpf/src/primitives.rs`.
+const STEPS: [(&str, &str, u32); 10] = [
+    ("step_array_lookup", "sixteen_stamps", 16),
+    ("step_address_lookup", "sixteen_addresses", 16),
+    ("step_address_of_60000", "address_in_turn", 1),
+    ("step_flow_lookup", "sixteen_flows", 16),
+    ("step_flow_insert", "flow_insert", 1),
+    ("step_ktime", "sixteen_times", 16),
+    ("step_jiffies", "sixteen_jiffies", 16),
+    ("step_set_tunnel_key", "set_tunnel_key", 1),
+    ("step_set_and_get_tunnel_key", "set_and_get_tunnel_key", 1),
+    ("step_change_type", "change_type", 1),
+];
+
 const NEAR: ((Hook, Path), (Hook, Path)) = ((Hook::FromPod, Path::Local), (Hook::FromPod, Path::Local));
 const FAR: ((Hook, Path), (Hook, Path)) = ((Hook::FromPod, Path::Encap), (Hook::FromOverlay, Path::Overlay));
 
@@ -269,6 +298,11 @@ pub fn all() -> anyhow::Result<Vec<Case>> {
     maker.alone("empty", "empty", UNSPEC);
     maker.alone("bare_redirect", "bare_redirect", REDIRECT);
     maker.alone(YARDSTICK, "sixteen_lookups", UNSPEC);
+    for (name, program, times) in STEPS {
+        maker.step(name, program, times);
+    }
+    // Into a map that is full.
+    maker.stage.borrow().run("flow_insert", 1, 200_000, UNSPEC)?;
     let few = bench(100);
     established(&mut maker, &few)?;
     first_packets(&mut maker, &few);

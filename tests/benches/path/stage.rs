@@ -1,5 +1,6 @@
 //! The programs as they are loaded, and what makes packets for them.
 
+use abi::AddressKey;
 use anyhow::{Context, ensure};
 use aya::{
     Ebpf, EbpfLoader, Pod, TestRunOptions,
@@ -63,13 +64,18 @@ impl Stage {
     pub fn new() -> anyhow::Result<Self> {
         let path = toolchain::target_dir().join("bpf/bpfel-unknown-none/release/yardstick");
         let mut ebpf = EbpfLoader::new().load_file(path)?;
-        for name in ["replay", "empty", "bare_redirect", "sixteen_lookups"] {
-            let program: &mut SchedClassifier = ebpf.program_mut(name).context("no program")?.try_into()?;
+        for (_, program) in ebpf.programs_mut() {
+            let program: &mut SchedClassifier = program.try_into()?;
             program.load()?;
         }
         let mut hot: HashMap<_, [u32; 4], u64> = ebpf.map_mut("HOT").context("no map")?.try_into()?;
         for number in 0..16 {
             hot.insert([number, 0, 0, 7], u64::from(number), 0)?;
+        }
+        let mut addresses: HashMap<_, AddressKey, [u64; 10]> =
+            ebpf.map_mut("ADDRESSES").context("no map")?.try_into()?;
+        for number in 0..60_000_u32 {
+            addresses.insert(AddressKey::v4((0x0a00_0000 | number).to_be_bytes()), [0; 10], 0)?;
         }
         Ok(Self { ebpf })
     }

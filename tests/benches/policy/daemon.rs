@@ -1,7 +1,7 @@
 //! In a real hostd: its memory, and a load.
 
 use super::ROUNDS;
-use anyhow::{Context, ensure};
+use anyhow::ensure;
 use serde_json::{Value, json};
 use std::time::Instant;
 use wasmgate_tests::{
@@ -24,8 +24,7 @@ pub fn in_hostd(identities: usize, local: usize) -> anyhow::Result<Value> {
         loads.push(began.elapsed().as_secs_f64() * 1e3);
         ensure!(report.is_object(), "no answer");
     }
-    let pid = node.pid().context("hostd does not run")?;
-    let Memory { resident, shared, maps } = Memory::of(pid)?;
+    let Memory { resident, shared, maps } = Memory::of(node)?;
     println!("\n{identities} identities in a real hostd, {local} of them here: {ROUNDS} loads");
     println!(
         "  load-policy, until it returns    {:>12.3} ms   ({:.3} to {:.3})",
