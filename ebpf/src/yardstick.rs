@@ -1,4 +1,4 @@
-//! What `cargo xtask bench path` runs the programs with, and against: never loaded by hostd.
+//! What `cargo xtask bench path` and a test of many packets run the programs with, and against: never loaded by hostd.
 //!
 //! `BPF_PROG_TEST_RUN` repeats a program on one packet, which is changed by it. [`replay`] makes the packet anew, as another
 //! flow's perhaps, and tail-calls the program that is measured.
@@ -39,7 +39,19 @@ pub struct Replay {
     /// Where it comes from the tunnel: the outer source address and the VNI, in host byte order.
     outer: u32,
     vni: u32,
-    zero: u32,
+    /// Whether what became of each packet is counted.
+    watch: u32,
+}
+
+/// Where packets may go, and how many went there.
+#[repr(C)]
+pub struct Watched {
+    /// An interface, and the first four bytes of the MAC of the pod behind it, as they are in memory.
+    ifindex: u32,
+    mac: u32,
+    delivered: u64,
+    /// Packets to that interface with another pod's MAC.
+    torn: u64,
 }
 
 #[btf_map]
@@ -47,6 +59,8 @@ static REPLAY: Array<Replay, 1> = Array::new();
 /// The program that is measured.
 #[btf_map]
 static TARGET: ProgramArray<1> = ProgramArray::new();
+#[btf_map]
+static WATCHED: Array<Watched, 2> = Array::new();
 #[btf_map]
 static HOT: HashMap<[u32; 4], u64, 64> = HashMap::new();
 
@@ -64,6 +78,26 @@ fn count_up(ctx: &TcContext, offset: usize, by: u32) {
     }
 }
 
+/// Counts where the last packet went: the programs have left path and interface in `skb->cb`, and the packet is as they have
+/// made it.
+#[inline(always)]
+unsafe fn watch(ctx: &TcContext, mac: u32) {
+    // SAFETY: the context is the kernel's `__sk_buff`, whose `cb` a tc program may use. Only this program writes the array.
+    unsafe {
+        let [path, ifindex, ..] = (*ctx.skb.skb).cb;
+        (*ctx.skb.skb).cb[0] = 0;
+        for index in 0..2 {
+            let Some(watched) = WATCHED.get_ptr_mut(index) else {
+                return;
+            };
+            if path != 0 && (*watched).ifindex == ifindex {
+                (*watched).delivered += 1;
+                (*watched).torn += u64::from((*watched).mac != mac);
+            }
+        }
+    }
+}
+
 #[classifier]
 pub fn replay(ctx: TcContext) -> i32 {
     let Some(replay) = REPLAY.get_ptr_mut(0) else {
@@ -77,6 +111,9 @@ pub fn replay(ctx: TcContext) -> i32 {
     // just checked.
     unsafe {
         let replay = &mut *replay;
+        if replay.watch != 0 {
+            watch(&ctx, core::ptr::read_unaligned(start as *const u32));
+        }
         for word in 0..WORDS {
             core::ptr::write_unaligned((start + word * 8) as *mut u64, replay.frame[word]);
         }

@@ -2,6 +2,7 @@
 //! and the benchmarks run the programs with.
 #![expect(
     clippy::unwrap_used,
+    clippy::missing_errors_doc,
     clippy::missing_panics_doc,
     clippy::must_use_candidate,
     clippy::new_without_default,
@@ -15,3 +16,4 @@ pub mod crowd;
 pub mod frame;
 pub mod report;
 pub mod run;
+pub mod stage;

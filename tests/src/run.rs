@@ -193,8 +193,7 @@ impl Bench {
             set(CB + 4, vni.0);
         }
         if self.target != Some(*hook) {
-            let target: &SchedClassifier = self.ebpf.program(hook.name()).unwrap().try_into().unwrap();
-            let fd = target.fd().unwrap().try_clone().unwrap();
+            let fd = self.program(*hook);
             let mut targets = ProgramArray::try_from(self.entry.map_mut("TARGET").unwrap()).unwrap();
             targets.set(0, &fd, 0).unwrap();
             self.target = Some(*hook);

@@ -1,15 +1,14 @@
 //! The paths.
 
-use super::stage::{REPEAT, Replay, Stage};
 use abi::{AddressKey, DropReason, Hook, Identity, Path, ServiceKey, address::SHARED_SCOPE, policy::FIRST_POD_COLUMN};
 use anyhow::ensure;
-use aya::programs::SchedClassifier;
 use harness::in_netns;
 use hostd::plan::Shape;
 use std::{cell::RefCell, net::IpAddr, rc::Rc};
 use wasmgate_tests::{
     bench::{Bench, GREEN, Setup},
     frame::{ACK, Frame, OTHER_NODE, POD_A, POD_A6, POD_B, POD_B6, REMOTE, REMOTE6, SYN},
+    stage::{REPEAT, Replay, Stage},
 };
 
 /// The case that all others are told by.
@@ -83,8 +82,7 @@ impl Packets {
     fn send(&mut self, stage: &mut Stage, repeat: u32) -> anyhow::Result<f64> {
         let mut bench = self.bench.borrow_mut();
         stage.make(&self.replay)?;
-        let program: &SchedClassifier = bench.ebpf.program(self.hook.name()).unwrap().try_into()?;
-        stage.target(program.fd()?)?;
+        stage.target(&bench.program(self.hook))?;
         let before = count(&bench, self.fate);
         let netns = bench.netns.name().to_owned();
         let returns = match self.fate {

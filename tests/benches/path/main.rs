@@ -3,19 +3,15 @@
 //! The programs as hostd loads them are run by `BPF_PROG_TEST_RUN` on packets that are made anew each time, in rounds that have
 //! every path once, beside an empty program, a bare `bpf_redirect_peer`, and the yardstick of 16 look-ups. A path's figure is
 //! what the kernel would take if it started the program itself: making the packet, measured in the same round, is taken off.
-#![expect(
-    clippy::cast_precision_loss,
-    clippy::unwrap_used,
-    reason = "a benchmark, which fails as a whole"
-)]
-
 mod cases;
-mod stage;
 
 use cases::Case;
 use serde_json::json;
 use std::collections::BTreeMap;
-use wasmgate_tests::report::{Arguments, Samples};
+use wasmgate_tests::{
+    report::{Arguments, Samples},
+    stage::REPEAT,
+};
 
 /// Times that everything is measured.
 const ROUNDS: usize = 300;
@@ -42,10 +38,7 @@ fn main() -> anyhow::Result<()> {
     let samples = measure(&mut cases)?;
     let yardstick = &samples[cases::YARDSTICK];
     let drift = yardstick.drift();
-    println!(
-        "\n{ROUNDS} rounds of {} packets a path; the yardstick is 16 look-ups in a hash map",
-        stage::REPEAT
-    );
+    println!("\n{ROUNDS} rounds of {REPEAT} packets a path; the yardstick is 16 look-ups in a hash map");
     println!(
         "{:<28} {:>8} {:>10} {:>10}",
         "PATH", "P10 NS", "MEDIAN NS", "YARDSTICKS"

@@ -17,7 +17,7 @@ use abi::{
 use aya::{
     Ebpf, EbpfLoader, Pod,
     maps::{Array, HashMap, MapData, RingBuf},
-    programs::SchedClassifier,
+    programs::{ProgramFd, SchedClassifier},
 };
 use flows::clear;
 use harness::{Namespace, in_netns};
@@ -199,6 +199,12 @@ impl Bench {
         for parity in 0..2 {
             self.allow_everything(parity);
         }
+    }
+
+    /// One of the programs, to be run by something else.
+    pub fn program(&self, hook: Hook) -> ProgramFd {
+        let program: &SchedClassifier = self.ebpf.program(hook.name()).unwrap().try_into().unwrap();
+        program.fd().unwrap().try_clone().unwrap()
     }
 
     fn array<V: Pod>(&mut self, name: &str) -> Array<&mut MapData, V> {

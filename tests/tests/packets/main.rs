@@ -14,6 +14,7 @@ mod fragments;
 mod ipv6;
 mod model;
 mod node_ports;
+mod stress;
 mod told;
 
-use wasmgate_tests::{bench, frame, run};
+use wasmgate_tests::{bench, frame, run, stage};

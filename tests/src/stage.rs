@@ -1,13 +1,13 @@
-//! The programs as they are loaded, and what makes packets for them.
+//! What makes packets for the programs, many in a row.
 
+use crate::frame::Frame;
 use abi::AddressKey;
 use anyhow::{Context, ensure};
 use aya::{
     Ebpf, EbpfLoader, Pod, TestRunOptions,
-    maps::{Array, HashMap, ProgramArray},
+    maps::{Array, HashMap, MapData, ProgramArray},
     programs::{ProgramFd, SchedClassifier, TestRun},
 };
-use wasmgate_tests::frame::Frame;
 
 /// Packets in a row: short, so that a round has all paths side by side.
 pub const REPEAT: u32 = 1000;
@@ -28,8 +28,24 @@ pub struct Replay {
     pub destinations: u32,
     pub outer: u32,
     pub vni: u32,
-    zero: u32,
+    /// Whether what became of each packet is counted: [`Watched`].
+    pub watch: u32,
 }
+
+/// Where packets may go, and how many went there.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Watched {
+    pub ifindex: u32,
+    /// The first four bytes of the MAC of the pod behind it, as they are in memory.
+    pub mac: u32,
+    pub delivered: u64,
+    /// Packets to that interface with another pod's MAC.
+    pub torn: u64,
+}
+
+// SAFETY: integers without padding, for which any bytes are a value.
+unsafe impl Pod for Watched {}
 
 // SAFETY: integers without padding, for which any bytes are a value.
 unsafe impl Pod for Replay {}
@@ -50,7 +66,7 @@ impl Replay {
             destinations: 0,
             outer: 0,
             vni: 0,
-            zero: 0,
+            watch: 0,
         }
     }
 }
@@ -103,8 +119,28 @@ impl Stage {
         Ok(targets.set(0, program, 0)?)
     }
 
-    /// Nanoseconds a packet, of so many; each must have this answer.
+    /// Watches two interfaces from now on; the answer is where it is counted what goes there.
+    pub fn watch(&mut self, watched: [Watched; 2]) -> anyhow::Result<Array<MapData, Watched>> {
+        let mut map: Array<MapData, Watched> = self.ebpf.take_map("WATCHED").context("no map")?.try_into()?;
+        for (index, watched) in (0..).zip(watched) {
+            map.set(index, watched, 0)?;
+        }
+        Ok(map)
+    }
+
+    /// Nanoseconds a packet, of so many; the last one must have this answer.
     pub fn run(&self, name: &str, ifindex: u32, repeat: u32, returns: u32) -> anyhow::Result<f64> {
+        let (taken, answer) = self.run_any(name, ifindex, repeat)?;
+        ensure!(
+            answer == returns,
+            "{name} returned {} in place of {returns}",
+            answer.cast_signed()
+        );
+        Ok(taken)
+    }
+
+    /// The same, with whatever answer.
+    pub fn run_any(&self, name: &str, ifindex: u32, repeat: u32) -> anyhow::Result<(f64, u32)> {
         let mut ctx = [0; SK_BUFF];
         ctx[IFINDEX..IFINDEX + 4].copy_from_slice(&ifindex.to_ne_bytes());
         // The kernel takes the protocol from what it is given at first.
@@ -116,11 +152,7 @@ impl Stage {
             repeat,
             ..TestRunOptions::default()
         })?;
-        ensure!(
-            result.return_value == returns,
-            "{name} returned {} in place of {returns}",
-            result.return_value.cast_signed()
-        );
-        Ok(result.duration.as_nanos() as f64)
+        #[expect(clippy::cast_precision_loss, reason = "nanoseconds of one packet")]
+        Ok((result.duration.as_nanos() as f64, result.return_value))
     }
 }
