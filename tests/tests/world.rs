@@ -18,10 +18,17 @@ fn outside() -> [IpAddr; 2] {
 
 /// One red pod on each of two nodes, and a host outside.
 fn world(keys: &str) -> Cluster {
-    let mut cluster = Cluster::with(&Options {
+    world_of(&Options {
         keys: keys.to_owned(),
-        externals: outside().to_vec(),
         ..Options::dual_stack()
+    })
+}
+
+/// The same, made otherwise.
+fn world_of(options: &Options) -> Cluster {
+    let mut cluster = Cluster::with(&Options {
+        externals: outside().to_vec(),
+        ..options.clone()
     })
     .unwrap();
     cluster.add_pod(0, "red/a", &[]).unwrap();
@@ -74,16 +81,10 @@ fn tracked(netns: &str) -> u64 {
 fn the_nodes_stack_tracks_what_it_routes_and_no_packet_of_the_tunnel() {
     kernel_test!();
     for ipv6_underlay in [false, true] {
-        let mut cluster = Cluster::with(&Options {
-            externals: outside().to_vec(),
+        let cluster = world_of(&Options {
             ipv6_underlay,
             ..Options::dual_stack()
-        })
-        .unwrap();
-        cluster.add_pod(0, "red/a", &[]).unwrap();
-        cluster.add_pod(1, "red/b", &[]).unwrap();
-        cluster.settle().unwrap();
-        cluster.load("allow-all").unwrap();
+        });
         let (a, b) = (cluster.pod("red/a"), cluster.pod("red/b"));
         let _listener = Listener::new(b.netns.name(), 80).unwrap();
         for address in &b.addresses {

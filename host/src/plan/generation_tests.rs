@@ -1,7 +1,7 @@
 //! Tests of the compiled matrix: a look-up in it equals asking the policy, however it came to be.
 
 use super::{Change, Full, Generation, Oracle, PlanError, Shape};
-use crate::plan::{Action, Decision, Ports, Rule, ports::Ruling};
+use crate::plan::{Decision, Ports, ports::Ruling};
 use abi::{
     AddressKey, Direction, Identity, PortSet,
     policy::{CELL_ALLOW, CELL_DENY, CELL_PORT_SET},
@@ -20,21 +20,12 @@ const SHAPE: Shape = Shape {
 };
 
 fn tcp(ports: &[u16]) -> Ruling {
-    let rules = ports.iter().map(|port| Rule {
-        ports: Ports {
-            protocol: Some(6),
-            first: *port,
-            last: *port,
-        },
-        action: Action::Allow,
-        reason: String::new(),
+    let ports = ports.iter().map(|port| Ports {
+        protocol: Some(6),
+        first: *port,
+        last: *port,
     });
-    let decision = Decision {
-        rules: rules.collect(),
-        otherwise: Action::Deny,
-        reason: String::new(),
-    };
-    decision.line().settle(false)
+    Decision::allow(ports).line().settle(false)
 }
 
 /// A policy made of numbers, with all kinds of rulings in it.

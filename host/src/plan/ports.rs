@@ -95,6 +95,20 @@ pub struct Decision {
 }
 
 impl Decision {
+    /// Allows these ports, and denies all others.
+    pub fn allow(ports: impl IntoIterator<Item = Ports>) -> Self {
+        let rules = ports.into_iter().map(|ports| Rule {
+            ports,
+            action: Action::Allow,
+            reason: String::new(),
+        });
+        Self {
+            rules: rules.collect(),
+            otherwise: Action::Deny,
+            reason: String::new(),
+        }
+    }
+
     /// The same for all ports.
     #[must_use]
     pub const fn all(action: Action) -> Self {

@@ -16,7 +16,7 @@ use aya::maps::{
     lpm_trie::{Key, LpmTrie},
     of_maps::HashOfMaps,
 };
-use hostd::plan::{Action, Decision, Ports, Rule, Shape};
+use hostd::plan::{Decision, Ports, Shape};
 use std::net::IpAddr;
 
 impl Bench {
@@ -177,21 +177,12 @@ impl Bench {
 
     /// Rules are protocol (none for any), first port and last port.
     pub fn set_port_set(&mut self, number: u32, rules: &[(Option<u8>, u16, u16)]) {
-        let rules = rules.iter().map(|(protocol, first, last)| Rule {
-            ports: Ports {
-                protocol: *protocol,
-                first: *first,
-                last: *last,
-            },
-            action: Action::Allow,
-            reason: String::new(),
+        let ports = rules.iter().map(|(protocol, first, last)| Ports {
+            protocol: *protocol,
+            first: *first,
+            last: *last,
         });
-        let decision = Decision {
-            rules: rules.collect(),
-            otherwise: Action::Deny,
-            reason: String::new(),
-        };
-        let breakpoints = decision.line().settle(false).breakpoints();
+        let breakpoints = Decision::allow(ports).line().settle(false).breakpoints();
         let set = PortSet {
             first: number * 16,
             len: u32::try_from(breakpoints.len()).unwrap(),

@@ -6,15 +6,17 @@
 //! and a listing every two seconds, for on a network file system inotify does not see what other machines write. A lease
 //! is the time of the file's last touch: machines that share a folder need clocks that agree to within a second or so.
 
+mod revisions;
+mod watch;
+
 use crate::{
     codec,
     store::{Answer, Change, Collection, Expect, Key, Store, StoreError, Versioned},
 };
-use futures::{FutureExt, StreamExt};
-use inotify::{EventMask, Inotify, WatchDescriptor, WatchMask};
+use futures::FutureExt;
+use revisions::Revisions;
 use serde::{Deserialize, Serialize};
 use std::{
-    collections::{HashMap, HashSet},
     fs::{self, File},
     io::{self, Write},
     path::{Path, PathBuf},
@@ -22,6 +24,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 use tokio::sync::mpsc;
+use watch::Watcher;
 
 /// A store in a folder.
 #[derive(Clone, Debug)]
@@ -38,32 +41,6 @@ struct Entry {
     #[serde(with = "serde_bytes")]
     value: Vec<u8>,
 }
-
-/// Revisions: the next one, and up to which they are reserved.
-#[derive(Clone, Copy)]
-struct Counter {
-    next: u64,
-    reserved: u64,
-}
-
-impl Counter {
-    /// As in the file: as long for all numbers.
-    const fn bytes(self) -> [[u8; 8]; 2] {
-        [self.next.to_le_bytes(), self.reserved.to_le_bytes()]
-    }
-}
-
-impl From<[[u8; 8]; 2]> for Counter {
-    fn from([next, reserved]: [[u8; 8]; 2]) -> Self {
-        Self {
-            next: u64::from_le_bytes(next),
-            reserved: u64::from_le_bytes(reserved),
-        }
-    }
-}
-
-/// Revisions that are reserved at once.
-const RESERVE: u64 = 1000;
 
 /// What a crash of the machine may take back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,16 +60,12 @@ impl Durability {
     }
 }
 
-const REVISION: &str = ".revisions";
 const LOCK: &str = ".lock";
 /// What is written aside begins with this.
 const ASIDE: &str = ".new-";
 
 /// Changes that wait for a slow reader of a watch; a writer does not wait for it.
 const WATCH_QUEUE: usize = 1024;
-
-/// How often a watch lists its folders anew: on a network file system inotify does not see what other machines write.
-const RELIST: Duration = Duration::from_secs(2);
 
 trait Context<T> {
     fn context(self, what: &str, path: &Path) -> Result<T, StoreError>;
@@ -122,11 +95,7 @@ impl FileStore {
             folder: folder.to_owned(),
         };
         let _lock = store.lock()?;
-        let behind = match store.counter()? {
-            Some(counter) => counter.reserved,
-            None => store.last_revision()? + 1,
-        };
-        store.reserve(behind)?;
+        store.revisions().open(|| store.last_revision())?;
         Ok(store)
     }
 
@@ -174,32 +143,8 @@ impl FileStore {
         Ok(file)
     }
 
-    /// The revision of the next change. The file is written in place, and to the disk only once for many revisions, which
-    /// are reserved by that: what a crash takes back of it are numbers that nobody gives again, since whoever opens the
-    /// store goes on behind all that were reserved.
-    fn next_revision(&self) -> Result<u64, StoreError> {
-        let Some(Counter { next, reserved }) = self.counter()? else {
-            return self.reserve(self.last_revision()? + 1);
-        };
-        if next == reserved {
-            return self.reserve(next);
-        }
-        self.count(Counter {
-            next: next + 1,
-            reserved,
-        })?;
-        Ok(next)
-    }
-
-    /// Takes a revision, and reserves more behind it.
-    fn reserve(&self, revision: u64) -> Result<u64, StoreError> {
-        let path = self.folder.join(REVISION);
-        let counter = Counter {
-            next: revision + 1,
-            reserved: revision + 1 + RESERVE,
-        };
-        replace(&path, &encode(&path, &counter.bytes())?, Durability::Disk)?;
-        Ok(revision)
+    fn revisions(&self) -> Revisions {
+        Revisions::of(&self.folder)
     }
 
     /// The highest revision that anything in the store has.
@@ -214,35 +159,11 @@ impl FileStore {
         Ok(last)
     }
 
-    /// None where nothing has been written yet.
-    fn counter(&self) -> Result<Option<Counter>, StoreError> {
-        let path = self.folder.join(REVISION);
-        match fs::read(&path) {
-            Ok(bytes) => {
-                let bytes = codec::decode::<[[u8; 8]; 2]>(&bytes).map_err(|source| StoreError::Content {
-                    file: path.display().to_string(),
-                    source,
-                })?;
-                Ok(Some(Counter::from(bytes)))
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error).context("read", &path),
-        }
-    }
-
-    fn count(&self, counter: Counter) -> Result<(), StoreError> {
-        let path = self.folder.join(REVISION);
-        let bytes = encode(&path, &counter.bytes())?;
-        let written = File::options().write(true).open(&path);
-        let written = written.and_then(|mut file| file.write_all(&bytes));
-        written.context("write", &path)
-    }
-
     fn write(&self, key: &Key, value: Vec<u8>, lease: Option<Duration>, expect: Expect) -> Result<u64, StoreError> {
         let path = self.path(key)?;
         let _lock = self.lock()?;
         check(key, read(&path)?, expect)?;
-        let revision = self.next_revision()?;
+        let revision = self.revisions().next(|| self.last_revision())?;
         let lease = lease.map(|ttl| u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX));
         let entry = Entry { revision, lease, value };
         replace(&path, &encode(&path, &entry)?, Durability::of(key.collection))?;
@@ -458,137 +379,5 @@ async fn sweep(store: FileStore, watch: mpsc::WeakSender<Change>) {
     }
 }
 
-/// Follows the folders of some collections.
-struct Watcher {
-    store: FileStore,
-    collections: HashMap<WatchDescriptor, Collection>,
-    events: inotify::EventStream<Vec<u8>>,
-    reported: HashMap<Key, u64>,
-    sender: mpsc::Sender<Change>,
-}
-
-/// The reader of a watch is gone.
-struct Ended;
-
-impl Watcher {
-    fn new(store: FileStore, collections: &[Collection], sender: mpsc::Sender<Change>) -> Result<Self, StoreError> {
-        let inotify = Inotify::init().context("inotify for", &store.folder)?;
-        let mut descriptors = HashMap::new();
-        for collection in collections {
-            let path = store.folder.join(collection.name());
-            let mask = WatchMask::MOVED_TO | WatchMask::DELETE;
-            let descriptor = inotify.watches().add(&path, mask).context("watch", &path)?;
-            descriptors.insert(descriptor, *collection);
-        }
-        let events = inotify
-            .into_event_stream(vec![0; 64 * 1024])
-            .context("watch", &store.folder)?;
-        Ok(Self {
-            store,
-            collections: descriptors,
-            events,
-            reported: HashMap::new(),
-            sender,
-        })
-    }
-
-    async fn run(mut self) {
-        // Events that come in meanwhile wait in the queue: nothing falls between the listing and the watch.
-        if self.list().await.is_err() || self.sender.send(Change::Synced).await.is_err() {
-            return;
-        }
-        let mut relist = tokio::time::interval(RELIST);
-        relist.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        loop {
-            let event = tokio::select! {
-                event = self.events.next() => event,
-                _ = relist.tick() => {
-                    if self.list().await.is_err() {
-                        return;
-                    }
-                    continue;
-                }
-            };
-            let done = match event {
-                None => return,
-                Some(Ok(event)) if event.mask.contains(EventMask::Q_OVERFLOW) => self.list().await,
-                Some(Ok(event)) => match (
-                    self.collections.get(&event.wd),
-                    event.name.as_ref().and_then(|n| n.to_str()),
-                ) {
-                    (Some(collection), Some(name)) if !name.starts_with('.') => {
-                        self.look_at(Key::new(*collection, name)).await
-                    }
-                    _ => Ok(()),
-                },
-                Some(Err(error)) => {
-                    tracing::warn!("watching the store: {error}; listing it anew");
-                    self.list().await
-                }
-            };
-            if done.is_err() {
-                return;
-            }
-        }
-    }
-
-    /// Reports everything that differs from what was reported last.
-    async fn list(&mut self) -> Result<(), Ended> {
-        let mut seen: HashSet<Key> = self.reported.keys().cloned().collect();
-        let collections: Vec<_> = self.collections.values().copied().collect();
-        for collection in collections {
-            match self.store.blocking(move |store| store.names(collection)).await {
-                Ok(names) => seen.extend(names.into_iter().map(|name| Key::new(collection, name))),
-                Err(error) => tracing::warn!("listing the store: {error}"),
-            }
-        }
-        // Collection by collection, each in the order in which it has changed: who has seen one change has seen those
-        // before it.
-        let mut changes = Vec::new();
-        for key in seen {
-            let collection = key.collection;
-            if let Some(change) = self.change_of(key).await {
-                let revision = match &change {
-                    Change::Put(_, value) => value.revision,
-                    Change::Delete(_) | Change::Synced => 0,
-                };
-                changes.push((collection, revision, change));
-            }
-        }
-        changes.sort_by_key(|(collection, revision, _)| (*collection, *revision));
-        for (_, _, change) in changes {
-            self.sender.send(change).await.map_err(|_| Ended)?;
-        }
-        Ok(())
-    }
-
-    /// Reports the state of one value, unless that was reported already.
-    async fn look_at(&mut self, key: Key) -> Result<(), Ended> {
-        match self.change_of(key).await {
-            Some(change) => self.sender.send(change).await.map_err(|_| Ended),
-            None => Ok(()),
-        }
-    }
-
-    /// How one value differs from what was reported last.
-    async fn change_of(&mut self, key: Key) -> Option<Change> {
-        match self.store.get(&key).await {
-            Ok(Some(found)) if self.reported.get(&key) == Some(&found.revision) => None,
-            Ok(Some(found)) => {
-                self.reported.insert(key.clone(), found.revision);
-                Some(Change::Put(key, found))
-            }
-            Ok(None) if self.reported.remove(&key).is_some() => Some(Change::Delete(key)),
-            Ok(None) => None,
-            Err(error) => {
-                // A torn value is no news; the last good one stays.
-                tracing::error!("{error}");
-                None
-            }
-        }
-    }
-}
-
 #[cfg(test)]
-#[path = "file_tests.rs"]
 mod tests;
