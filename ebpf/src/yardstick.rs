@@ -20,6 +20,9 @@ use aya_ebpf::{
 const WORDS: usize = 11;
 
 // Offsets into an IPv4 frame without options.
+const MAC_LOW: usize = 2;
+const SOURCE: usize = 26;
+const DESTINATION: usize = 30;
 const DESTINATION_LOW: usize = 32;
 const SOURCE_PORT: usize = 34;
 const DESTINATION_PORT: usize = 36;
@@ -43,15 +46,15 @@ pub struct Replay {
     watch: u32,
 }
 
-/// Where packets may go, and how many went there.
+/// A way that packets may go, and how many went it.
 #[repr(C)]
 pub struct Watched {
-    /// An interface, and the first four bytes of the MAC of the pod behind it, as they are in memory.
     ifindex: u32,
+    /// The last four bytes of the MAC of the pod behind the interface, and both IPv4 addresses, as they are in memory.
     mac: u32,
-    delivered: u64,
-    /// Packets to that interface with another pod's MAC.
-    torn: u64,
+    source: u32,
+    destination: u32,
+    packets: u64,
 }
 
 #[btf_map]
@@ -60,7 +63,10 @@ static REPLAY: Array<Replay, 1> = Array::new();
 #[btf_map]
 static TARGET: ProgramArray<1> = ProgramArray::new();
 #[btf_map]
-static WATCHED: Array<Watched, 2> = Array::new();
+static WATCHED: Array<Watched, 4> = Array::new();
+/// Packets that went any other way.
+#[btf_map]
+static STRAY: Array<u64, 1> = Array::new();
 #[btf_map]
 static HOT: HashMap<[u32; 4], u64, 64> = HashMap::new();
 
@@ -78,22 +84,36 @@ fn count_up(ctx: &TcContext, offset: usize, by: u32) {
     }
 }
 
-/// Counts where the last packet went: the programs have left path and interface in `skb->cb`, and the packet is as they have
-/// made it.
+/// Counts where the packet before this one went: the programs have left path and interface in `skb->cb`, and the packet is as
+/// they have made it.
 #[inline(always)]
-unsafe fn watch(ctx: &TcContext, mac: u32) {
-    // SAFETY: the context is the kernel's `__sk_buff`, whose `cb` a tc program may use. Only this program writes the array.
+unsafe fn watch(ctx: &TcContext, start: usize) {
+    // SAFETY: the context is the kernel's `__sk_buff`, whose `cb` a tc program may use. The caller has seen that the packet has
+    // so many bytes. Only this program writes the arrays.
     unsafe {
+        let word = |offset: usize| core::ptr::read_unaligned((start + offset) as *const u32);
         let [path, ifindex, ..] = (*ctx.skb.skb).cb;
         (*ctx.skb.skb).cb[0] = 0;
-        for index in 0..2 {
+        if path == 0 {
+            return;
+        }
+        for index in 0..4 {
             let Some(watched) = WATCHED.get_ptr_mut(index) else {
                 return;
             };
-            if path != 0 && (*watched).ifindex == ifindex {
-                (*watched).delivered += 1;
-                (*watched).torn += u64::from((*watched).mac != mac);
+            let way = (
+                (*watched).ifindex,
+                (*watched).mac,
+                (*watched).source,
+                (*watched).destination,
+            );
+            if way == (ifindex, word(MAC_LOW), word(SOURCE), word(DESTINATION)) {
+                (*watched).packets += 1;
+                return;
             }
+        }
+        if let Some(stray) = STRAY.get_ptr_mut(0) {
+            *stray += 1;
         }
     }
 }
@@ -112,7 +132,7 @@ pub fn replay(ctx: TcContext) -> i32 {
     unsafe {
         let replay = &mut *replay;
         if replay.watch != 0 {
-            watch(&ctx, core::ptr::read_unaligned(start as *const u32));
+            watch(&ctx, start);
         }
         for word in 0..WORDS {
             core::ptr::write_unaligned((start + word * 8) as *mut u64, replay.frame[word]);

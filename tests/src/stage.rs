@@ -28,20 +28,50 @@ pub struct Replay {
     pub destinations: u32,
     pub outer: u32,
     pub vni: u32,
-    /// Whether what became of each packet is counted: [`Watched`].
+    /// Whether what became of each packet is counted: [`Watch`].
     pub watch: u32,
 }
 
-/// Where packets may go, and how many went there.
+/// A way that packets may go, and how many went it.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct Watched {
-    pub ifindex: u32,
-    /// The first four bytes of the MAC of the pod behind it, as they are in memory.
-    pub mac: u32,
-    pub delivered: u64,
-    /// Packets to that interface with another pod's MAC.
-    pub torn: u64,
+    ifindex: u32,
+    mac: [u8; 4],
+    source: [u8; 4],
+    destination: [u8; 4],
+    packets: u64,
+}
+
+impl Watched {
+    /// From one pod to another, which is behind this interface.
+    pub fn new(ifindex: u32, mac: [u8; 6], source: [u8; 4], destination: [u8; 4]) -> Self {
+        Self {
+            ifindex,
+            mac: [mac[2], mac[3], mac[4], mac[5]],
+            source,
+            destination,
+            packets: 0,
+        }
+    }
+}
+
+/// What is counted of a [`Stage`]'s packets, but for the last one of each row.
+pub struct Watch {
+    ways: Array<MapData, Watched>,
+    stray: Array<MapData, u64>,
+}
+
+impl Watch {
+    /// Packets that went one of the ways.
+    pub fn packets(&self, way: u32) -> u64 {
+        self.ways.get(&way, 0).unwrap().packets
+    }
+
+    /// Packets that went any other way.
+    pub fn stray(&self) -> u64 {
+        self.stray.get(&0, 0).unwrap()
+    }
 }
 
 // SAFETY: integers without padding, for which any bytes are a value.
@@ -119,13 +149,16 @@ impl Stage {
         Ok(targets.set(0, program, 0)?)
     }
 
-    /// Watches two interfaces from now on; the answer is where it is counted what goes there.
-    pub fn watch(&mut self, watched: [Watched; 2]) -> anyhow::Result<Array<MapData, Watched>> {
+    /// Watches what goes these ways from now on, and what goes elsewhere.
+    pub fn watch(&mut self, ways: [Watched; 4]) -> anyhow::Result<Watch> {
         let mut map: Array<MapData, Watched> = self.ebpf.take_map("WATCHED").context("no map")?.try_into()?;
-        for (index, watched) in (0..).zip(watched) {
+        for (index, watched) in (0..).zip(ways) {
             map.set(index, watched, 0)?;
         }
-        Ok(map)
+        Ok(Watch {
+            ways: map,
+            stray: self.ebpf.take_map("STRAY").context("no map")?.try_into()?,
+        })
     }
 
     /// Nanoseconds a packet, of so many; the last one must have this answer.

@@ -24,7 +24,7 @@ const PROGRAMS: [(&str, &str); 3] = [
 /// What the tests run.
 const TOOLS: [&str; 4] = ["ip", "tc", "nft", "umount"];
 /// What the kernel has as modules.
-const MODULES: &str = "veth vxlan sch_ingress cls_bpf nft_chain_nat nft_masq bridge";
+const MODULES: &str = "veth vxlan sch_ingress cls_bpf nft_ct nft_chain_nat nft_masq bridge";
 /// Test programs, and which of their tests: all tables of packets, and the tour of two nodes.
 const TESTS: [&str; 2] = ["packets", "floor"];
 /// What the machine says at the end of each of them.
@@ -161,8 +161,10 @@ fn initramfs(folder: &Path, kernel: &Kernel, programs: &[PathBuf], filter: Optio
         copy(&program, &Path::new("/usr/bin").join(tool), &root)?;
         copy_libraries(&program, &root)?;
     }
-    let packet_table = target.join("bpf/bpfel-unknown-none/release/packet_table");
-    copy(&packet_table, &packet_table, &root)?;
+    for object in ["packet_table", "yardstick"] {
+        let object = target.join("bpf/bpfel-unknown-none/release").join(object);
+        copy(&object, &object, &root)?;
+    }
     for policy in ["tenant-isolation", "allow-all"] {
         let module = target.join(format!("policies/{policy}.wasm"));
         copy(&module, &module, &root)?;
@@ -221,7 +223,7 @@ fn script(programs: &[PathBuf], filter: Option<&str>) -> String {
          /bin/busybox --install -s /bin\n\
          mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev\n\
          mount -t tmpfs run /run; mount -t bpf bpf /sys/fs/bpf\n\
-         export PATH=/usr/sbin:/usr/bin:/sbin:/bin WASMGATE_REQUIRE_KERNEL=1 PROPTEST_CASES=40\n\
+         export PATH=/usr/sbin:/usr/bin:/sbin:/bin WASMGATE_REQUIRE_KERNEL=1 PROPTEST_CASES=40 WASMGATE_STRESS_PACKETS=200000\n\
          ip link set lo up\n\
          for module in {MODULES}; do modprobe $module; done\n"
     );
