@@ -76,7 +76,7 @@ pub struct Memory {
     /// Resident, of which so much is shared with files and maps.
     pub resident: f64,
     pub shared: f64,
-    /// Its BPF maps.
+    /// Its BPF maps that have pins: all but the ring of events, the programs' constants, and a few KiB for each service.
     pub maps: f64,
 }
 

@@ -75,6 +75,14 @@ impl Samples {
         self.0.iter().sum::<f64>() / self.0.len() as f64
     }
 
+    /// Of the mean.
+    #[expect(clippy::cast_precision_loss, reason = "a few thousand at the most")]
+    pub fn standard_error(&self) -> f64 {
+        let (mean, count) = (self.mean(), self.0.len() as f64);
+        let squares: f64 = self.0.iter().map(|value| (value - mean).powi(2)).sum();
+        (squares / (count - 1.0) / count).sqrt()
+    }
+
     pub fn least(&self) -> f64 {
         self.at(0.0)
     }
@@ -88,6 +96,11 @@ impl Samples {
         let (first, second) = self.0.split_at(self.0.len() / 2);
         let [first, second] = [first, second].map(|half| Self(half.to_vec()).median());
         first.max(second) / first.min(second)
+    }
+
+    /// Each of them by the one of the same round.
+    pub fn over(&self, other: &Self) -> Self {
+        self.0.iter().zip(&other.0).map(|(one, other)| one / other).collect()
     }
 
     pub fn json(&self) -> Value {

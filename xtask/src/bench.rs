@@ -1,13 +1,16 @@
 //! Benchmarks. Each compares with an alternative in the same run, and prints a table and JSON.
 
-use crate::{build, cargo};
-use anyhow::Context;
+use crate::{build, cargo, setup};
+use anyhow::{Context, ensure};
 use clap::{Args, ValueEnum};
 use serde_json::Value;
 use std::{
     fs,
     path::{Path, PathBuf},
 };
+
+/// What real traffic is made with, and Debian's package that has it; `setup` has iperf3.
+const PROGRAMS: [(&str, &str); 1] = [("sockperf", "sockperf")];
 
 #[derive(Args)]
 pub struct Bench {
@@ -48,23 +51,34 @@ impl Part {
 }
 
 pub fn run(bench: &Bench) -> anyhow::Result<()> {
+    setup::programs(&PROGRAMS)?;
     build::run()?;
     let json = bench.json.as_ref().map(std::path::absolute).transpose()?;
-    if let Some(part) = bench.part {
-        return run_one(part, json.as_deref());
+    match bench.part {
+        Some(part) => run_one(part, json.as_deref()),
+        None => run_all(json.as_deref()),
     }
-    let Some(json) = json else {
-        return Part::value_variants().iter().try_for_each(|part| run_one(*part, None));
-    };
+}
+
+/// One after the other. One that refuses to compare keeps no other from being done.
+fn run_all(json: Option<&Path>) -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
-    let mut all = serde_json::Map::new();
+    let (mut all, mut failed) = (serde_json::Map::new(), Vec::new());
     for part in Part::value_variants() {
         let file = folder.path().join(part.name());
-        run_one(*part, Some(&file))?;
-        let figures: Value = serde_json::from_slice(&fs::read(file)?)?;
-        all.insert(part.name().to_owned(), figures);
+        let done = run_one(*part, Some(&file)).and_then(|()| Ok(serde_json::from_slice::<Value>(&fs::read(&file)?)?));
+        match done {
+            Ok(figures) => {
+                all.insert(part.name().to_owned(), figures);
+            }
+            Err(error) => failed.push(format!("bench {}: {error:#}", part.name())),
+        }
     }
-    fs::write(&json, format!("{:#}\n", Value::from(all))).with_context(|| json.display().to_string())
+    if let Some(json) = json {
+        fs::write(json, format!("{:#}\n", Value::from(all))).with_context(|| json.display().to_string())?;
+    }
+    ensure!(failed.is_empty(), "{}", failed.join("\n"));
+    Ok(())
 }
 
 fn run_one(part: Part, json: Option<&Path>) -> anyhow::Result<()> {

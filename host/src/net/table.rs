@@ -65,14 +65,19 @@ pub fn remove_table() -> Result<(), NetError> {
     }
 }
 
-/// The larger part of the ports that are no node ports, without those below 1024.
+/// The largest range of ports that are neither node ports nor the tunnel's, whose packets nobody translates, nor below 1024.
 fn free_ports([first, last]: [u16; 2]) -> [u16; 2] {
-    let (below, above) = (first.saturating_sub(1024), u16::MAX - last);
-    if above >= below {
-        [last.saturating_add(1), u16::MAX]
-    } else {
-        [1024, first - 1]
-    }
+    let mut taken = [(first, last), (TUNNEL_PORT, TUNNEL_PORT)];
+    taken.sort_unstable();
+    let begins = [
+        1024,
+        taken[0].1.saturating_add(1),
+        taken[1].1.max(taken[0].1).saturating_add(1),
+    ];
+    let ends = [taken[0].0.saturating_sub(1), taken[1].0.saturating_sub(1), u16::MAX];
+    let free = begins.into_iter().zip(ends);
+    let largest = free.max_by_key(|(begin, end)| end.checked_sub(*begin));
+    largest.map_or([u16::MAX; 2], |(begin, end)| [begin, end])
 }
 
 /// One transaction: whatever was in the table goes, and this takes its place.
@@ -164,8 +169,11 @@ mod tests {
         assert!(lines.contains(&guard), "{text}");
         let ports = "ip saddr 10.1.0.0/24 meta l4proto { tcp, udp } masquerade to :32768-65535";
         assert!(lines.contains(&ports), "{text}");
-        assert_eq!(free_ports([50_000, 60_000]), [1024, 49_999]);
         assert_eq!(free_ports([1024, u16::MAX - 1]), [u16::MAX, u16::MAX]);
+        // The tunnel's port is nobody's to be translated to.
+        assert_eq!(free_ports([50_000, 60_000]), [8473, 49_999]);
+        assert_eq!(free_ports([9000, 65_000]), [1024, 8471]);
+        assert_eq!(free_ports([2000, 9000]), [9001, u16::MAX]);
         let without = script(Routed {
             masqueraded: &[],
             underlay: "2001:db8::1".parse().unwrap(),

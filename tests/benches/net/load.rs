@@ -28,7 +28,7 @@ pub const ALL: [Load; 7] = [
 
 const IPERF: u16 = PORTS[0];
 const SHORT: u16 = PORTS[1];
-const ECHO: &str = "11111";
+const ECHO: u16 = PORTS[2];
 /// Connections that a measurement opens.
 const COUNT: u64 = 8000;
 /// Clock ticks a second in `/proc/stat` (`USER_HZ`, proc(5)).
@@ -39,7 +39,7 @@ pub fn serve(world: &World<'_>) -> anyhow::Result<[Program; 2]> {
     answer_each(world.server.name(), SHORT)?;
     Ok([
         Program::listening(world.server, "iperf3", &["-s"], IPERF)?,
-        Program::start(world.server, "sockperf", &["server", "--tcp", "-p", ECHO])?,
+        Program::listening(world.server, "sockperf", &["server", "--tcp", "-p", "11111"], ECHO)?,
     ])
 }
 
@@ -100,11 +100,8 @@ fn udp(world: &World<'_>, streams: u32, names: [&'static str; 2]) -> anyhow::Res
 /// Half of the time from a request of 14 bytes to its answer, one after the other, by TCP.
 fn latency(world: &World<'_>) -> anyhow::Result<Values> {
     let to = world.address.to_string();
-    let report = ask(
-        world.client,
-        "sockperf",
-        &["ping-pong", "--tcp", "-i", &to, "-p", ECHO, "-t", "1"],
-    )?;
+    let arguments = ["ping-pong", "--tcp", "-i", &to, "-p", "11111", "-t", "1"];
+    let report = ask(world.client, "sockperf", &arguments)?;
     let percentile = |text: &str| -> anyhow::Result<f64> {
         let line = report
             .lines()

@@ -20,8 +20,8 @@ pub use cluster::{Cluster, Options, Pod};
 pub use netns::{Namespace, in_netns, run};
 pub use node::Node;
 pub use probe::{
-    Counts, Listener, Stream, TcpOutcome, Traffic, tcp_exchange, tcp_open, tcp_retransmits, udp_exchange,
-    udp_exchange_of, wait_until,
+    Counts, Listener, Stream, TcpOutcome, Traffic, sent_bytes, tcp_duplicates, tcp_exchange, tcp_open, tcp_retransmits,
+    udp_exchange, udp_exchange_of, wait_until,
 };
 pub use program::{Program, ask};
 pub use reach::{Duplex, Reach, reachable};

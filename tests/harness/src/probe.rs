@@ -250,14 +250,46 @@ pub fn wait_until(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
 ///
 /// Where the kernel's counters can't be read.
 pub fn tcp_retransmits(namespace: &str) -> anyhow::Result<u64> {
-    let snmp = in_netns(namespace, || std::fs::read_to_string("/proc/thread-self/net/snmp"))??;
-    let mut lines = snmp.lines().filter(|line| line.starts_with("Tcp:"));
-    let (names, values) = lines.next().zip(lines.next()).context("no TCP counters")?;
+    counter(namespace, "snmp", "Tcp:", "RetransSegs")
+}
+
+/// TCP segments of which a namespace has heard so far that they have arrived twice (RFC 2883): what was sent again for nothing.
+///
+/// # Errors
+///
+/// Where the kernel's counters can't be read.
+pub fn tcp_duplicates(namespace: &str) -> anyhow::Result<u64> {
+    counter(namespace, "netstat", "TcpExt:", "TCPDSACKRecvSegs")
+}
+
+/// A counter of a protocol (`net/ipv4/proc.c`).
+fn counter(namespace: &str, file: &str, protocol: &str, name: &str) -> anyhow::Result<u64> {
+    let path = format!("/proc/thread-self/net/{file}");
+    let text = in_netns(namespace, || std::fs::read_to_string(path))??;
+    let mut lines = text.lines().filter(|line| line.starts_with(protocol));
+    let (names, values) = lines.next().zip(lines.next()).context("no such counters")?;
     let mut counters = names.split_whitespace().zip(values.split_whitespace());
-    let (_, count) = counters
-        .find(|(name, _)| *name == "RetransSegs")
-        .context("no RetransSegs")?;
+    let found = counters.find(|(one, _)| *one == name);
+    let (_, count) = found.with_context(|| format!("no {name}"))?;
     Ok(count.parse()?)
+}
+
+/// Bytes that a namespace's interfaces have sent so far, but for `lo`.
+///
+/// # Errors
+///
+/// Where the kernel's counters can't be read.
+pub fn sent_bytes(namespace: &str) -> anyhow::Result<u64> {
+    let devices = in_netns(namespace, || std::fs::read_to_string("/proc/thread-self/net/dev"))??;
+    let devices = devices.lines().skip(2).filter_map(|line| line.split_once(':'));
+    let sent = devices.filter(|(name, _)| name.trim() != "lo").map(|(_, counters)| {
+        Ok(counters
+            .split_whitespace()
+            .nth(8)
+            .context("no counter")?
+            .parse::<u64>()?)
+    });
+    sent.sum()
 }
 
 /// UDP echoes from one pod to another, one after the other, until it is stopped: each datagram that does not come back

@@ -45,7 +45,7 @@ struct Entry {
 /// What a crash of the machine may take back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Durability {
-    /// Nothing that was written.
+    /// Nothing that was written or deleted.
     Disk,
     /// What was written last: then there is what was there before.
     Memory,
@@ -178,6 +178,9 @@ impl FileStore {
         check(key, found, expect)?;
         if there {
             fs::remove_file(&path).context("remove", &path)?;
+            if Durability::of(key.collection) == Durability::Disk {
+                sync_folder(&path)?;
+            }
         }
         Ok(())
     }
@@ -297,6 +300,12 @@ pub fn replace(path: &Path, bytes: &[u8], durability: Durability) -> Result<(), 
         return Ok(());
     }
     // Makes the rename itself survive a crash.
+    sync_folder(path)
+}
+
+/// Makes the disk have what files there are in a file's folder.
+fn sync_folder(path: &Path) -> Result<(), StoreError> {
+    let folder = path.parent().unwrap_or(Path::new("/"));
     File::open(folder)
         .and_then(|folder| folder.sync_all())
         .context("sync", folder)

@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-const FILE: &str = ".revisions";
+const FILE: &str = ".revision";
 /// Revisions that are reserved at once.
 const RESERVE: u64 = 1000;
 
@@ -62,6 +62,7 @@ impl Revisions {
         let Some(Counter { next, reserved }) = self.read()? else {
             return self.reserve(last()? + 1);
         };
+        // The file of an earlier version is shorter, and written anew here, too.
         if next == reserved {
             return self.reserve(next);
         }
@@ -85,13 +86,21 @@ impl Revisions {
     /// None where nothing has been written yet.
     fn read(&self) -> Result<Option<Counter>, StoreError> {
         match fs::read(&self.file) {
-            Ok(bytes) => {
-                let bytes = codec::decode::<[[u8; 8]; 2]>(&bytes).map_err(|source| StoreError::Content {
+            // Earlier versions have written the last revision alone, to the disk each time.
+            Ok(bytes) => codec::decode::<[[u8; 8]; 2]>(&bytes)
+                .map(Counter::from)
+                .or_else(|error| match codec::decode::<u64>(&bytes) {
+                    Ok(last) => Ok(Counter {
+                        next: last + 1,
+                        reserved: last + 1,
+                    }),
+                    Err(_) => Err(error),
+                })
+                .map(Some)
+                .map_err(|source| StoreError::Content {
                     file: self.file.display().to_string(),
                     source,
-                })?;
-                Ok(Some(Counter::from(bytes)))
-            }
+                }),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error).context("read", &self.file),
         }

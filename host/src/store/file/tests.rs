@@ -1,6 +1,7 @@
 //! Tests of the embedded store.
 
 use super::{Durability, FileStore, replace};
+use crate::codec;
 use crate::store::{Change, Collection, Expect, Key, Store, StoreError};
 use std::time::Duration;
 
@@ -113,7 +114,7 @@ async fn a_torn_value_is_an_error_and_half_a_write_is_invisible() {
 #[tokio::test]
 async fn no_revision_is_given_twice_whatever_a_crash_takes_back() {
     let (folder, store) = store();
-    let counter = folder.path().join(".revisions");
+    let counter = folder.path().join(".revision");
     let early = std::fs::read(&counter).unwrap();
     let mut last = 0;
     for number in 0..2010_u32 {
@@ -135,6 +136,11 @@ async fn no_revision_is_given_twice_whatever_a_crash_takes_back() {
     let store = FileStore::open(folder.path()).unwrap();
     let next = store.put(&key("b"), Vec::new(), Expect::Any).await.unwrap();
     assert!(next > kept, "{next} after {kept}");
+    // An earlier version's file has the last revision alone.
+    std::fs::write(&counter, codec::encode(&1_000_000_u64).unwrap()).unwrap();
+    let store = FileStore::open(folder.path()).unwrap();
+    let next = store.put(&key("b"), Vec::new(), Expect::Any).await.unwrap();
+    assert!(next > 1_000_000, "{next}");
 }
 
 #[tokio::test]
