@@ -71,6 +71,21 @@ pub fn cluster(identities: usize, local: usize) -> anyhow::Result<Cluster> {
     Ok(cluster)
 }
 
+/// Loads a policy on a node of such a cluster. The other node is not there, and does not answer: hostd says so, and has loaded
+/// it all the same.
+///
+/// # Errors
+///
+/// Where it has not.
+pub fn load(node: &Node, policy: &str) -> anyhow::Result<()> {
+    let file = harness::policy(policy)?.display().to_string();
+    let before = node.json(&["policy", "list"])?;
+    let answer = node.json(&["load-policy", &file, "--skip-unreachable"]);
+    let after = node.json(&["policy", "list"])?;
+    ensure!(after != before, "{policy} is not loaded: {answer:?}");
+    Ok(())
+}
+
 /// Memory of a process, in MiB.
 pub struct Memory {
     /// Resident, of which so much is shared with files and maps.

@@ -417,6 +417,75 @@ mod tests {
 }
 "#;
 
+/// Names that a policy's crate can't have: those of the workspace, of crates that it needs, and of Rust's own words.
+const TAKEN: &[&str] = &[
+    "abi",
+    "abstract",
+    "alloc",
+    "as",
+    "async",
+    "await",
+    "become",
+    "box",
+    "break",
+    "const",
+    "continue",
+    "core",
+    "crate",
+    "do",
+    "dyn",
+    "else",
+    "enum",
+    "extern",
+    "false",
+    "final",
+    "fn",
+    "for",
+    "gen",
+    "harness",
+    "hostd",
+    "hostile",
+    "if",
+    "impl",
+    "in",
+    "let",
+    "loop",
+    "macro",
+    "match",
+    "mod",
+    "move",
+    "mut",
+    "override",
+    "policy-sdk",
+    "priv",
+    "proc-macro",
+    "pub",
+    "ref",
+    "return",
+    "self",
+    "serde",
+    "static",
+    "std",
+    "struct",
+    "super",
+    "test",
+    "toolchain",
+    "trait",
+    "true",
+    "try",
+    "type",
+    "typeof",
+    "unsafe",
+    "unsized",
+    "use",
+    "virtual",
+    "wasmgate-tests",
+    "where",
+    "while",
+    "xtask",
+    "yield",
+];
+
 /// `hostd policy new NAME`: a crate that builds and tests.
 pub fn new(name: &str, sdk: Option<&Path>) -> anyhow::Result<()> {
     let letters = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
@@ -424,8 +493,16 @@ pub fn new(name: &str, sdk: Option<&Path>) -> anyhow::Result<()> {
         name.starts_with(|c: char| c.is_ascii_lowercase()) && name.chars().all(letters),
         "{name:?}: a crate's name has lower-case letters, digits and `-`, and begins with a letter"
     );
+    ensure!(
+        !TAKEN.contains(&name),
+        "{name:?}: a crate of this name there is already, or Rust means something else by it; choose another one"
+    );
     let folder = PathBuf::from(name);
-    ensure!(!folder.exists(), "{} exists already", folder.display());
+    ensure!(
+        !folder.exists(),
+        "{} exists already; choose another name, or remove it",
+        folder.display()
+    );
     let (sdk, inside) = match sdk {
         Some(path) => (
             fs::canonicalize(path).with_context(|| path.display().to_string())?,

@@ -147,15 +147,27 @@ impl Compiler {
             }
             Err(_) => {
                 let said = String::from_utf8_lossy(&output.stderr);
-                let last = said.lines().last().unwrap_or("it said nothing");
+                // A panic says why in its second line, and how to see more of it in its last.
+                let mut lines = said
+                    .lines()
+                    .filter(|line| !line.is_empty() && !line.starts_with("note: "));
+                let last = lines.next_back().unwrap_or("it said nothing");
+                let hint = if output.status.code() == Some(PANICKED) {
+                    "the module is damaged, perhaps"
+                } else {
+                    "is `wasm.compile_memory_mib` too small?"
+                };
                 Err(WasmError::CompileCrash(format!(
-                    "the compiler ended with {}: {last} (is `wasm.compile_memory_mib` too small?)",
+                    "the compiler ended with {}: {last} ({hint})",
                     output.status
                 )))
             }
         }
     }
 }
+
+/// Status of a program that has panicked.
+const PANICKED: i32 = 101;
 
 /// The child: module on stdin, artifact or error on stdout. It may use so many bytes of memory and seconds of CPU time.
 ///

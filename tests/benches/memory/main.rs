@@ -18,9 +18,7 @@ fn main() -> anyhow::Result<()> {
     for (identities, pods) in CASES {
         let cluster = crowd::cluster(identities, pods)?;
         let node = &cluster.nodes[0];
-        let file = harness::policy("web-app")?.display().to_string();
-        // The node that is not there does not answer.
-        node.json(&["load-policy", &file, "--skip-unreachable"])?;
+        crowd::load(node, "web-app")?;
         let memory = Memory::of(node)?;
         println!(
             "{identities:>10} {pods:>10} {:>9.1} {:>10.1} {:>21.1}",

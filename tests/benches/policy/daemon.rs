@@ -1,7 +1,6 @@
 //! In a real hostd: its memory, and a load.
 
 use super::ROUNDS;
-use anyhow::ensure;
 use serde_json::{Value, json};
 use std::time::Instant;
 use wasmgate_tests::{
@@ -13,16 +12,11 @@ use wasmgate_tests::{
 pub fn in_hostd(identities: usize, local: usize) -> anyhow::Result<Value> {
     let cluster = crowd::cluster(identities, local)?;
     let node = &cluster.nodes[0];
-    let file = harness::policy("web-app")?.display().to_string();
     let mut loads = Samples::default();
     for _ in 0..ROUNDS {
         let began = Instant::now();
-        let report = node.json(&["load-policy", &file, "--skip-unreachable"]).or_else(|_| {
-            // The node that is not there has not answered: the load is done all the same.
-            node.json(&["policy", "list"])
-        })?;
+        crowd::load(node, "web-app")?;
         loads.push(began.elapsed().as_secs_f64() * 1e3);
-        ensure!(report.is_object(), "no answer");
     }
     let Memory { resident, shared, maps } = Memory::of(node)?;
     println!("\n{identities} identities in a real hostd, {local} of them here: {ROUNDS} loads");

@@ -18,6 +18,10 @@ fn there(flags: u8) -> Frame {
     Frame::tcp(POD_A, 40000, POD_B, 80, flags)
 }
 
+fn there6(flags: u8) -> Frame {
+    Frame::tcp6(POD_A6, 40000, POD_B6, 80, flags)
+}
+
 fn far(flags: u8) -> Frame {
     Frame::tcp(POD_A, 40000, REMOTE, 80, flags)
 }
@@ -276,6 +280,22 @@ const STRAYS: &[(&str, Sends, DropReason)] = &[
         DropReason::TtlExceeded,
     ),
     (
+        "without another hop, by IPv6",
+        |b| {
+            b.from_pod_a(&there6(SYN));
+            b.from_pod_b(&Frame::tcp6(POD_B6, 80, POD_A6, 40000, SYN | ACK));
+            b.from_pod_a(&there6(ACK));
+            assert!(is_armed(b));
+            b.from_pod_a(&there6(ACK).with(21, &[1]))
+        },
+        DropReason::TtlExceeded,
+    ),
+    (
+        "shorter than its headers",
+        |b| b.from_pod_a(&there(ACK).with(16, &[0, 39])),
+        DropReason::Truncated,
+    ),
+    (
         "longer than it is",
         |b| b.from_pod_a(&there(ACK).with(16, &[1, 0])),
         DropReason::Truncated,
@@ -361,6 +381,21 @@ fn nothing_gets_by_on_it_that_would_not_otherwise() {
 fn what_says_something_about_the_flow_is_noted() {
     kernel_test!();
     let mut bench = connected();
+    // The first piece of a packet, without which nobody knows whose the next one is.
+    bench.deny_egress(RED_PLACE.0, BLUE_PLACE.1);
+    let piece = |offset, bytes: &[u8]| Frame::ipv4(POD_A, POD_B, 6, bytes).piece(9, offset, offset == 0);
+    let header = there(ACK).0[34..54].to_vec();
+    assert_eq!(
+        bench.from_pod_a(&piece(0, &[&header[..], &[0; 4]].concat())).path(),
+        Path::Local
+    );
+    assert_eq!(bench.from_pod_a(&piece(24, &[0; 8])).path(), Path::Local);
+    // What is about the flow is not of it, and lets nothing of it take the fast path.
+    bench.change_flows(|entry| entry.fast_until = 1);
+    let error = Frame::unreachable(POD_B, &there(ACK));
+    assert_eq!(bench.from_pod_b(&error).path(), Path::Local);
+    assert!(bench.flows().iter().all(|(_, entry)| entry.fast_until == 1));
+    connect(&mut bench);
     bench.from_pod_a(&there(FIN | ACK));
     bench.from_pod_b(&Frame::tcp(POD_B, 80, POD_A, 40000, FIN | ACK));
     bench.from_pod_a(&there(ACK));
