@@ -9,7 +9,9 @@ use tokio::net::UnixStream;
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// Nobody listens.
-    #[error("cannot reach hostd at {socket}: {source}; is `hostd run` running, with this socket (`--socket`, HOSTD_SOCKET), and are you root?")]
+    #[error(
+        "cannot reach hostd at {socket}: {source}; is `hostd run` running, with this socket (`--socket`, HOSTD_SOCKET), and are you root?"
+    )]
     Connect {
         /// The socket.
         socket: PathBuf,

@@ -208,7 +208,7 @@ fn main() -> anyhow::Result<()> {
         with.loads
     );
     let carried = with.gbit_s.over(&without.gbit_s);
-    let lost = 1.0 - carried.mean();
+    let lost = 1.0 - with.gbit_s.mean() / without.gbit_s.mean();
     let noise = carried.at(0.75) - carried.at(0.25);
     ensure!(
         noise <= NOISE,
