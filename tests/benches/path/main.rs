@@ -38,6 +38,10 @@ fn main() -> anyhow::Result<()> {
     let samples = measure(&mut cases)?;
     let yardstick = &samples[cases::YARDSTICK];
     let drift = yardstick.drift();
+    anyhow::ensure!(
+        drift <= DRIFT,
+        "the machine was too noisy to compare anything: half of the run took {drift:.2} times as long as the other; again, please"
+    );
     println!("\n{ROUNDS} rounds of {REPEAT} packets a path; the yardstick is 16 look-ups in a hash map");
     println!(
         "{:<28} {:>8} {:>10} {:>10}",
@@ -52,9 +56,5 @@ fn main() -> anyhow::Result<()> {
         let figures = json!({"p10_ns": p10, "median_ns": median, "yardsticks": yardsticks});
         paths.insert(case.name.to_owned(), figures);
     }
-    anyhow::ensure!(
-        drift <= DRIFT,
-        "the machine was too noisy to compare anything: half of the run took {drift:.2} times as long as the other; again, please"
-    );
     arguments.write(&json!({"yardstick_ns": yardstick.median(), "drift": drift, "paths": paths}))
 }
