@@ -27,7 +27,7 @@ pub fn cluster(identities: usize, local: usize) -> anyhow::Result<Cluster> {
         nodes: 1,
         pod_cidr: "10.1.0.0/16".to_owned(),
         tables: format!(
-            "[maps]\nidentities = {}\naddresses = 131072",
+            "[maps]\nidentities = {}\naddresses = 131072\n[wasm]\nevaluate_ms = 20000",
             (identities + 64).max(128)
         ),
         ..Options::default()
