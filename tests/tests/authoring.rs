@@ -43,6 +43,10 @@ fn a_new_crate_builds_and_its_tests_pass() {
             &["policy", "new", "My_Policy", "--sdk", &sdk],
             "a crate's name has lower-case letters",
         ),
+        (
+            &["policy", "new", "crate", "--sdk", &sdk],
+            "\"crate\" means something to Rust",
+        ),
         (&["policy", "new", "other"], "say where its SDK is with --sdk"),
         (&["policy", "new", "other", "--sdk", "/"], "not the folder `policy-sdk`"),
     ] {
@@ -50,7 +54,46 @@ fn a_new_crate_builds_and_its_tests_pass() {
         assert!(!refused.status.success());
         assert!(text(&refused).contains(expected), "{}", text(&refused));
     }
-    assert!(!folder.path().join("other").exists());
+    assert!(!folder.path().join("other").exists() && !folder.path().join("crate").exists());
+}
+
+#[test]
+fn a_new_crate_of_a_checkout_takes_no_other_crates_name() {
+    let checkout = tempfile::tempdir().unwrap();
+    let policies = checkout.path().join("policies");
+    fs::create_dir(&policies).unwrap();
+    let root = toolchain::workspace_root();
+    std::os::unix::fs::symlink(root.join("policy-sdk"), checkout.path().join("policy-sdk")).unwrap();
+    fs::copy(root.join("Cargo.lock"), checkout.path().join("Cargo.lock")).unwrap();
+    for name in ["hostd", "tenant-isolation"] {
+        let refused = hostd(&policies, &["policy", "new", name]);
+        let expected = format!("the checkout has a crate {name:?}");
+        assert!(
+            !refused.status.success() && text(&refused).contains(&expected),
+            "{}",
+            text(&refused)
+        );
+        assert!(!policies.join(name).exists());
+    }
+    // A dependency's is nobody's here.
+    let made = hostd(&policies, &["policy", "new", "anyhow"]);
+    assert!(made.status.success(), "{}", text(&made));
+}
+
+#[test]
+fn a_damaged_module_is_refused_for_what_it_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let whole = fs::read(harness::policy("tenant-isolation").unwrap()).unwrap();
+    for length in [9, 200, 2000, 30_000, 100_000, whole.len() - 1] {
+        fs::write(folder.path().join("cut.wasm"), &whole[..length]).unwrap();
+        let refused = hostd(folder.path(), &["policy", "inspect", "cut.wasm"]);
+        assert!(!refused.status.success(), "{length} bytes");
+        let said = text(&refused);
+        assert!(
+            said.contains("offset") && !said.contains("too small"),
+            "{length} bytes: {said}"
+        );
+    }
 }
 
 #[test]

@@ -2,7 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests, which fail as a whole")]
 
 use harness::{
-    Cluster, Namespace, Options, Program, Short, answer_each, ask, in_netns, kernel_test, short_connections, wait_until,
+    Cluster, Namespace, Options, Program, Short, answer_each, ask, in_netns, iperf3, kernel_test, short_connections,
 };
 use std::{
     fs,
@@ -198,29 +198,14 @@ fn throughput_and_latency_programs_run_to_their_end() {
         let netns = &site.cluster.pod(&format!("red/{app}")).netns;
         let _iperf = Program::listening(netns, "iperf3", &["-s"], 5201).unwrap();
         for address in site.addresses(app) {
-            let to = address.to_string();
             for more in [
                 &["-R"][..],
                 &["-P", "4"],
                 &["-u", "-b", "50M", "-l", "1200"],
                 &["--bidir"],
             ] {
-                // A service's backend keeps one client at a time: it may still be tidying up.
-                let mut told = String::new();
-                let ran = wait_until(LONG, || {
-                    let arguments = [&["-c", &to, "-t", "1", "-J"], more].concat();
-                    match ask(site.client(), "iperf3", &arguments) {
-                        Ok(report) => {
-                            told = report;
-                            true
-                        }
-                        Err(problem) => {
-                            told = problem.to_string();
-                            false
-                        }
-                    }
-                });
-                assert!(ran, "{to} {more:?}: {told}");
+                iperf3(site.client(), address, 1, more)
+                    .unwrap_or_else(|problem| panic!("{address} {more:?}: {problem}"));
             }
         }
         let own = site.cluster.pod(&format!("red/{app}")).address.to_string();

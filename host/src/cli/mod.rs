@@ -4,6 +4,7 @@ mod args;
 mod author;
 mod print;
 mod print_policy;
+mod scaffold;
 mod table;
 mod values;
 
@@ -139,7 +140,7 @@ fn namespace(command: NamespaceCommand) -> Request {
 async fn policy(command: PolicyCommand, json: bool) -> anyhow::Result<Option<Request>> {
     Ok(Some(match command {
         PolicyCommand::New { name, sdk } => {
-            author::new(&name, sdk.as_deref())?;
+            scaffold::new(&name, sdk.as_deref())?;
             return Ok(None);
         }
         PolicyCommand::Test { module, cases } => {

@@ -67,17 +67,16 @@ pub fn remove_table() -> Result<(), NetError> {
 
 /// The largest range of ports that are neither node ports nor the tunnel's, whose packets nobody translates, nor below 1024.
 fn free_ports([first, last]: [u16; 2]) -> [u16; 2] {
-    let mut taken = [(first, last), (TUNNEL_PORT, TUNNEL_PORT)];
-    taken.sort_unstable();
-    let begins = [
-        1024,
-        taken[0].1.saturating_add(1),
-        taken[1].1.max(taken[0].1).saturating_add(1),
-    ];
-    let ends = [taken[0].0.saturating_sub(1), taken[1].0.saturating_sub(1), u16::MAX];
-    let free = begins.into_iter().zip(ends);
-    let largest = free.max_by_key(|(begin, end)| end.checked_sub(*begin));
-    largest.map_or([u16::MAX; 2], |(begin, end)| [begin, end])
+    let taken = [first..=last, TUNNEL_PORT..=TUNNEL_PORT];
+    let begins = [1024, last.saturating_add(1), TUNNEL_PORT + 1];
+    let free = begins
+        .into_iter()
+        .filter(|begin| !taken.iter().any(|range| range.contains(begin)));
+    let ranges = free.map(|begin| {
+        let behind = taken.iter().map(|range| *range.start()).filter(|start| *start > begin);
+        [begin, behind.min().map_or(u16::MAX, |start| start - 1)]
+    });
+    ranges.max_by_key(|[begin, end]| end - begin).unwrap_or([u16::MAX; 2])
 }
 
 /// One transaction: whatever was in the table goes, and this takes its place.

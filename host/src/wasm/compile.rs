@@ -13,7 +13,7 @@ use std::{
     sync::Arc,
 };
 use tokio::{io::AsyncWriteExt, process::Command, time::timeout};
-use wasmtime::{Engine, component::Component};
+use wasmtime::{Engine, Module, component::Component};
 use wit_component::ComponentEncoder;
 
 /// A busy machine may take so many times a module's CPU time.
@@ -147,27 +147,15 @@ impl Compiler {
             }
             Err(_) => {
                 let said = String::from_utf8_lossy(&output.stderr);
-                // A panic says why in its second line, and how to see more of it in its last.
-                let mut lines = said
-                    .lines()
-                    .filter(|line| !line.is_empty() && !line.starts_with("note: "));
-                let last = lines.next_back().unwrap_or("it said nothing");
-                let hint = if output.status.code() == Some(PANICKED) {
-                    "the module is damaged, perhaps"
-                } else {
-                    "is `wasm.compile_memory_mib` too small?"
-                };
+                let last = said.lines().last().unwrap_or("it said nothing");
                 Err(WasmError::CompileCrash(format!(
-                    "the compiler ended with {}: {last} ({hint})",
+                    "the compiler ended with {}: {last} (is `wasm.compile_memory_mib` too small?)",
                     output.status
                 )))
             }
         }
     }
 }
-
-/// Status of a program that has panicked.
-const PANICKED: i32 = 101;
 
 /// The child: module on stdin, artifact or error on stdout. It may use so many bytes of memory and seconds of CPU time.
 ///
@@ -185,9 +173,9 @@ pub fn child_main(memory: u64, seconds: u64) -> anyhow::Result<()> {
     setrlimit(Resource::Fsize, limit(0))?;
     let mut module = Vec::new();
     std::io::stdin().read_to_end(&mut module)?;
-    let result: Result<Vec<u8>, String> = to_component(module).and_then(|component| {
-        engine()
-            .map_err(|error| error.to_string())?
+    let result = engine().map_err(|error| error.to_string()).and_then(|engine| {
+        let component = to_component(&engine, module)?;
+        engine
             .precompile_component(&component)
             .map_err(|error| format!("{error:#}"))
     });
@@ -197,15 +185,18 @@ pub fn child_main(memory: u64, seconds: u64) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A core module becomes a component; the answer tells the two apart by the header's layer field (component model
-/// binary format).
-fn to_component(module: Vec<u8>) -> Result<Vec<u8>, String> {
+/// A core module becomes a component; the header's layer field tells the two apart (component model binary format). It is looked
+/// at before: the encoder takes it for a whole one.
+fn to_component(engine: &Engine, module: Vec<u8>) -> Result<Vec<u8>, String> {
     match module.get(..8) {
         Some([0, b'a', b's', b'm', _, _, 1, 0]) => Ok(module),
-        Some([0, b'a', b's', b'm', _, _, 0, 0]) => ComponentEncoder::default()
-            .module(&module)
-            .and_then(|encoder| encoder.validate(true).encode())
-            .map_err(|error| format!("{error:#}")),
+        Some([0, b'a', b's', b'm', _, _, 0, 0]) => {
+            Module::validate(engine, &module).map_err(|error| format!("{error:#}"))?;
+            ComponentEncoder::default()
+                .module(&module)
+                .and_then(|encoder| encoder.validate(true).encode())
+                .map_err(|error| format!("{error:#}"))
+        }
         _ => Err("it is no WebAssembly (it does not begin with `\\0asm`)".to_owned()),
     }
 }

@@ -2,13 +2,9 @@
 
 use super::worlds::{PORTS, World};
 use anyhow::{Context, ensure};
-use harness::{Program, answer_each, ask, short_connections, wait_until};
+use harness::{Program, answer_each, ask, iperf3, short_connections};
 use serde_json::Value;
-use std::{
-    fs,
-    net::SocketAddr,
-    time::{Duration, Instant},
-};
+use std::{fs, net::SocketAddr, time::Instant};
 
 /// Values of one measurement, with their names.
 pub type Values = Vec<(&'static str, f64)>;
@@ -59,19 +55,10 @@ fn busy() -> anyhow::Result<f64> {
 }
 
 /// A client's report, and the seconds of processor time that went by meanwhile.
-fn iperf(world: &World<'_>, more: &[&str]) -> anyhow::Result<(Value, f64)> {
-    let to = world.address.to_string();
-    let arguments = [&["-c", &to, "-t", "1", "-J"], more].concat();
-    let mut outcome = Err(anyhow::anyhow!("not asked"));
-    // The server keeps one client at a time: it may still be tidying up.
-    let ran = wait_until(Duration::from_secs(5), || {
-        let before = busy();
-        outcome = ask(world.client, "iperf3", &arguments).and_then(|report| Ok((report, busy()? - before?)));
-        outcome.is_ok()
-    });
-    let (report, work) = outcome?;
-    ensure!(ran, "iperf3 took too long");
-    Ok((serde_json::from_str(&report)?, work))
+fn measured(world: &World<'_>, more: &[&str]) -> anyhow::Result<(Value, f64)> {
+    let before = busy()?;
+    let report = iperf3(world.client, world.address, 1, more)?;
+    Ok((serde_json::from_str(&report)?, busy()? - before))
 }
 
 fn number(report: &Value, pointer: &str) -> anyhow::Result<f64> {
@@ -80,7 +67,7 @@ fn number(report: &Value, pointer: &str) -> anyhow::Result<f64> {
 }
 
 fn tcp(world: &World<'_>, streams: u32, names: [&'static str; 2]) -> anyhow::Result<Values> {
-    let (report, work) = iperf(world, &["-P", &streams.to_string()])?;
+    let (report, work) = measured(world, &["-P", &streams.to_string()])?;
     let bits = number(&report, "/end/sum_received/bits_per_second")?;
     let bytes = number(&report, "/end/sum_received/bytes")?;
     Ok(vec![(names[0], bits / 1e9), (names[1], work / (bytes / 1e9))])
@@ -88,7 +75,7 @@ fn tcp(world: &World<'_>, streams: u32, names: [&'static str; 2]) -> anyhow::Res
 
 /// As many datagrams of 64 bytes as the sender can send; those count that arrive.
 fn udp(world: &World<'_>, streams: u32, names: [&'static str; 2]) -> anyhow::Result<Values> {
-    let (report, work) = iperf(world, &["-u", "-b", "0", "-l", "64", "-P", &streams.to_string()])?;
+    let (report, work) = measured(world, &["-u", "-b", "0", "-l", "64", "-P", &streams.to_string()])?;
     let sent = number(&report, "/end/sum/packets")?;
     let arrived = sent - number(&report, "/end/sum/lost_packets")?;
     let seconds = number(&report, "/end/sum/seconds")?;

@@ -249,34 +249,24 @@ fn vxlan() -> anyhow::Result<Pair> {
 }
 
 /// The same policy as `network-policy` has it: the client may ask the servers at their ports, and nobody may anything else.
-const POLICY: &str = "apiVersion: networking.k8s.io/v1
-kind: NetworkPolicy
-metadata: { name: servers, namespace: bench }
-spec:
-  podSelector: { matchLabels: { role: server } }
-  policyTypes: [Ingress, Egress]
-  ingress:
-  - from: [{ podSelector: { matchLabels: { role: client } } }]
-    ports:
-    - { protocol: TCP, port: 5201 }
-    - { protocol: UDP, port: 5201 }
-    - { protocol: TCP, port: 8080 }
-    - { protocol: TCP, port: 11111 }
----
-apiVersion: networking.k8s.io/v1
-kind: NetworkPolicy
-metadata: { name: client, namespace: bench }
-spec:
-  podSelector: { matchLabels: { role: client } }
-  policyTypes: [Ingress, Egress]
-  egress:
-  - to: [{ podSelector: { matchLabels: { role: server } } }]
-    ports:
-    - { protocol: TCP, port: 5201 }
-    - { protocol: UDP, port: 5201 }
-    - { protocol: TCP, port: 8080 }
-    - { protocol: TCP, port: 11111 }
-";
+fn policy() -> String {
+    let tcp = PORTS
+        .map(|port| format!("{{ protocol: TCP, port: {port} }}"))
+        .join(", ");
+    let ports = format!("[{tcp}, {{ protocol: UDP, port: {} }}]", PORTS[0]);
+    let object = |name: &str, direction: &str, end: &str, peer: &str| {
+        format!(
+            "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{ name: {name}, namespace: bench }}\n\
+             spec:\n  podSelector: {{ matchLabels: {{ role: {name} }} }}\n  policyTypes: [Ingress, Egress]\n  \
+             {direction}: [{{ {end}: [{{ podSelector: {{ matchLabels: {{ role: {peer} }} }} }}], ports: {ports} }}]\n"
+        )
+    };
+    [
+        object("server", "ingress", "from", "client"),
+        object("client", "egress", "to", "server"),
+    ]
+    .join("---\n")
+}
 
 fn wasmgate() -> anyhow::Result<Cluster> {
     let mut cluster = Cluster::with(&Options::default())?;
@@ -289,7 +279,7 @@ fn wasmgate() -> anyhow::Result<Cluster> {
     }
     cluster.settle()?;
     let config = cluster.folder().join("policy.yaml");
-    fs::write(&config, POLICY)?;
+    fs::write(&config, policy())?;
     let module = harness::policy("network-policy")?;
     let (module, config) = (module.display().to_string(), config.display().to_string());
     cluster.nodes[0].json(&["load-policy", &module, "--config", &config])?;

@@ -23,7 +23,7 @@ pub use probe::{
     Counts, Listener, Stream, TcpOutcome, Traffic, sent_bytes, tcp_duplicates, tcp_exchange, tcp_open, tcp_retransmits,
     udp_exchange, udp_exchange_of, wait_until,
 };
-pub use program::{Program, ask};
+pub use program::{Program, ask, iperf3};
 pub use reach::{Duplex, Reach, reachable};
 pub use server::Server;
 pub use short::{Short, answer_each, short_connections};

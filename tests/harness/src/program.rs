@@ -3,12 +3,12 @@
 use crate::{Namespace, in_netns, probe::wait_until};
 use anyhow::{Context, bail, ensure};
 use std::{
-    net::{SocketAddr, TcpStream},
+    net::{IpAddr, SocketAddr, TcpStream},
     process::{Child, Stdio},
     time::Duration,
 };
 
-/// How long a program may take until it listens.
+/// How long a program may take until it listens, or until another one can be asked.
 const START: Duration = Duration::from_secs(20);
 
 /// A program that runs until it is dropped.
@@ -69,4 +69,20 @@ pub fn ask(netns: &Namespace, program: &str, arguments: &[&str]) -> anyhow::Resu
         bail!("{program} {}: {said}{complaint}", arguments.join(" "));
     }
     Ok(said)
+}
+
+/// What an iperf3 client in a namespace reports, as JSON text.
+///
+/// # Errors
+///
+/// Where it does not get to the end for a while: the server keeps one client at a time, and may still be tidying up.
+pub fn iperf3(netns: &Namespace, to: IpAddr, seconds: u32, more: &[&str]) -> anyhow::Result<String> {
+    let (to, seconds) = (to.to_string(), seconds.to_string());
+    let arguments = [&["-c", &to, "-t", &seconds, "-J"], more].concat();
+    let mut outcome = Err(anyhow::anyhow!("not asked"));
+    wait_until(START, || {
+        outcome = ask(netns, "iperf3", &arguments);
+        outcome.is_ok()
+    });
+    outcome
 }

@@ -163,7 +163,7 @@ impl FileStore {
         let path = self.path(key)?;
         let _lock = self.lock()?;
         check(key, read(&path)?, expect)?;
-        let revision = self.revisions().next(|| self.last_revision())?;
+        let revision = self.revisions().next()?;
         let lease = lease.map(|ttl| u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX));
         let entry = Entry { revision, lease, value };
         replace(&path, &encode(&path, &entry)?, Durability::of(key.collection))?;

@@ -4,7 +4,7 @@ use super::{Context, Durability, encode, replace};
 use crate::{codec, store::StoreError};
 use std::{
     fs::{self, File},
-    io::{self, Write},
+    io::Write,
     path::{Path, PathBuf},
 };
 
@@ -26,6 +26,14 @@ struct Counter {
 }
 
 impl Counter {
+    /// Nothing is reserved.
+    const fn behind(last: u64) -> Self {
+        Self {
+            next: last + 1,
+            reserved: last + 1,
+        }
+    }
+
     /// As in the file: as long for all numbers.
     const fn bytes(self) -> [[u8; 8]; 2] {
         [self.next.to_le_bytes(), self.reserved.to_le_bytes()]
@@ -50,19 +58,17 @@ impl Revisions {
 
     /// Goes on behind all revisions that were given, or behind the `last` one that is there, where the file is not.
     pub fn open(&self, last: impl FnOnce() -> Result<u64, StoreError>) -> Result<(), StoreError> {
-        let behind = match self.read()? {
-            Some(counter) => counter.reserved,
-            None => last()? + 1,
+        let behind = if self.file.exists() {
+            self.read()?.reserved
+        } else {
+            last()? + 1
         };
         self.reserve(behind).map(|_| ())
     }
 
     /// The revision of the next change.
-    pub fn next(&self, last: impl FnOnce() -> Result<u64, StoreError>) -> Result<u64, StoreError> {
-        let Some(Counter { next, reserved }) = self.read()? else {
-            return self.reserve(last()? + 1);
-        };
-        // The file of an earlier version is shorter, and written anew here, too.
+    pub fn next(&self) -> Result<u64, StoreError> {
+        let Counter { next, reserved } = self.read()?;
         if next == reserved {
             return self.reserve(next);
         }
@@ -83,27 +89,15 @@ impl Revisions {
         Ok(revision)
     }
 
-    /// None where nothing has been written yet.
-    fn read(&self) -> Result<Option<Counter>, StoreError> {
-        match fs::read(&self.file) {
-            // Earlier versions have written the last revision alone, to the disk each time.
-            Ok(bytes) => codec::decode::<[[u8; 8]; 2]>(&bytes)
-                .map(Counter::from)
-                .or_else(|error| match codec::decode::<u64>(&bytes) {
-                    Ok(last) => Ok(Counter {
-                        next: last + 1,
-                        reserved: last + 1,
-                    }),
-                    Err(_) => Err(error),
-                })
-                .map(Some)
-                .map_err(|source| StoreError::Content {
-                    file: self.file.display().to_string(),
-                    source,
-                }),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error).context("read", &self.file),
-        }
+    fn read(&self) -> Result<Counter, StoreError> {
+        let bytes = fs::read(&self.file).context("read", &self.file)?;
+        let counter = codec::decode::<[[u8; 8]; 2]>(&bytes).map(Counter::from);
+        // Earlier versions have written the last revision alone, to the disk each time.
+        let earlier = |error| codec::decode::<u64>(&bytes).map(Counter::behind).map_err(|_| error);
+        counter.or_else(earlier).map_err(|source| StoreError::Content {
+            file: self.file.display().to_string(),
+            source,
+        })
     }
 
     fn write(&self, counter: Counter) -> Result<(), StoreError> {
