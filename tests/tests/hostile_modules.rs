@@ -12,8 +12,8 @@ use std::{
 
 const WAIT: Duration = Duration::from_millis(500);
 
-/// A module has to be refused within this time.
-const REFUSED_WITHIN: Duration = Duration::from_secs(2);
+/// A module has to be refused within this time, however busy the machine is: the limits say how long it takes.
+const REFUSED_WITHIN: Duration = Duration::from_secs(20);
 
 fn one_node() -> Cluster {
     let options = Options {

@@ -8,7 +8,7 @@ use std::{
 use toolchain::{BPF_LINKER_VERSION, DISTRO_LLVM, Error, find_bpf, find_program, find_wasm};
 
 /// A program that is needed, and Debian's package that has it.
-const PROGRAMS: [(&str, &str); 8] = [
+const PROGRAMS: [(&str, &str); 11] = [
     ("ip", "iproute2"),
     ("tc", "iproute2"),
     ("nsenter", "util-linux"),
@@ -17,6 +17,10 @@ const PROGRAMS: [(&str, &str); 8] = [
     ("bpftool", "bpftool"),
     ("ping", "iputils-ping"),
     ("nft", "nftables"),
+    // etcd's client library translates etcd's protocol buffers when it is built.
+    ("protoc", "protobuf-compiler"),
+    ("etcd", "etcd-server"),
+    ("etcdctl", "etcd-client"),
 ];
 
 /// Debian's second Rust, for the targets that rustup would have to download.

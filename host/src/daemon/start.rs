@@ -63,7 +63,7 @@ const WATCHED: [Collection; 8] = [
 pub async fn run(config: Config) -> anyhow::Result<()> {
     let _lock = lock(&config.state_dir)?;
     let server = Server::bind(&config.socket).with_context(|| format!("control socket {}", config.socket.display()))?;
-    let store = store::open(&config.store)?;
+    let store = store::open(&config.store, &config.etcd)?;
     let names = Arc::new(RwLock::new(Names::default()));
     let started = start(config.clone(), Arc::clone(&store), Arc::clone(&names)).await?;
     let Started {
@@ -117,7 +117,7 @@ pub async fn cleanup(config: &Config) -> anyhow::Result<()> {
     let mut problems = Vec::new();
     let mut note = |result: Result<(), String>| problems.extend(result.err());
     let file = EndpointFile::open(&config.state_dir)?;
-    let store = store::open(&config.store)?;
+    let store = store::open(&config.store, &config.etcd)?;
     for endpoint in file.load()? {
         note(net::delete_link(&endpoint.interface).map_err(|error| error.to_string()));
         let key = Key::new(Collection::Pods, endpoint.pod.address);

@@ -3,9 +3,11 @@
 //! Keys are a [`Collection`] and a name. Values are opaque; [`records`] has their types. Every change takes a revision
 //! that is higher than all before it.
 
+mod etcd;
 mod file;
 pub mod records;
 
+pub use etcd::{EtcdConfig, EtcdStore, SCHEME as ETCD};
 pub use file::{Durability, FileStore, replace as replace_file};
 
 use futures::future::BoxFuture;
@@ -92,6 +94,25 @@ impl Key {
             name: name.to_string(),
         }
     }
+
+    /// Checks its name.
+    ///
+    /// # Errors
+    ///
+    /// Where no store may hold it.
+    fn check(&self) -> Result<(), StoreError> {
+        let problem = if self.name.is_empty() || self.name.len() > 200 {
+            "a name has 1 to 200 bytes"
+        } else if self.name.starts_with('.') || self.name.contains(['/', '\0']) {
+            "a name neither begins with a dot nor has a slash in it"
+        } else {
+            return Ok(());
+        };
+        Err(StoreError::Name {
+            key: self.clone(),
+            problem,
+        })
+    }
 }
 
 impl fmt::Display for Key {
@@ -158,6 +179,24 @@ pub enum StoreError {
         /// Why it failed.
         source: std::io::Error,
     },
+    /// Nobody answers. Nothing is known of what was asked for.
+    #[error("{store} has not answered for {seconds} s: {problem}")]
+    Unavailable {
+        /// The store.
+        store: String,
+        /// Since when, in seconds.
+        seconds: u64,
+        /// What the last try has ended with.
+        problem: String,
+    },
+    /// The store will not.
+    #[error("{store}: {problem}")]
+    Refused {
+        /// The store.
+        store: String,
+        /// Why, in its words, and what to do.
+        problem: String,
+    },
     /// A value in the store is torn or foreign.
     #[error("store: {file}: {source}")]
     Content {
@@ -196,12 +235,15 @@ pub trait Store: Send + Sync {
     fn watch(&self, collections: &[Collection]) -> Answer<'_, mpsc::Receiver<Change>>;
 }
 
-/// Opens the store that a configuration names.
+/// Opens the store of this name: `file:` and a folder, or `etcd:` and URLs.
 ///
 /// # Errors
 ///
-/// Where it can't be opened.
-pub fn open(name: &str) -> Result<Arc<dyn Store>, StoreError> {
+/// Where it can't be opened. That etcd does not answer is no error yet.
+pub fn open(name: &str, etcd: &EtcdConfig) -> Result<Arc<dyn Store>, StoreError> {
+    if name.starts_with(ETCD) {
+        return Ok(Arc::new(EtcdStore::open(name, etcd)?));
+    }
     let folder = name.strip_prefix("file:").unwrap_or(name);
     Ok(Arc::new(FileStore::open(folder.as_ref())?))
 }

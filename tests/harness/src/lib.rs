@@ -5,6 +5,7 @@
 mod artifacts;
 mod capture;
 mod cluster;
+mod etcd;
 mod netns;
 mod node;
 mod probe;
@@ -17,6 +18,7 @@ mod support;
 pub use artifacts::{hostd, policy, test_policy, use_release};
 pub use capture::{Capture, VxlanPacket};
 pub use cluster::{Cluster, Options, Pod};
+pub use etcd::{Etcd, EtcdOptions};
 pub use netns::{Namespace, in_netns, run};
 pub use node::Node;
 pub use probe::{

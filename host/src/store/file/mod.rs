@@ -100,20 +100,8 @@ impl FileStore {
     }
 
     fn path(&self, key: &Key) -> Result<PathBuf, StoreError> {
-        let problem = if key.name.is_empty() || key.name.len() > 200 {
-            Some("a name has 1 to 200 bytes")
-        } else if key.name.starts_with('.') || key.name.contains(['/', '\0']) {
-            Some("a name neither begins with a dot nor has a slash in it")
-        } else {
-            None
-        };
-        match problem {
-            Some(problem) => Err(StoreError::Name {
-                key: key.clone(),
-                problem,
-            }),
-            None => Ok(self.folder.join(key.collection.name()).join(&key.name)),
-        }
+        key.check()?;
+        Ok(self.folder.join(key.collection.name()).join(&key.name))
     }
 
     /// Runs `work` on a thread where it may block.

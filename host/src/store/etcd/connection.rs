@@ -1,0 +1,240 @@
+//! Asking etcd, which may be away: what is tried again, for how long, and when it is not even asked.
+
+use super::config::{EtcdConfig, endpoints};
+use crate::store::StoreError;
+use etcd_client::{Client, ConnectOptions, Error, GetOptions, GetResponse, WatchOptions, WatchStream};
+use rustix::rand::{GetRandomFlags, getrandom};
+use std::{
+    error::Error as _,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+use tokio::time::timeout;
+
+/// An answer may take so long, and so much longer for each mebibyte that is sent or asked for.
+const ANSWER: Duration = Duration::from_secs(2);
+const FOR_A_MEBIBYTE: Duration = Duration::from_millis(500);
+/// A request is tried so often, with a pause that doubles.
+const TRIES: u32 = 3;
+const PAUSE: Duration = Duration::from_millis(50);
+/// While etcd is away it is asked after such a pause, which doubles up to the second.
+const AWAY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
+/// Messages may be so long, in bytes: a page of records, or a part of a module.
+const MESSAGE: usize = 256 << 20;
+
+/// A way to one cluster of etcd.
+pub struct Connection {
+    store: String,
+    options: ConnectOptions,
+    /// What may be the reason where nobody answers.
+    hint: &'static str,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    client: Option<Client>,
+    away: Option<Away>,
+}
+
+/// Nobody has answered.
+struct Away {
+    since: Instant,
+    pause: Duration,
+    again: Instant,
+    problem: String,
+}
+
+/// A pause of this length or up to a half less: so that not all nodes do the same at the same time.
+pub fn jitter(pause: Duration) -> Duration {
+    let mut random = [0_u8; 2];
+    // Without a random number all that is lost is that.
+    let _ = getrandom(&mut random, GetRandomFlags::empty());
+    pause.mul_f64(1.0 - f64::from(u16::from_ne_bytes(random)) / f64::from(u16::MAX) / 2.0)
+}
+
+impl Connection {
+    pub fn new(store: &str, config: &EtcdConfig) -> Result<Self, StoreError> {
+        Ok(Self {
+            store: store.to_owned(),
+            options: config.options()?,
+            // Members that ask for a certificate end the connection of whoever has none.
+            hint: if config.ca.is_some() && config.certificate.is_none() {
+                " (do they ask for a certificate? `etcd.certificate`)"
+            } else {
+                ""
+            },
+            state: Mutex::default(),
+        })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Asks, and asks again where that can help. While etcd is away only one of those who ask waits for it, from time to
+    /// time; all others have their answer at once.
+    pub async fn ask<T, F>(&self, mebibytes: u32, what: impl Fn(Client, u32) -> F) -> Result<T, StoreError>
+    where
+        F: Future<Output = Result<T, Error>>,
+    {
+        let away = self.turn()?;
+        let limit = ANSWER + FOR_A_MEBIBYTE * mebibytes;
+        let mut pause = PAUSE;
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let asked = timeout(limit, async {
+                let client = self.client().await?;
+                what(client, tries - 1).await
+            });
+            let problem = match asked.await {
+                Ok(Ok(answer)) => {
+                    self.answered();
+                    return Ok(answer);
+                }
+                Ok(Err(error)) => match explain(&error) {
+                    Problem::Away(problem) => problem,
+                    Problem::Refused(problem) => {
+                        self.answered();
+                        return Err(self.refused(problem));
+                    }
+                },
+                Err(_) => format!("no answer within {} ms", limit.as_millis()),
+            };
+            if tries == TRIES || away {
+                return Err(self.gone(problem));
+            }
+            tokio::time::sleep(jitter(pause)).await;
+            pause *= 2;
+        }
+    }
+
+    /// Whether etcd was away; an error where it is not the time to ask.
+    fn turn(&self) -> Result<bool, StoreError> {
+        let mut state = self.state();
+        let Some(away) = &mut state.away else { return Ok(false) };
+        let now = Instant::now();
+        if now < away.again {
+            return Err(self.unavailable(away));
+        }
+        // The others wait for what becomes of this one.
+        away.again = now + ANSWER;
+        Ok(true)
+    }
+
+    /// The client; it is made where there is none, which takes an answer of etcd's where there is a user.
+    async fn client(&self) -> Result<Client, Error> {
+        let known = self.state().client.clone();
+        if let Some(client) = known {
+            return Ok(client);
+        }
+        let client = Client::connect(endpoints(&self.store), Some(self.options.clone())).await?;
+        self.state().client = Some(client.clone());
+        Ok(client)
+    }
+
+    fn answered(&self) {
+        if let Some(away) = self.state().away.take() {
+            tracing::info!("the store is back after {} s", away.since.elapsed().as_secs());
+        }
+    }
+
+    fn gone(&self, problem: String) -> StoreError {
+        let mut state = self.state();
+        let now = Instant::now();
+        if state.away.is_none() {
+            tracing::warn!("{}: {problem}; pods keep talking, and changes wait", self.store);
+        }
+        let pause = state.away.as_ref().map_or(AWAY.0, |away| (away.pause * 2).min(AWAY.1));
+        let since = state.away.as_ref().map_or(now, |away| away.since);
+        let away = state.away.insert(Away {
+            since,
+            pause,
+            again: now + jitter(pause),
+            problem,
+        });
+        self.unavailable(away)
+    }
+
+    fn unavailable(&self, away: &Away) -> StoreError {
+        StoreError::Unavailable {
+            store: self.store.clone(),
+            seconds: away.since.elapsed().as_secs(),
+            problem: format!("{}{}", away.problem, self.hint),
+        }
+    }
+
+    pub fn refused(&self, problem: String) -> StoreError {
+        StoreError::Refused {
+            store: self.store.clone(),
+            problem,
+        }
+    }
+
+    /// What a stream has ended with, as an error of the store.
+    pub fn error(&self, error: &Error) -> StoreError {
+        match explain(error) {
+            Problem::Away(problem) => self.gone(problem),
+            Problem::Refused(problem) => self.refused(problem),
+        }
+    }
+}
+
+enum Problem {
+    /// Nobody has answered, or nobody who could.
+    Away(String),
+    /// Etcd will not.
+    Refused(String),
+}
+
+/// What an error of the client means: codes as in etcd's api/v3rpc/rpctypes/error.go (3.4).
+fn explain(error: &Error) -> Problem {
+    match error {
+        Error::TransportError(error) => Problem::Away(chain(error)),
+        Error::IoError(error) => Problem::Away(error.to_string()),
+        Error::WatchError(problem) | Error::LeaseKeepAliveError(problem) => Problem::Away(problem.clone()),
+        Error::GRpcStatus(status) => {
+            // By number, since the library has no name for the type.
+            let said = status.message();
+            match status.code() as i32 {
+                // Cancelled, Unknown, DeadlineExceeded, Aborted, Internal, Unavailable
+                1 | 2 | 4 | 10 | 13 | 14 if status.source().is_some() => Problem::Away(chain(status)),
+                1 | 2 | 4 | 10 | 13 | 14 => Problem::Away(said.to_owned()),
+                // PermissionDenied, Unauthenticated
+                7 | 16 => Problem::Refused(format!(
+                    "{said}: the user in `etcd.user` needs a role with readwrite on all keys that begin with `etcd.prefix`"
+                )),
+                // ResourceExhausted
+                8 if said.contains("space") => Problem::Refused(format!(
+                    "{said}: compact and defragment it, or raise its `--quota-backend-bytes`, then `etcdctl alarm disarm`"
+                )),
+                // InvalidArgument, for a moment after users or roles were changed
+                3 if said.contains("auth store is old") => Problem::Away(said.to_owned()),
+                _ => Problem::Refused(said.to_owned()),
+            }
+        }
+        other => Problem::Refused(other.to_string()),
+    }
+}
+
+/// What an error comes from: the ones before it say only that there is one.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut last = error;
+    while let Some(source) = last.source() {
+        last = source;
+    }
+    last.to_string()
+}
+
+/// Gets a value, or a page of them.
+pub async fn get(client: &Client, key: &[u8], options: GetOptions) -> Result<GetResponse, Error> {
+    let mut keys = client.kv_client().max_decoding_message_size(MESSAGE);
+    keys.get(key, Some(options)).await
+}
+
+/// Begins a watch.
+pub async fn watch(client: &Client, key: &[u8], options: WatchOptions) -> Result<WatchStream, Error> {
+    let mut watches = client.watch_client().max_decoding_message_size(MESSAGE);
+    watches.watch(key, Some(options)).await
+}

@@ -1,0 +1,320 @@
+//! Following collections in etcd: a list, then a watch from the list's revision on (etcd documentation, "Watch streams").
+//!
+//! Where the stream ends the next one goes on from the last revision seen. Where etcd has compacted that away, the collection
+//! is listed anew, and what differs from what was reported is reported. An etcd that was made anew or restored from a backup
+//! may not know yet what it will: what is missing there counts as deleted only if nobody has entered it for a while.
+
+use super::{
+    EtcdStore, Listing,
+    connection::{get, jitter, watch},
+    name_in, parts,
+};
+use crate::store::{Change, Collection, Key, StoreError, Versioned, records::CLUSTER};
+use etcd_client::{EventType, GetOptions, KeyValue, WatchOptions, WatchResponse, WatchStream};
+use std::{
+    collections::{HashMap, HashSet},
+    time::{Duration, Instant},
+};
+use tokio::sync::mpsc;
+
+/// Pause before a stream is begun anew, which doubles up to the second.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// What is missing after etcd was made anew is believed to be gone after such a time: all nodes have entered theirs by then.
+const HOLD: Duration = Duration::from_mins(1);
+
+/// Follows some collections.
+pub struct Watcher {
+    store: EtcdStore,
+    followed: Vec<Followed>,
+    origin: Origin,
+    synced: bool,
+    /// When what is missing since etcd was made anew counts as deleted.
+    missing: Option<Instant>,
+    sender: mpsc::Sender<Change>,
+}
+
+/// What tells an etcd from one that was made anew.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+struct Origin {
+    /// Its number, which it has from its members' URLs.
+    cluster: u64,
+    /// The revision by which the cluster's nodes had their first record entered; zero before that.
+    agreed: i64,
+}
+
+struct Followed {
+    collection: Collection,
+    folder: String,
+    /// Everything before this revision was reported; zero before the first list.
+    next: i64,
+    /// Revision of each value that was reported; zero for one that is missing.
+    reported: HashMap<String, u64>,
+}
+
+/// Why a stream is not read on.
+enum Stop {
+    /// The reader of the watch is gone.
+    Ended,
+    /// Another stream is needed.
+    Again(Option<StoreError>),
+}
+
+impl From<StoreError> for Stop {
+    fn from(error: StoreError) -> Self {
+        Self::Again(Some(error))
+    }
+}
+
+impl Watcher {
+    pub fn new(store: EtcdStore, collections: &[Collection], sender: mpsc::Sender<Change>) -> Self {
+        let followed = |collection: &Collection| Followed {
+            collection: *collection,
+            folder: store.folder(*collection),
+            next: 0,
+            reported: HashMap::new(),
+        };
+        Self {
+            followed: collections.iter().map(followed).collect(),
+            store,
+            origin: Origin::default(),
+            synced: false,
+            missing: None,
+            sender,
+        }
+    }
+
+    /// Reports until nobody reads any more.
+    pub async fn run(mut self) {
+        let mut pause = PAUSE.0;
+        let mut said = None;
+        loop {
+            let began = Instant::now();
+            match self.follow().await {
+                Stop::Ended => return,
+                Stop::Again(error) => {
+                    let problem = error.as_ref().map(ToString::to_string);
+                    match &error {
+                        // It is said once, where it was noticed.
+                        None | Some(StoreError::Unavailable { .. }) => {}
+                        Some(error) if problem != said => tracing::warn!("watching the store: {error}; trying again"),
+                        Some(_) => {}
+                    }
+                    said = problem;
+                }
+            }
+            // One that has held for a while is no failure to begin one.
+            pause = if began.elapsed() > PAUSE.1 { PAUSE.0 } else { pause };
+            let closed = self.sender.clone();
+            tokio::select! {
+                () = tokio::time::sleep(jitter(pause)) => {}
+                () = closed.closed() => return,
+            }
+            pause = (pause * 2).min(PAUSE.1);
+        }
+    }
+
+    async fn follow(&mut self) -> Stop {
+        match self.try_follow().await {
+            Ok(stop) | Err(stop) => stop,
+        }
+    }
+
+    async fn try_follow(&mut self) -> Result<Stop, Stop> {
+        self.check_origin().await?;
+        for index in 0..self.followed.len() {
+            if self.followed[index].next == 0 {
+                let listing = self.store.list_collection(self.followed[index].collection).await?;
+                self.take(index, listing).await?;
+            }
+        }
+        if !self.synced {
+            self.send(Change::Synced).await?;
+            self.synced = true;
+        }
+        let mut stream = self.open().await?;
+        loop {
+            let hold = self.missing.unwrap_or_else(|| Instant::now() + HOLD);
+            tokio::select! {
+                response = stream.message() => match response {
+                    Ok(Some(response)) => self.heard(&response).await?,
+                    Ok(None) => return Ok(Stop::Again(None)),
+                    Err(error) => return Err(self.store.0.connection.error(&error).into()),
+                },
+                () = self.sender.closed() => return Ok(Stop::Ended),
+                () = tokio::time::sleep_until(hold.into()), if self.missing.is_some() => self.give_up().await?,
+            }
+        }
+    }
+
+    /// Whether it is still the same etcd. Also renews what a user needs to begin a watch.
+    async fn check_origin(&mut self) -> Result<(), Stop> {
+        let place = &self.store.place(&Key::new(Collection::Cluster, CLUSTER))?;
+        let asked = self.store.0.connection.ask(0, |client, _| async move {
+            get(&client, place.as_bytes(), GetOptions::new().with_keys_only()).await
+        });
+        let answer = asked.await?;
+        let (cluster, revision) = answer
+            .header()
+            .map_or((0, 0), |header| (header.cluster_id(), header.revision()));
+        let origin = Origin {
+            cluster,
+            agreed: answer.kvs().first().map_or(0, KeyValue::create_revision),
+        };
+        let known = self.origin;
+        let went_back = self.followed.iter().any(|followed| followed.next > revision + 1);
+        let other = known.cluster != cluster || (known.agreed != 0 && known.agreed != origin.agreed);
+        if known.cluster != 0 && (other || went_back) {
+            tracing::error!("the store is not what it was: etcd was made anew, or restored from a backup");
+            for followed in &mut self.followed {
+                followed.next = 0;
+                // Its revisions say nothing of those before.
+                followed.reported.values_mut().for_each(|revision| *revision = 0);
+            }
+            self.missing = Some(Instant::now() + HOLD);
+        }
+        self.origin = origin;
+        Ok(())
+    }
+
+    /// Reports how a collection differs from what was reported, in the order in which it was changed: who has seen one change
+    /// has seen those before it.
+    async fn take(&mut self, index: usize, listing: Listing) -> Result<(), Stop> {
+        let mut values = listing.values;
+        values.sort_by_key(|(_, value)| value.revision);
+        let there: HashSet<String> = values.iter().map(|(key, _)| key.name.clone()).collect();
+        for (key, value) in values {
+            self.put(index, key.name, value).await?;
+        }
+        if self.missing.is_none() {
+            let reported = self.followed[index].reported.keys();
+            let gone: Vec<String> = reported.filter(|name| !there.contains(*name)).cloned().collect();
+            for name in gone {
+                self.delete(index, name).await?;
+            }
+        }
+        self.followed[index].next = listing.revision + 1;
+        Ok(())
+    }
+
+    async fn put(&mut self, index: usize, name: String, value: Versioned) -> Result<(), Stop> {
+        let followed = &mut self.followed[index];
+        if followed.reported.insert(name.clone(), value.revision) == Some(value.revision) {
+            return Ok(());
+        }
+        let key = Key::new(followed.collection, name);
+        self.send(Change::Put(key, value)).await
+    }
+
+    async fn delete(&mut self, index: usize, name: String) -> Result<(), Stop> {
+        let followed = &mut self.followed[index];
+        if followed.reported.remove(&name).is_none() {
+            return Ok(());
+        }
+        let key = Key::new(followed.collection, name);
+        self.send(Change::Delete(key)).await
+    }
+
+    async fn send(&self, change: Change) -> Result<(), Stop> {
+        self.sender.send(change).await.map_err(|_| Stop::Ended)
+    }
+
+    /// Nobody has entered anew what is missing.
+    async fn give_up(&mut self) -> Result<(), Stop> {
+        self.missing = None;
+        for index in 0..self.followed.len() {
+            let reported = self.followed[index].reported.iter();
+            let missing: Vec<String> = reported
+                .filter(|(_, revision)| **revision == 0)
+                .map(|(name, _)| name.clone())
+                .collect();
+            for name in missing {
+                self.delete(index, name).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// One stream with a watch for each collection, under the collection's index and one.
+    async fn open(&self) -> Result<WatchStream, Stop> {
+        let options = |index: usize| {
+            let end = parts::after(&self.followed[index].folder);
+            WatchOptions::new()
+                .with_range(end)
+                .with_start_revision(self.followed[index].next)
+                .with_watch_id(id_of(index))
+                .with_progress_notify()
+        };
+        let options = &options;
+        let asked = self.store.0.connection.ask(0, |client, _| async move {
+            let mut stream = watch(&client, self.followed[0].folder.as_bytes(), options(0)).await?;
+            for (index, followed) in self.followed.iter().enumerate().skip(1) {
+                stream.watch(followed.folder.as_str(), Some(options(index))).await?;
+            }
+            Ok(stream)
+        });
+        Ok(asked.await?)
+    }
+
+    async fn heard(&mut self, response: &WatchResponse) -> Result<(), Stop> {
+        let Some(index) = (0..self.followed.len()).find(|index| id_of(*index) == response.watch_id()) else {
+            return Err(self.cancelled(response));
+        };
+        if response.canceled() {
+            if response.compact_revision() != 0 {
+                tracing::info!("the store has compacted {}: listing", self.followed[index].folder);
+                self.followed[index].next = 0;
+                return Err(Stop::Again(None));
+            }
+            return Err(self.cancelled(response));
+        }
+        let mut next = self.followed[index].next;
+        // Made anew since it was looked at.
+        if response.header().is_some_and(|header| header.revision() + 1 < next) {
+            return Err(Stop::Again(None));
+        }
+        for event in response.events() {
+            let Some(found) = event.kv() else { continue };
+            next = next.max(found.mod_revision() + 1);
+            if let Some(name) = name_in(&self.followed[index].folder, found) {
+                self.event(index, name, event.event_type(), found).await?;
+            }
+        }
+        // Nothing has happened up to here.
+        if response.events().is_empty()
+            && !response.created()
+            && let Some(header) = response.header()
+        {
+            next = next.max(header.revision() + 1);
+        }
+        self.followed[index].next = next;
+        Ok(())
+    }
+
+    async fn event(&mut self, index: usize, name: String, kind: EventType, found: &KeyValue) -> Result<(), Stop> {
+        if kind == EventType::Delete {
+            return self.delete(index, name).await;
+        }
+        let key = Key::new(self.followed[index].collection, &name);
+        match self.store.unpack(&key, found.clone()).await {
+            Ok(Some(value)) => self.put(index, name, value).await,
+            // The next event about it says more.
+            Ok(None) => Ok(()),
+            Err(error @ StoreError::Unavailable { .. }) => Err(error.into()),
+            Err(error) => {
+                // A value that can't be read is no news; the last good one stays.
+                tracing::error!("{error}");
+                Ok(())
+            }
+        }
+    }
+
+    fn cancelled(&self, response: &WatchResponse) -> Stop {
+        let why = response.cancel_reason();
+        let why = if why.is_empty() { "the watch was refused" } else { why };
+        self.store.0.connection.refused(why.to_owned()).into()
+    }
+}
+
+fn id_of(index: usize) -> i64 {
+    i64::try_from(index).unwrap_or(i64::MAX).saturating_add(1)
+}
