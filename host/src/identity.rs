@@ -376,8 +376,17 @@ impl Registry {
             .find(|(_, there)| *there == name)
             .map(|(number, _)| *number);
         let Some(tenant) = known else {
-            let free = probe(name, tenants).find(|number| !self.tenants.contains_key(number));
-            return free.map(Next::CreateTenant).ok_or(Exhausted::Tenants(tenants));
+            return probe(name, tenants)
+                .find_map(|number| {
+                    if !self.tenants.contains_key(&number) {
+                        Some(Next::CreateTenant(number))
+                    } else if self.retiring_tenants.contains(&number) {
+                        Some(Next::ReviveTenant(number))
+                    } else {
+                        None
+                    }
+                })
+                .ok_or(Exhausted::Tenants(tenants));
         };
         if self.retiring_tenants.contains(&tenant) {
             return Ok(Next::ReviveTenant(tenant));
@@ -386,11 +395,18 @@ impl Registry {
             .ok_or_else(|| Exhausted::Identities(name.to_owned(), numbers))
     }
 
+    /// The first number that is free. One in the way that is about to be collected must stay first, or be gone: another node
+    /// that has seen more than this one may take it for the same key.
     fn free(&self, key: &IdentityKey, count: u32, identity: impl Fn(u32) -> Identity) -> Option<Next> {
-        probe(&key.to_string(), count)
-            .map(identity)
-            .find(|identity| !self.by_number.contains_key(identity))
-            .map(Next::CreateIdentity)
+        probe(&key.to_string(), count).map(identity).find_map(|identity| {
+            if !self.by_number.contains_key(&identity) {
+                Some(Next::CreateIdentity(identity))
+            } else if self.retiring.contains(&identity) {
+                Some(Next::Revive(identity))
+            } else {
+                None
+            }
+        })
     }
 
     /// Gives `key` a number in this registry alone: for an evaluation that must leave the store as it is.
@@ -401,7 +417,8 @@ impl Registry {
     pub fn assign(&mut self, key: &IdentityKey) -> Result<Identity, Exhausted> {
         loop {
             match self.next(key)? {
-                Next::Known(identity) | Next::Revive(identity) => return Ok(identity),
+                Next::Known(identity) => return Ok(identity),
+                Next::Revive(identity) => self.set_retiring(identity, false),
                 Next::ReviveTenant(number) => self.set_tenant_retiring(number, false),
                 Next::CreateTenant(number) => {
                     self.insert_tenant(number, key.tenant().unwrap_or_default().to_owned());

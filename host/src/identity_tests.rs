@@ -55,6 +55,31 @@ fn what_is_about_to_be_collected_is_not_used_as_it_is() {
 }
 
 #[test]
+fn what_is_in_the_way_and_about_to_be_collected_is_settled_first() {
+    let layout = Layout { tenant_bits: 16 };
+    let mut registry = Registry::new(layout);
+    let there = registry.assign(&key("red", "a")).unwrap();
+    let begins_there = |name: &String| {
+        let mut others = Registry::new(layout);
+        others.insert_tenant(layout.tenant(there), "red".to_owned());
+        others.next(&key("red", name)) == Ok(Next::CreateIdentity(there))
+    };
+    let other = (0..100_000).map(|n| n.to_string()).find(begins_there).unwrap();
+    let other = key("red", &other);
+    assert!(matches!(registry.next(&other), Ok(Next::CreateIdentity(next)) if next != there));
+    // Whoever knows that it is gone already would take its number.
+    registry.set_retiring(there, true);
+    assert_eq!(registry.next(&other), Ok(Next::Revive(there)));
+    assert!(registry.assign(&other).is_ok_and(|next| next != there));
+
+    let tenants = Layout { tenant_bits: 1 };
+    let mut registry = Registry::new(tenants);
+    registry.assign(&key("red", "a")).unwrap();
+    registry.set_tenant_retiring(1, true);
+    assert_eq!(registry.next(&key("blue", "a")), Ok(Next::ReviveTenant(1)));
+}
+
+#[test]
 fn names_tell_modules_apart() {
     let IdentityKey::Pod(mut pod) = key("red", "web") else {
         unreachable!()

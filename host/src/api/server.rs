@@ -66,12 +66,12 @@ impl Drop for Server {
     }
 }
 
-/// Serves requests for ever. `handle` gets the connection of a request that has an answer of many frames.
+/// Serves requests until the future is dropped. `handle` gets the connection of a request that has an answer of many frames.
 ///
 /// # Errors
 ///
 /// Where connections can no longer be accepted.
-pub async fn serve<F, H>(server: Server, handle: H) -> io::Result<()>
+pub async fn serve<F, H>(server: &Server, handle: H) -> io::Result<()>
 where
     F: Future<Output = io::Result<()>> + Send,
     H: Fn(Request, UnixStream) -> F + Send + Sync + 'static,

@@ -72,6 +72,10 @@ pub struct Status {
     pub modules: Vec<ModuleRecord>,
     /// Tenants' modules that fail, with what they did.
     pub failures: Vec<String>,
+    /// The cluster's store.
+    pub store: String,
+    /// Why it does not answer, where it did not do so last.
+    pub store_problem: Option<String>,
     /// Why this node does not enforce the cluster's policy, where it does not.
     pub out_of_step: Option<String>,
     /// What of the cluster's services this node could not take in; it tries again.

@@ -140,6 +140,10 @@ fn status(out: &mut impl Write, status: &Status) -> anyhow::Result<()> {
     for problem in &status.service_problems {
         writeln!(out, "SERVICES    {problem}")?;
     }
+    writeln!(out, "store       {}", status.store)?;
+    if let Some(problem) = &status.store_problem {
+        writeln!(out, "STORE       {problem}; pods keep talking, and changes wait")?;
+    }
     writeln!(out, "generation  {}", status.generation)?;
     let repaired = match status.repairs {
         0 => String::new(),
@@ -439,6 +443,12 @@ pub fn metrics(out: &mut impl Write, status: &Status) -> anyhow::Result<()> {
     writeln!(out, "wasmgate_endpoints {}", status.endpoints)?;
     writeln!(out, "# TYPE wasmgate_in_step gauge")?;
     writeln!(out, "wasmgate_in_step {}", u8::from(status.out_of_step.is_none()))?;
+    writeln!(out, "# TYPE wasmgate_store_answers gauge")?;
+    writeln!(
+        out,
+        "wasmgate_store_answers {}",
+        u8::from(status.store_problem.is_none())
+    )?;
     writeln!(out, "# TYPE wasmgate_policy_module gauge")?;
     for record in &status.modules {
         writeln!(

@@ -240,7 +240,7 @@ impl Coordinator {
 }
 
 /// SHA-256 of all modules that a record speaks of.
-fn modules_of(record: &PolicyRecord) -> BTreeSet<String> {
+pub fn modules_of(record: &PolicyRecord) -> BTreeSet<String> {
     let revisions = [&record.next, &record.previous].into_iter().chain(&record.history);
     revisions
         .flat_map(|revision| &revision.modules)

@@ -6,7 +6,7 @@ use crate::{
     endpoint::{self, LocalEndpoint},
     net::{self, Netns},
     store::{
-        Collection, Expect, Key,
+        Collection, Expect, Key, StoreError,
         records::{self, NamespaceRecord, PodRecord},
     },
 };
@@ -75,7 +75,7 @@ impl Daemon {
         };
         let connected = self.connect(&pod, endpoint, &netns).await;
         if connected.is_err()
-            && let Err(error) = self.disconnect(&pod, address).await
+            && let Err(error) = self.disconnect(&pod).await
         {
             tracing::error!("undoing what was done for {pod}: {error}");
         }
@@ -124,7 +124,7 @@ impl Daemon {
     }
 
     /// Tells the cluster of a pod. A record that this node has left behind at the address is replaced.
-    async fn publish(&self, record: &PodRecord) -> Result<(), DaemonError> {
+    async fn publish(&mut self, record: &PodRecord) -> Result<(), DaemonError> {
         let key = pod_key(record.address);
         let found = records::get::<PodRecord>(&*self.store, &key).await?;
         let expect = match found {
@@ -132,6 +132,7 @@ impl Daemon {
             Some(_) | None => Expect::Absent,
         };
         records::put(&*self.store, &key, record, expect).await?;
+        self.withdrawn.remove(&record.address);
         Ok(())
     }
 
@@ -141,24 +142,28 @@ impl Daemon {
         })?)
     }
 
-    /// Takes away everything of a pod of this node, as far as it is there: attachment, endpoint, ipcache, policy.
-    async fn disconnect(&mut self, pod: &PodName, address: IpAddr) -> Result<(), DaemonError> {
+    /// Takes away everything of a pod of this node, as far as it is there: attachment, endpoint, ipcache, policy. The store is
+    /// told when it answers.
+    async fn disconnect(&mut self, pod: &PodName) -> Result<(), DaemonError> {
         let interface = endpoint::interface_name(&pod.namespace, &pod.name);
         let mut problems: Vec<DaemonError> = Vec::new();
         let mut note = |result: Result<(), DaemonError>| problems.extend(result.err());
         // A pod whose namespace was occupied has no link of ours.
         if let Some(local) = self.locals.get(pod) {
             let record = local.endpoint.pod.clone();
+            self.withdrawn.insert(record.address, record.incarnation);
             self.services.withheld.insert(pod.to_string());
             self.services_follow(&record);
             note(block_in_place(|| net::delete_link(&interface)).map_err(DaemonError::from));
             note(self.datapath.detach(&interface).map_err(DaemonError::from));
-            note(self.remove_pod(&AddressKey::from(address)));
+            note(self.remove_pod(&AddressKey::from(record.address)));
             self.locals.remove(pod);
             self.services.withheld.remove(&pod.to_string());
             note(self.datapath.set_pods(self.locals.len()).map_err(DaemonError::from));
         }
-        note(self.delete_record(pod, address).await);
+        if let Err(error) = self.withdraw().await {
+            error.complain(&format!("taking back the record of {pod}, tried again"));
+        }
         note(self.save());
         match problems.into_iter().next() {
             Some(problem) => Err(problem),
@@ -166,21 +171,39 @@ impl Daemon {
         }
     }
 
-    /// Deletes a pod's record, if it is this node's and this pod's.
-    async fn delete_record(&self, pod: &PodName, address: IpAddr) -> Result<(), DaemonError> {
-        let found = records::get::<PodRecord>(&*self.store, &pod_key(address)).await?;
-        if let Some((record, revision)) = found
-            && record.node == self.config.node
-            && record.full_name() == pod.to_string()
-        {
-            self.store.delete(&pod_key(address), Expect::Revision(revision)).await?;
+    /// Takes back what the cluster was told of pods that are gone.
+    pub(super) async fn withdraw(&mut self) -> Result<(), DaemonError> {
+        while let Some((&address, &incarnation)) = self.withdrawn.first_key_value() {
+            let found = records::get::<PodRecord>(&*self.store, &pod_key(address)).await?;
+            if let Some((record, revision)) = found
+                && record.node == self.config.node
+                && record.incarnation == incarnation
+            {
+                match self.store.delete(&pod_key(address), Expect::Revision(revision)).await {
+                    // Changed meanwhile: it is looked at again.
+                    Err(StoreError::Conflict { .. }) => continue,
+                    deleted => deleted?,
+                }
+            }
+            self.withdrawn.remove(&address);
         }
         Ok(())
     }
 
+    /// The store speaks of a pod of this node. One that is not here was entered by a request whose answer never came, or
+    /// could not be taken back.
+    pub(super) async fn own_words(&mut self, record: &PodRecord) -> Result<(), DaemonError> {
+        let its = |local: &Local| local.endpoint.pod.incarnation == record.incarnation;
+        if self.locals.values().any(its) {
+            return Ok(());
+        }
+        self.withdrawn.insert(record.address, record.incarnation);
+        self.withdraw().await
+    }
+
     /// Disconnects a pod; false where there is none.
     pub(super) async fn endpoint_delete(&mut self, pod: &PodName) -> Result<bool, DaemonError> {
-        let Some(local) = self.locals.get(pod) else {
+        if !self.locals.contains_key(pod) {
             return match self
                 .pods
                 .values()
@@ -192,9 +215,8 @@ impl Daemon {
                 ))),
                 None => Ok(false),
             };
-        };
-        let address = local.endpoint.pod.address;
-        self.disconnect(pod, address).await?;
+        }
+        self.disconnect(pod).await?;
         tracing::info!("disconnected {pod}");
         Ok(true)
     }

@@ -1,5 +1,6 @@
 //! Joining the cluster: what all nodes must agree on, and what no two may have.
 
+use super::DaemonError;
 use crate::{
     identity::Layout,
     store::{
@@ -9,20 +10,20 @@ use crate::{
 };
 
 /// The first node of a cluster fixes what all must agree on.
-pub async fn agree(store: &dyn Store, layout: Layout) -> anyhow::Result<()> {
+pub async fn agree(store: &dyn Store, layout: Layout) -> Result<(), DaemonError> {
     let key = Key::new(Collection::Cluster, CLUSTER);
     let found: ClusterRecord = match records::put(store, &key, &ClusterRecord { layout }, Expect::Absent).await {
         Ok(_) => return Ok(()),
         Err(StoreError::Conflict { found: Some(found), .. }) => records::decode(&key, &found.value)?,
         Err(error) => return Err(error.into()),
     };
-    anyhow::ensure!(
-        found.layout == layout,
+    if found.layout == layout {
+        return Ok(());
+    }
+    Err(DaemonError::Request(format!(
         "`vni.tenant_bits` is {} here but {} in this cluster: make them the same",
-        layout.tenant_bits,
-        found.layout.tenant_bits
-    );
-    Ok(())
+        layout.tenant_bits, found.layout.tenant_bits
+    )))
 }
 
 /// No two nodes may have a name, an underlay address or pod addresses in common, nor a pod CIDR contain what is others'.

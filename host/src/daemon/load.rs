@@ -20,7 +20,7 @@ use crate::{
     stack::Stack,
     store::{
         Collection, Expect, Key, StoreError,
-        records::{self, AnswerRecord, ModuleRecord, POLICY, Phase, PolicyRecord, Prepared, Revision},
+        records::{self, AnswerRecord, POLICY, Phase, PolicyRecord, Prepared, Revision},
     },
 };
 use abi::{AddressKey, Identity};
@@ -64,7 +64,7 @@ impl Daemon {
                 self.answer(&record, result).await?;
             }
             Phase::Retired => {
-                if self.active.revision.serial != record.serial() {
+                if self.active.revision != record.next {
                     // This node was skipped, or came back late.
                     let result = self.commit(&record.next).await;
                     self.answer(&record, result).await?;
@@ -97,15 +97,6 @@ impl Daemon {
         let key = AnswerRecord::key(record.serial(), record.phase, &node);
         records::put(&*self.store, &key, &answer, Expect::Any).await?;
         Ok(())
-    }
-
-    /// A module, from the store.
-    pub(super) async fn fetch(&self, record: &ModuleRecord) -> Result<Vec<u8>, DaemonError> {
-        let key = Key::new(Collection::Modules, &record.sha256);
-        let found = self.store.get(&key).await?;
-        found
-            .map(|found| found.value)
-            .ok_or_else(|| DaemonError::Request(format!("the store has no module {}", record.sha256)))
     }
 
     /// Compiles a set of modules into the side that is not in force. On an error that side is as if nothing had been
@@ -194,13 +185,11 @@ impl Daemon {
     /// Puts the prepared side in force. What was in force stays aside until all nodes have switched.
     pub(super) async fn commit(&mut self, revision: &Revision) -> Result<Prepared, DaemonError> {
         let began = Instant::now();
-        if self.active.revision.serial == revision.serial {
+        // Not by serial alone: a store that was made anew gives them out again.
+        if self.active.revision == *revision {
             return Ok(Prepared::default());
         }
-        let prepared = self
-            .aside
-            .as_ref()
-            .is_some_and(|aside| aside.revision.serial == revision.serial);
+        let prepared = self.aside.as_ref().is_some_and(|aside| aside.revision == *revision);
         if !prepared && let Err(error) = self.prepare(revision, true).await {
             self.out_of_step = Some(format!(
                 "change {} ({}) can't be enforced here: {error}",
@@ -217,6 +206,7 @@ impl Daemon {
         let needed = &self.active.revision.modules;
         self.compiled
             .retain(|sha256, _| needed.iter().any(|module| module.sha256 == *sha256));
+        self.keep_modules().await;
         self.audit_anew();
         self.note_unplaced();
         tracing::info!(
@@ -303,19 +293,19 @@ impl Daemon {
             && matches!(record.phase, Phase::Commit | Phase::Retired)
             && let Err(error) = self.policy_seen(record, revision).await
         {
-            tracing::error!("catching up with the cluster's policy: {error}");
+            error.complain("catching up with the cluster's policy");
         }
         for address in std::mem::take(&mut self.unplaced) {
             let Some(pod) = self.pods.get(&address) else { continue };
             let record = pod.record.clone();
             if let Err(error) = self.upsert_pod(record.clone()).await {
-                tracing::error!("{} has no place in the policy: {error}", record.full_name());
+                error.complain(&format!("{} has no place in the policy", record.full_name()));
                 self.unplaced.insert(address);
             }
         }
         self.retry_services();
         if let Err(error) = self.reopen().await {
-            tracing::error!("asking tenants' modules again: {error}");
+            error.complain("asking tenants' modules again");
         }
     }
 
@@ -370,7 +360,7 @@ impl Daemon {
         match records::put(&*self.store, &policy_key(), &finished, Expect::Revision(*revision)).await {
             Ok(_) => tracing::warn!("{} left a policy load unfinished: now {phase:?}", record.coordinator),
             Err(StoreError::Conflict { .. }) => {}
-            Err(error) => tracing::error!("finishing a load that was left unfinished: {error}"),
+            Err(error) => DaemonError::from(error).complain("finishing a load that was left unfinished"),
         }
     }
 }

@@ -10,6 +10,7 @@ mod evaluate;
 mod explain;
 mod join;
 mod load;
+mod modules;
 mod names;
 mod node;
 mod pods;
@@ -43,10 +44,12 @@ use abi::AddressKey;
 use audit::Audit;
 use collect::Unused;
 use directory::Directory;
+use modules::ModuleFolder;
 use names::Names;
 use policy::Side;
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    net::IpAddr,
     sync::{Arc, RwLock},
     time::{Duration, Instant},
 };
@@ -83,6 +86,16 @@ pub enum DaemonError {
     /// No identity left.
     #[error(transparent)]
     Identity(#[from] Exhausted),
+}
+
+impl DaemonError {
+    /// Says that something has failed that is tried again. That the store is away is said where it is noticed.
+    fn complain(&self, what: &str) {
+        match self {
+            Self::Store(error) if error.is_unavailable() => tracing::debug!("{what}: {error}"),
+            _ => tracing::warn!("{what}: {self}"),
+        }
+    }
 }
 
 /// A message to the daemon's task.
@@ -146,11 +159,16 @@ struct Daemon {
     compiler: Compiler,
     /// Compiled modules by SHA-256, those in force and those that were asked for since.
     compiled: HashMap<String, Compiled>,
+    modules: ModuleFolder,
     registry: Registry,
     /// Identities that nobody uses, and the last revision of the store that was taken in, and told to others.
     unused: Unused,
     seen: u64,
-    told: u64,
+    told: Option<u64>,
+    /// When the lease was renewed last.
+    renewed: Instant,
+    /// Pods that are gone, of which the store may not have heard: incarnations by address.
+    withdrawn: BTreeMap<IpAddr, u32>,
     /// Labels of namespaces.
     namespaces: BTreeMap<String, Labels>,
     audit: Audit,

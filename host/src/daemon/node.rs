@@ -1,6 +1,6 @@
 //! Following the cluster: nodes come and go, pods of other nodes come and go, leases expire.
 
-use super::{Daemon, DaemonError, Node};
+use super::{Daemon, DaemonError, Node, join};
 use crate::{
     net,
     store::{
@@ -25,6 +25,7 @@ impl Daemon {
         let key = match &change {
             Change::Put(key, _) | Change::Delete(key) => key.clone(),
             Change::Synced => return,
+            Change::Anew => return self.start_over().await,
         };
         // What comes later about the same key says more.
         self.missed
@@ -37,7 +38,7 @@ impl Daemon {
             _ => 0,
         };
         if let Err(error) = self.try_follow(change.clone()).await {
-            tracing::error!("{key}: {error}; trying again");
+            error.complain(&format!("{key}, tried again"));
             self.missed.push(change);
         } else {
             self.seen = self.seen.max(revision);
@@ -97,9 +98,29 @@ impl Daemon {
                 }
                 _ => {}
             },
-            Change::Synced => {}
+            Change::Synced | Change::Anew => {}
         }
         Ok(())
+    }
+
+    /// The store has forgotten, perhaps: it is told anew of this node and its pods, and what was seen of its revisions
+    /// counts no longer.
+    async fn start_over(&mut self) {
+        self.seen = 0;
+        self.told = None;
+        let rejoined = match join::agree(&*self.store, self.registry.layout()).await {
+            Ok(()) => self.enter_all().await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = rejoined {
+            error.complain("joining the cluster anew, tried again");
+            self.missed.push(Change::Anew);
+        }
+    }
+
+    async fn enter_all(&mut self) -> Result<(), DaemonError> {
+        self.enter_policy().await?;
+        self.register().await
     }
 
     pub(super) fn node_seen(&mut self, record: NodeRecord) -> Result<(), DaemonError> {
@@ -171,6 +192,7 @@ impl Daemon {
     async fn lease_expired(&mut self, name: &str) -> Result<(), DaemonError> {
         if name == self.config.node {
             // Somebody's clock ran ahead, or this node slept. It is alive.
+            self.told = None;
             return self.renew().await;
         }
         if let Some(node) = self.nodes.get_mut(name) {
@@ -182,7 +204,7 @@ impl Daemon {
 
     pub(super) async fn pod_seen(&mut self, record: PodRecord) -> Result<(), DaemonError> {
         if record.node == self.config.node {
-            return Ok(()); // this node's own words
+            return self.own_words(&record).await;
         }
         for address in record.addresses() {
             if let Some((_, known)) = self.pods.find(&address.into())
@@ -237,20 +259,32 @@ impl Daemon {
         let key = Key::new(Collection::Alive, &self.config.node);
         // What could not be taken in was not seen, and nothing after it counts.
         let alive = AliveRecord {
-            seen: if self.missed.is_empty() { self.seen } else { self.told },
+            seen: if self.missed.is_empty() {
+                self.seen
+            } else {
+                self.told.unwrap_or(0)
+            },
         };
-        if alive.seen != self.told || !self.store.keep(&key).await? {
-            let value = records::encode(&key, &alive)?;
-            self.store.put_leased(&key, value, self.config.lease.ttl()).await?;
-            self.told = alive.seen;
+        let ttl = self.config.lease.ttl();
+        if self.told == Some(alive.seen) && self.renewed.elapsed() < ttl / 3 {
+            return Ok(());
         }
+        if self.told != Some(alive.seen) || !self.store.keep(&key).await? {
+            let value = records::encode(&key, &alive)?;
+            self.store.put_leased(&key, value, ttl).await?;
+            self.told = Some(alive.seen);
+        }
+        self.renewed = Instant::now();
         Ok(())
     }
 
     /// What is due from time to time.
     pub(super) async fn tick(&mut self) {
         if let Err(error) = self.renew().await {
-            tracing::warn!("renewing the lease: {error}");
+            error.complain("renewing the lease");
+        }
+        if let Err(error) = self.withdraw().await {
+            error.complain("taking back records of pods that are gone");
         }
         let grace = Duration::from_secs(self.config.lease.grace_seconds);
         let gone: Vec<String> = self
@@ -268,7 +302,7 @@ impl Daemon {
                 grace.as_secs()
             );
             if let Err(error) = self.forget_node(&name).await {
-                tracing::error!("removing node {name}: {error}");
+                error.complain(&format!("removing node {name}"));
             }
         }
         self.watch_attachment();
@@ -277,7 +311,7 @@ impl Daemon {
         }
         self.finish_abandoned_load().await;
         if let Err(error) = self.collect().await {
-            tracing::warn!("collecting identities: {error}");
+            error.complain("collecting identities");
         }
         self.make_up().await;
         for change in std::mem::take(&mut self.missed) {

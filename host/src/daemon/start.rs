@@ -8,12 +8,14 @@ use super::{
     coordinate::Coordinator,
     directory::Directory,
     join,
+    modules::ModuleFolder,
     policy::Side,
     serve::{self, Front},
     watch::Watch,
 };
 use crate::{
-    api::{self, PodName, Server},
+    api::{self, PodName, Response, Server},
+    codec,
     config::Config,
     datapath::{self, Datapath, Settings},
     endpoint::{EndpointFile, LocalEndpoint},
@@ -23,7 +25,7 @@ use crate::{
     plan::{self, Facts, Stance},
     store::{
         self, Change, Collection, Expect, Key, Store,
-        records::{self, NamespaceRecord, NodeRecord, Phase, PodRecord},
+        records::{self, CLUSTER, NamespaceRecord, NodeRecord, Phase, PodRecord},
     },
     wasm::Compiler,
 };
@@ -32,10 +34,11 @@ use anyhow::Context;
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fs::{self, File},
+    io,
     net::IpAddr,
     path::Path,
     sync::{Arc, RwLock},
-    time::Instant,
+    time::{Duration, Instant},
 };
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -64,6 +67,11 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let _lock = lock(&config.state_dir)?;
     let server = Server::bind(&config.socket).with_context(|| format!("control socket {}", config.socket.display()))?;
     let store = store::open(&config.store, &config.etcd)?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    tokio::select! {
+        result = until_it_answers(&server, &store) => result?,
+        _ = terminate.recv() => return Ok(()),
+    }
     let names = Arc::new(RwLock::new(Names::default()));
     let started = start(config.clone(), Arc::clone(&store), Arc::clone(&names)).await?;
     let Started {
@@ -91,11 +99,10 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         config.node,
         config.socket.display()
     );
-    let serving = api::serve(server, move |request, stream| {
+    let serving = api::serve(&server, move |request, stream| {
         let front = Arc::clone(&front);
         async move { front.handle(request, stream).await }
     });
-    let mut terminate = signal(SignalKind::terminate())?;
     tokio::select! {
         () = daemon.serve(commands, changes) => anyhow::bail!("the daemon's task has ended"),
         result = serving => result.context("control socket")?,
@@ -105,6 +112,29 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     pump.abort();
     tracing::info!("stopping; the datapath stays, and enforces the policy as it is (`hostd cleanup` removes it)");
     Ok(())
+}
+
+/// Waits until the store answers, whatever it says; whoever asks hostd meanwhile is told so. The datapath goes on as an
+/// earlier hostd has left it.
+async fn until_it_answers(server: &Server, store: &Arc<dyn Store>) -> anyhow::Result<()> {
+    let key = Key::new(Collection::Cluster, CLUSTER);
+    let answers = async {
+        while store.get(&key).await.is_err_and(|error| error.is_unavailable()) {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    let asked = Arc::clone(store);
+    let refusing = api::serve(server, move |_, mut stream| {
+        let problem = asked
+            .problem()
+            .unwrap_or_else(|| "the store has not answered yet".to_owned());
+        let refusal = Response::Error(format!("hostd is starting: {problem}"));
+        async move { codec::write(&mut stream, &refusal).await.map_err(io::Error::other) }
+    });
+    tokio::select! {
+        () = answers => Ok(()),
+        result = refusing => result.context("control socket"),
+    }
 }
 
 /// Takes away all that hostd has made on this node: pods' interfaces, the vxlan device, pins.
@@ -182,6 +212,7 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
         Invariants::parse(&text).with_context(context)?;
     }
     let file = EndpointFile::open(&config.state_dir)?;
+    let modules = ModuleFolder::open(&config.state_dir)?;
     // This very program, also after another was installed in its place.
     let cache = config.state_dir.join("compiled");
     let compiler = Compiler::new("/proc/self/exe".into(), config.wasm.into(), Some(&cache))?;
@@ -201,10 +232,13 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
         datapath,
         compiler,
         compiled: HashMap::new(),
+        modules,
         registry: Registry::new(layout),
         unused: Unused::default(),
         seen: 0,
-        told: 0,
+        told: None,
+        renewed: Instant::now(),
+        withdrawn: BTreeMap::new(),
         namespaces: BTreeMap::new(),
         audit: Audit::default(),
         unplaced: BTreeSet::new(),

@@ -57,6 +57,8 @@ impl Daemon {
                 .failures()
                 .map(|(module, error)| format!("{module}: {error}"))
                 .collect(),
+            store: self.config.store.clone(),
+            store_problem: self.store.problem(),
             out_of_step: self.out_of_step.clone(),
             service_problems: self.service_problems(),
             endpoints: self.locals.len(),

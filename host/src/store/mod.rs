@@ -150,6 +150,9 @@ pub enum Change {
     Delete(Key),
     /// All that was there when the watch began has been reported.
     Synced,
+    /// The store was made anew, or is one of an earlier time: what it holds is reported again, and may have lower revisions
+    /// than before.
+    Anew,
 }
 
 /// Why the store did not do as asked.
@@ -207,6 +210,14 @@ pub enum StoreError {
     },
 }
 
+impl StoreError {
+    /// Whether it is only that nobody answers.
+    #[must_use]
+    pub const fn is_unavailable(&self) -> bool {
+        matches!(self, Self::Unavailable { .. })
+    }
+}
+
 /// The answer of a store call.
 pub type Answer<'a, T> = BoxFuture<'a, Result<T, StoreError>>;
 
@@ -233,6 +244,11 @@ pub trait Store: Send + Sync {
     /// Reports what is there in `collections`, and every change from then on. For a value that changes often the
     /// reports may skip all but the last state.
     fn watch(&self, collections: &[Collection]) -> Answer<'_, mpsc::Receiver<Change>>;
+
+    /// Why it does not answer, where it did not do so last.
+    fn problem(&self) -> Option<String> {
+        None
+    }
 }
 
 /// Opens the store of this name: `file:` and a folder, or `etcd:` and URLs.

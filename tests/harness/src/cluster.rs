@@ -1,6 +1,6 @@
 //! A cluster: nodes joined by an underlay, a hostd on each, pods on them.
 
-use crate::{Namespace, Node, artifacts, node::START, probe::wait_until, run};
+use crate::{Etcd, EtcdOptions, Namespace, Node, artifacts, node::START, probe::wait_until, run};
 use anyhow::{Context, ensure};
 use serde_json::Value;
 use std::{fs, net::IpAddr, path::Path};
@@ -22,6 +22,8 @@ pub struct Options {
     pub pod_cidrs: Vec<Vec<String>>,
     /// Addresses of a host on the underlay that is no node. It routes to the pods by way of their nodes.
     pub externals: Vec<IpAddr>,
+    /// The cluster's store is an etcd on that host; else a folder.
+    pub etcd: Option<EtcdOptions>,
 }
 
 impl Default for Options {
@@ -34,6 +36,7 @@ impl Default for Options {
             ipv6_underlay: false,
             pod_cidrs: Vec::new(),
             externals: Vec::new(),
+            etcd: None,
         }
     }
 }
@@ -55,13 +58,15 @@ pub struct Pod {
 
 /// Nodes and pods, removed when dropped.
 pub struct Cluster {
-    // Dropped in this order: pods, then nodes with their hostd, then what joins them, then the files.
+    // Dropped in this order: pods, then nodes with their hostd, then what joins them and the store, then the files.
     /// The pods.
     pub pods: Vec<Pod>,
     /// The nodes.
     pub nodes: Vec<Node>,
     /// The host with the addresses that are no pods'.
     pub external: Option<Namespace>,
+    /// The store, where it is none in a folder.
+    pub etcd: Option<Etcd>,
     _underlay: Option<Namespace>,
     folder: tempfile::TempDir,
 }
@@ -134,10 +139,9 @@ impl Cluster {
                 name,
             };
             fs::create_dir(&node.folder)?;
-            node.configure(options, number, folder.path())?;
             nodes.push(node);
         }
-        let external = if options.externals.is_empty() {
+        let external = if options.externals.is_empty() && options.etcd.is_none() {
             None
         } else {
             Some(Namespace::new("external")?)
@@ -149,10 +153,28 @@ impl Cluster {
         if let Some(external) = &external {
             connect_external(external, &nodes, options)?;
         }
+        let etcd = match (&external, &options.etcd) {
+            (Some(external), Some(etcd)) => {
+                let address = format!("{UNDERLAY}{EXTERNAL}").parse()?;
+                Some(Etcd::start(external, address, etcd.clone())?)
+            }
+            _ => None,
+        };
+        let (store, table) = match &etcd {
+            Some(etcd) => etcd.configuration(),
+            None => (
+                format!("store = \"file:{}\"\n", folder.path().join("store").display()),
+                String::new(),
+            ),
+        };
+        for (number, node) in (1..).zip(&nodes) {
+            node.configure(options, number, &store, &table)?;
+        }
         Ok(Self {
             pods: Vec::new(),
             nodes,
             external,
+            etcd,
             _underlay: underlay,
             folder,
         })

@@ -29,16 +29,16 @@ pub struct Node {
 }
 
 impl Node {
-    pub(crate) fn configure(&self, options: &Options, number: u8, cluster: &Path) -> anyhow::Result<()> {
+    pub(crate) fn configure(&self, options: &Options, number: u8, store: &str, table: &str) -> anyhow::Result<()> {
         let mut text = String::new();
         writeln!(text, "node = {:?}", self.name)?;
         writeln!(text, "underlay = \"{}\"", self.underlay)?;
         writeln!(text, "pod_cidrs = {:?}", options.cidrs_of(number))?;
-        writeln!(text, "store = \"file:{}\"", cluster.join("store").display())?;
+        text += store;
         writeln!(text, "state_dir = \"{}\"", self.folder.join("state").display())?;
         writeln!(text, "socket = \"{}\"", self.socket().display())?;
         writeln!(text, "bpffs = \"{}\"", self.bpffs().display())?;
-        writeln!(text, "{}\n{}", options.keys, options.tables)?;
+        writeln!(text, "{}\n{table}\n{}", options.keys, options.tables)?;
         Ok(fs::write(self.config(), text)?)
     }
 
@@ -82,6 +82,16 @@ impl Node {
     ///
     /// Where it ends, or is not ready in time; with its log.
     pub fn start(&mut self) -> anyhow::Result<()> {
+        self.launch()?;
+        self.wait_until_ready()
+    }
+
+    /// Starts hostd.
+    ///
+    /// # Errors
+    ///
+    /// Where it can't be started.
+    pub fn launch(&mut self) -> anyhow::Result<()> {
         let log = File::options().create(true).append(true).open(self.log_file())?;
         let child = self
             .netns
@@ -92,7 +102,17 @@ impl Node {
             .stdout(Stdio::null())
             .stderr(log)
             .spawn()?;
-        let child = self.hostd.insert(child);
+        self.hostd = Some(child);
+        Ok(())
+    }
+
+    /// Waits until hostd is ready.
+    ///
+    /// # Errors
+    ///
+    /// Where it ends, or is not ready in time; with its log.
+    pub fn wait_until_ready(&mut self) -> anyhow::Result<()> {
+        let child = self.hostd.as_mut().context("hostd does not run")?;
         let mut ended = None;
         let socket = self.folder.join("hostd.sock");
         let ready = wait_until(START, || {

@@ -14,7 +14,7 @@ use tokio::time::timeout;
 /// An answer may take so long, and so much longer for each mebibyte that is sent or asked for.
 const ANSWER: Duration = Duration::from_secs(2);
 const FOR_A_MEBIBYTE: Duration = Duration::from_millis(500);
-/// A request is tried so often, with a pause that doubles.
+/// A request is tried so often, with a pause that doubles, unless it has taken longer than that already.
 const TRIES: u32 = 3;
 const PAUSE: Duration = Duration::from_millis(50);
 /// While etcd is away it is asked after such a pause, which doubles up to the second.
@@ -80,6 +80,7 @@ impl Connection {
     {
         let away = self.turn()?;
         let limit = ANSWER + FOR_A_MEBIBYTE * mebibytes;
+        let began = Instant::now();
         let mut pause = PAUSE;
         let mut tries = 0;
         loop {
@@ -102,7 +103,7 @@ impl Connection {
                 },
                 Err(_) => format!("no answer within {} ms", limit.as_millis()),
             };
-            if tries == TRIES || away {
+            if tries == TRIES || away || began.elapsed() > limit {
                 return Err(self.gone(problem));
             }
             tokio::time::sleep(jitter(pause)).await;
@@ -138,6 +139,12 @@ impl Connection {
         if let Some(away) = self.state().away.take() {
             tracing::info!("the store is back after {} s", away.since.elapsed().as_secs());
         }
+    }
+
+    /// Why nobody answers.
+    pub fn problem(&self) -> Option<String> {
+        let state = self.state();
+        state.away.as_ref().map(|away| self.unavailable(away).to_string())
     }
 
     fn gone(&self, problem: String) -> StoreError {

@@ -235,4 +235,8 @@ impl Store for EtcdStore {
         tokio::spawn(watch::Watcher::new(self.clone(), collections, sender).run());
         async move { Ok(receiver) }.boxed()
     }
+
+    fn problem(&self) -> Option<String> {
+        self.0.connection.problem()
+    }
 }

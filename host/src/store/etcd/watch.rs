@@ -171,6 +171,7 @@ impl Watcher {
                 followed.reported.values_mut().for_each(|revision| *revision = 0);
             }
             self.missing = Some(Instant::now() + HOLD);
+            self.send(Change::Anew).await?;
         }
         self.origin = origin;
         Ok(())

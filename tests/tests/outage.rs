@@ -1,0 +1,283 @@
+//! Nodes over a real etcd, which is away, cut off, or made anew: pods keep talking, nothing is forgotten, and everything
+//! comes right when it is back.
+#![expect(clippy::unwrap_used, reason = "helpers of tests, which fail as a whole")]
+
+use harness::{
+    Cluster, Counts, EtcdOptions, Listener, Namespace, Options, TcpOutcome, Traffic, kernel_test, tcp_exchange,
+    wait_until,
+};
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
+const WAIT: Duration = Duration::from_millis(400);
+const LONG: Duration = Duration::from_secs(30);
+
+/// Two nodes over etcd, with a frontend and a backend on either node.
+fn cluster(etcd: EtcdOptions, policy: &str) -> Cluster {
+    let options = Options {
+        etcd: Some(etcd),
+        tables: "[lease]\nttl_seconds = 2".to_owned(),
+        ..Options::default()
+    };
+    let mut cluster = Cluster::with(&options).unwrap();
+    cluster.load(policy).unwrap();
+    for (node, name, app) in [
+        (0, "red/front1", "frontend"),
+        (1, "red/front2", "frontend"),
+        (0, "red/back1", "backend"),
+        (1, "red/back2", "backend"),
+    ] {
+        cluster.add_pod(node, name, &[("app", app)]).unwrap();
+    }
+    cluster.agree().unwrap();
+    cluster
+}
+
+/// Echoes between frontends and backends of both nodes, all of which have to come back.
+struct Talk {
+    _listeners: Vec<Listener>,
+    traffic: Vec<Traffic>,
+}
+
+fn talk(cluster: &Cluster) -> Talk {
+    let listener = |name| Listener::new(cluster.pod(name).netns.name(), 8080).unwrap();
+    let listeners = ["red/back1", "red/back2"].map(listener).into();
+    let traffic = |(from, to)| {
+        let (from, to) = (cluster.pod(from), cluster.pod(to));
+        Traffic::paced(from.netns.name(), to.address, 8080, WAIT, Duration::from_millis(2))
+    };
+    let pairs = [
+        ("red/front1", "red/back2"),
+        ("red/front2", "red/back1"),
+        ("red/front1", "red/back1"),
+    ];
+    Talk {
+        _listeners: listeners,
+        traffic: pairs.map(traffic).into(),
+    }
+}
+
+impl Talk {
+    fn nothing_was_lost(self) {
+        for traffic in self.traffic {
+            let counts = traffic.stop().unwrap();
+            assert!(
+                matches!(
+                    counts,
+                    Counts {
+                        lost: 0,
+                        answered: 100..,
+                        ..
+                    }
+                ),
+                "{counts:?}"
+            );
+        }
+    }
+}
+
+fn open(cluster: &Cluster, from: &str, to: &str) -> bool {
+    let (from, to) = (cluster.pod(from), cluster.pod(to));
+    tcp_exchange(from.netns.name(), to.address, 8080, WAIT).unwrap() == TcpOutcome::Open
+}
+
+fn problem(cluster: &Cluster, node: usize) -> Option<String> {
+    let status = cluster.nodes[node].json(&["status"]).unwrap();
+    status["store_problem"].as_str().map(str::to_owned)
+}
+
+fn label(cluster: &Cluster, node: usize, pod: &str, label: &str) {
+    let arguments = ["endpoint", "label", "--namespace", "red", "--name", pod, label];
+    cluster.nodes[node].json(&arguments).unwrap();
+}
+
+fn all_alive(cluster: &Cluster) -> bool {
+    cluster.nodes.iter().all(|node| {
+        let status = node.json(&["status"]).unwrap();
+        let nodes = status["nodes"].as_array().unwrap();
+        nodes.len() == cluster.nodes.len() && nodes.iter().all(|node| node["state"] == "alive")
+    })
+}
+
+#[test]
+fn two_nodes_share_an_etcd_that_asks_who_they_are() {
+    kernel_test!();
+    let cluster = cluster(
+        EtcdOptions {
+            tls: true,
+            users: true,
+            ..EtcdOptions::default()
+        },
+        "web-app",
+    );
+    let _listener = Listener::new(cluster.pod("red/back1").netns.name(), 8080).unwrap();
+    assert!(open(&cluster, "red/front2", "red/back1"));
+    assert!(!open(&cluster, "red/back2", "red/front1"));
+    // What one node says the other one enforces.
+    label(&cluster, 1, "front2", "app=other");
+    assert!(wait_until(LONG, || !open(&cluster, "red/front2", "red/back1")));
+    label(&cluster, 1, "front2", "app=frontend");
+    assert!(wait_until(LONG, || open(&cluster, "red/front2", "red/back1")));
+    let status = cluster.nodes[0].json(&["status"]).unwrap();
+    assert!(status["store"].as_str().unwrap().starts_with("etcd:https://"));
+}
+
+#[test]
+fn while_etcd_is_away_pods_talk_and_go_and_hostd_may_be_killed() {
+    kernel_test!();
+    let mut cluster = cluster(EtcdOptions::default(), "tenant-isolation");
+    cluster.add_pod(1, "red/leaver", &[("app", "backend")]).unwrap();
+    cluster.agree().unwrap();
+    let talk = talk(&cluster);
+    cluster.etcd.as_mut().unwrap().kill().unwrap();
+
+    for node in 0..2 {
+        assert!(wait_until(LONG, || problem(&cluster, node).is_some()));
+    }
+    // What can't be entered is refused, soon, and nothing of it is left.
+    let netns = Namespace::new("pod").unwrap();
+    let add = [
+        "endpoint",
+        "add",
+        "--netns",
+        netns.name(),
+        "--namespace",
+        "red",
+        "--name",
+        "new",
+        "--label",
+        "app=new",
+    ];
+    let began = Instant::now();
+    let refusal = cluster.nodes[0].refusal(&add).unwrap();
+    assert!(refusal.contains("has not answered for"), "{refusal}");
+    assert!(began.elapsed() < LONG, "{:?}", began.elapsed());
+    let endpoints = cluster.nodes[0].json(&["endpoint", "list"]).unwrap();
+    assert_eq!(endpoints.as_array().unwrap().len(), 2);
+    assert!(!netns.ip(&["link"]).unwrap().contains("eth0"));
+    // A pod can go all the same.
+    let leaver = cluster.pod("red/leaver").address;
+    cluster.remove_pod("red/leaver").unwrap();
+
+    // One hostd is killed, and waits for the store when it is back.
+    cluster.nodes[0].stop(true).unwrap();
+    cluster.nodes[0].launch().unwrap();
+    let mut said = String::new();
+    assert!(
+        wait_until(LONG, || {
+            said = cluster.nodes[0].refusal(&["status"]).unwrap();
+            said.contains("hostd is starting: etcd:http://")
+        }),
+        "{said}"
+    );
+    // Longer than any lease.
+    thread::sleep(Duration::from_secs(5));
+    let known = cluster.nodes[1].json(&["ipcache", "list"]).unwrap();
+    assert_eq!(known.as_array().unwrap().len(), 5, "four pods and the node: {known}");
+
+    cluster.etcd.as_mut().unwrap().run().unwrap();
+    cluster.nodes[0].wait_until_ready().unwrap();
+    assert!(wait_until(LONG, || (0..2).all(|node| problem(&cluster, node).is_none())));
+    // The other node hears of the one that is gone, and of what comes now.
+    cluster.agree().unwrap();
+    let again = [
+        "--address".to_owned(),
+        leaver.to_string(),
+        "--label".to_owned(),
+        "app=backend".to_owned(),
+    ];
+    cluster.add_pod_with(1, "red/successor", &again).unwrap();
+    cluster.agree().unwrap();
+    assert!(wait_until(LONG, || all_alive(&cluster)));
+    talk.nothing_was_lost();
+    let pods = cluster
+        .etcd
+        .as_ref()
+        .unwrap()
+        .ctl(&["get", "--prefix", "--keys-only", "/wasmgate/pods/"]);
+    assert_eq!(pods.unwrap().split_whitespace().count(), 5);
+}
+
+#[test]
+fn a_node_that_is_cut_off_from_etcd_makes_up_for_what_it_missed() {
+    kernel_test!();
+    let mut cluster = cluster(EtcdOptions::default(), "tenant-isolation");
+    cluster.add_pod(0, "red/leaver", &[("app", "backend")]).unwrap();
+    cluster.agree().unwrap();
+    let talk = talk(&cluster);
+    let nft = |rules: &[&str]| {
+        let external = cluster.external.as_ref().unwrap();
+        let status = external.command("nft").args(rules).status().unwrap();
+        assert!(status.success());
+    };
+    nft(&["add table ip cut; add chain ip cut in { type filter hook input priority 0; }"]);
+    let address = cluster.nodes[1].underlay.to_string();
+    nft(&["add", "rule", "ip", "cut", "in", "ip", "saddr", &address, "drop"]);
+    assert!(wait_until(LONG, || problem(&cluster, 1).is_some()));
+    assert!(problem(&cluster, 0).is_none());
+
+    // Meanwhile: a pod goes, one comes, one changes, and etcd forgets how that came about.
+    label(&cluster, 0, "back1", "tier=gold");
+    cluster.remove_pod("red/leaver").unwrap();
+    cluster.add_pod(0, "red/new", &[("app", "frontend")]).unwrap();
+    cluster.etcd.as_ref().unwrap().compact().unwrap();
+    // The others only call it stale.
+    let stale = || {
+        let status = cluster.nodes[0].json(&["status"]).unwrap();
+        status["nodes"][1]["state"] == "stale"
+    };
+    assert!(wait_until(LONG, stale));
+    let external = cluster.external.as_ref().unwrap();
+    assert!(
+        external
+            .command("nft")
+            .args(["delete table ip cut"])
+            .status()
+            .unwrap()
+            .success()
+    );
+
+    cluster.agree().unwrap();
+    assert!(wait_until(LONG, || all_alive(&cluster)));
+    assert!(open(&cluster, "red/new", "red/back2"));
+    talk.nothing_was_lost();
+}
+
+#[test]
+fn an_etcd_that_was_made_anew_is_told_everything_again() {
+    kernel_test!();
+    let mut cluster = cluster(EtcdOptions::default(), "tenant-isolation");
+    let talk = talk(&cluster);
+    let etcd = cluster.etcd.as_mut().unwrap();
+    etcd.wipe().unwrap();
+    etcd.run().unwrap();
+    let etcd = cluster.etcd.as_ref().unwrap();
+    let keys = |folder: &str| {
+        let keys = etcd
+            .ctl(&["get", "--prefix", "--keys-only", &format!("/wasmgate/{folder}/")])
+            .unwrap();
+        keys.split_whitespace().count()
+    };
+    let entered = || {
+        (
+            keys("nodes"),
+            keys("alive"),
+            keys("pods"),
+            keys("policy"),
+            keys("modules"),
+        )
+    };
+    assert!(wait_until(LONG, || entered() == (2, 2, 4, 1, 1)), "{:?}", entered());
+    // The policy stays in force, also on a node that starts now, and there is no moment without one when the next comes.
+    cluster.nodes[1].stop(true).unwrap();
+    cluster.nodes[1].start().unwrap();
+    assert!(open(&cluster, "red/front1", "red/back2"));
+    cluster.load("tenant-isolation").unwrap();
+    cluster.agree().unwrap();
+    talk.nothing_was_lost();
+    cluster.load("web-app").unwrap();
+    let _listener = Listener::new(cluster.pod("red/front2").netns.name(), 8080).unwrap();
+    assert!(!open(&cluster, "red/back1", "red/front2"), "the policy before it");
+}
