@@ -1,7 +1,9 @@
 //! Pods of this node: their names, their addresses, and what is kept of them on disk.
 
 use crate::{
+    attachment::Attachment,
     codec,
+    net::POD_INTERFACE,
     store::{Durability, StoreError, records::PodRecord, replace_file},
 };
 use ipnet::IpNet;
@@ -24,6 +26,31 @@ pub struct LocalEndpoint {
     pub netns: PathBuf,
     /// Name of the host's end of the veth pair.
     pub interface: String,
+    /// What a container runtime calls it, where one has attached it.
+    pub attachment: Option<Attachment>,
+}
+
+impl LocalEndpoint {
+    /// Name of the interface inside the pod.
+    #[must_use]
+    pub fn pod_interface(&self) -> &str {
+        self.attachment
+            .as_ref()
+            .map_or(POD_INTERFACE, |attachment| &attachment.interface)
+    }
+}
+
+/// Checks the name of an interface inside a pod (`dev_valid_name` in `net/core/dev.c`, Linux 6.12).
+///
+/// # Errors
+///
+/// What is wrong with it.
+pub fn check_interface(name: &str) -> Result<(), String> {
+    let bad = |c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control();
+    if name.is_empty() || name.len() > 15 || name == "." || name == ".." || name == "lo" || name.contains(bad) {
+        return Err(format!("{name:?} is no name for a pod's interface, such as eth0"));
+    }
+    Ok(())
 }
 
 /// Longest name of a node, namespace or pod: a DNS label's (RFC 1123, section 2.1), as in Kubernetes.

@@ -7,7 +7,9 @@
 //! socket, [`cli`] the command, and [`daemon`] ties them together.
 
 pub mod api;
+pub mod attachment;
 pub mod cli;
+pub mod cni;
 pub mod codec;
 pub mod config;
 pub mod daemon;
@@ -17,6 +19,7 @@ pub mod identity;
 pub mod invariant;
 pub mod net;
 pub mod plan;
+pub mod source;
 pub mod stack;
 pub mod store;
 pub mod survey;

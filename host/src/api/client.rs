@@ -1,6 +1,6 @@
 //! Asking a running hostd.
 
-use super::{Monitor, Request, Response};
+use super::{Failure, Monitor, Request, Response};
 use crate::codec::{self, CodecError};
 use std::{io, path::Path, path::PathBuf};
 use tokio::net::UnixStream;
@@ -27,6 +27,9 @@ pub enum ClientError {
     /// hostd refused.
     #[error("{0}")]
     Refused(String),
+    /// hostd could not do what a container runtime has asked for.
+    #[error("{1}")]
+    Failed(Failure, String),
 }
 
 async fn ask(socket: &Path, request: &Request) -> Result<UnixStream, ClientError> {
@@ -48,6 +51,7 @@ async fn ask(socket: &Path, request: &Request) -> Result<UnixStream, ClientError
 async fn answer(stream: &mut UnixStream) -> Result<Response, ClientError> {
     match codec::read(stream).await? {
         Some(Response::Error(problem)) => Err(ClientError::Refused(problem)),
+        Some(Response::Failed(failure, problem)) => Err(ClientError::Failed(failure, problem)),
         Some(response) => Ok(response),
         None => Err(ClientError::Closed),
     }

@@ -3,12 +3,14 @@
 //! One connection carries one request and its answer, each a frame of [`codec`](crate::codec). A monitor's answer is
 //! many frames, until either side ends the connection.
 
+mod attachment;
 mod client;
 mod policy;
 mod request;
 mod server;
 mod view;
 
+pub use attachment::{AttachedView, CheckAttachment, Failure};
 pub use client::{ClientError, call, monitor};
 pub use policy::{
     AuditView, ChangedPair, EndView, Explanation, FlowView, KernelView, LoadReport, ModuleView, ModulesView,

@@ -1,11 +1,16 @@
 //! What is asked.
 
+use super::CheckAttachment;
 use crate::{
+    attachment::Attachment,
     store::records::ServiceRecord,
     wasm::{Overrides, Tier},
 };
 use serde::{Deserialize, Serialize};
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 /// What is asked.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -16,6 +21,21 @@ pub enum Request {
     EndpointAdd(EndpointAdd),
     /// Disconnect a pod. That it is not there is no error.
     EndpointDelete(PodName),
+    /// Attach a container, for its runtime.
+    Attach(Box<EndpointAdd>),
+    /// End an attachment. That it is not there is no error.
+    Detach(Attachment),
+    /// Say what is not as it should be of an attachment.
+    CheckAttachment(CheckAttachment),
+    /// End all attachments to a network but those of these containers by these interfaces.
+    CollectAttachments {
+        /// The network.
+        network: String,
+        /// Containers with interfaces.
+        valid: BTreeSet<(String, String)>,
+    },
+    /// Say why no container can be attached now.
+    Readiness,
     /// The node's pods.
     EndpointList,
     /// Change a pod's labels.
@@ -84,6 +104,8 @@ pub struct EndpointAdd {
     pub ports: Vec<(String, u8, u16)>,
     /// Its addresses, one of each family at the most; chosen from the node's pod CIDRs where none is given.
     pub addresses: Vec<IpAddr>,
+    /// What a container runtime calls it, where one attaches it.
+    pub attachment: Option<Attachment>,
 }
 
 /// Change a pod's labels.

@@ -1,7 +1,10 @@
 //! What is answered: the node and what is on it.
 
-use super::{AuditView, Explanation, LoadReport, ModuleView, ModulesView, PodName, PolicyView, Verification};
-use crate::store::records::ModuleRecord;
+use super::{
+    AttachedView, AuditView, Explanation, Failure, LoadReport, ModuleView, ModulesView, PodName, PolicyView,
+    Verification,
+};
+use crate::{attachment::Attachment, store::records::ModuleRecord};
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, net::IpAddr};
 
@@ -10,6 +13,14 @@ use std::{collections::BTreeMap, net::IpAddr};
 pub enum Response {
     /// It could not be done, and nothing was changed.
     Error(String),
+    /// The same, to a container runtime.
+    Failed(Failure, String),
+    /// To [`Request::Attach`](super::Request::Attach).
+    Attached(AttachedView),
+    /// To [`Request::CheckAttachment`](super::Request::CheckAttachment) and [`Request::Readiness`](super::Request::Readiness): none where all is well.
+    Problems(Vec<String>),
+    /// To [`Request::CollectAttachments`](super::Request::CollectAttachments): what was ended.
+    Collected(Vec<Attachment>),
     /// To [`Request::Status`](super::Request::Status).
     Status(Box<Status>),
     /// To [`Request::EndpointAdd`](super::Request::EndpointAdd) and [`Request::EndpointLabel`](super::Request::EndpointLabel).

@@ -14,7 +14,7 @@ Examples:
   hostd endpoint add --netns web --namespace red --name web --label app=frontend
   hostd load-policy tenant-isolation.wasm --dry-run
 
-All but `run` and `cleanup` ask the daemon, as root. Exit status: 0 done, 1 refused or failed, 2 wrong usage.";
+All but `run`, `cleanup`, `install` and `uninstall` ask the daemon, as root. Exit status: 0 done, 1 refused or failed, 2 wrong usage.";
 
 /// Wasmgate's daemon and its command: forwards between pods, and lets wasm modules decide who may talk to whom.
 #[derive(Parser)]
@@ -77,6 +77,12 @@ pub enum Command {
     Node(NodeCommand),
     /// Show drops and new flows as they happen, one line each. Without options: both.
     Monitor(MonitorArguments),
+    /// Make this node's container runtimes attach their containers by hostd.
+    ///
+    /// Copies the CNI plugin, then writes a network's configuration.
+    Install(InstallArguments),
+    /// Take the plugin and the network's configuration away again. Containers that are attached stay so.
+    Uninstall(PlaceArguments),
     /// Take away everything that hostd has made on this node. hostd must not be running.
     ///
     /// The node's pods lose their connection, and the cluster forgets the node.
@@ -93,6 +99,34 @@ pub enum Command {
         /// CPU time that it may use, in seconds.
         seconds: u64,
     },
+}
+
+#[derive(Args)]
+pub struct InstallArguments {
+    /// The node's configuration, of which the control socket is taken.
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
+    /// Namespace of containers whose runtime does not name one.
+    #[arg(long, value_name = "NS", default_value = "default")]
+    pub namespace: String,
+    /// The plugin; the one beside hostd where none is given.
+    #[arg(long, value_name = "FILE")]
+    pub plugin: Option<PathBuf>,
+    #[command(flatten)]
+    pub places: PlaceArguments,
+}
+
+#[derive(Args)]
+pub struct PlaceArguments {
+    /// Where runtimes look for plugins.
+    #[arg(long, value_name = "FOLDER", default_value = "/opt/cni/bin")]
+    pub bin_dir: PathBuf,
+    /// Where runtimes look for networks.
+    #[arg(long, value_name = "FOLDER", default_value = "/etc/cni/net.d")]
+    pub conf_dir: PathBuf,
+    /// The network's name; its file is `10-NAME.conflist`.
+    #[arg(long, value_name = "NAME", default_value = "wasmgate")]
+    pub network: String,
 }
 
 #[derive(Args)]

@@ -2,6 +2,7 @@
 
 mod args;
 mod author;
+mod install;
 mod print;
 mod print_policy;
 mod scaffold;
@@ -93,6 +94,8 @@ async fn ask(socket: &Path, json: bool, command: Command) -> anyhow::Result<()> 
         Command::Node(NodeCommand::Delete { name }) => Request::NodeDelete(name),
         Command::Endpoint(command) => endpoint(command)?,
         Command::Service(command) => service(command),
+        Command::Install(arguments) => return install::install(&arguments, &mut std::io::stdout()),
+        Command::Uninstall(places) => return install::uninstall(&places, &mut std::io::stdout()),
         Command::Run { .. } | Command::Cleanup { .. } | Command::CompileModule { .. } => {
             anyhow::bail!("a command that asks no daemon")
         }
@@ -207,6 +210,7 @@ fn endpoint(command: EndpointCommand) -> anyhow::Result<Request> {
             service_account,
             ports,
             addresses,
+            attachment: None,
         }),
         EndpointCommand::Delete { pod } => Request::EndpointDelete(pod.into()),
         EndpointCommand::List => Request::EndpointList,

@@ -40,7 +40,10 @@ fn content(response: &Response) -> serde_json::Result<serde_json::Value> {
         missed: u64,
     }
     match response {
-        Response::Error(problem) => serde_json::to_value(problem),
+        Response::Error(problem) | Response::Failed(_, problem) => serde_json::to_value(problem),
+        Response::Attached(attached) => serde_json::to_value(attached),
+        Response::Problems(problems) => serde_json::to_value(problems),
+        Response::Collected(ended) => serde_json::to_value(ended),
         Response::Status(status) => serde_json::to_value(status),
         Response::Endpoint(endpoint) => serde_json::to_value(endpoint),
         Response::Endpoints(endpoints) => serde_json::to_value(endpoints),
@@ -67,7 +70,9 @@ fn content(response: &Response) -> serde_json::Result<serde_json::Value> {
 /// An answer as text.
 pub fn text(out: &mut impl Write, response: &Response) -> anyhow::Result<()> {
     match response {
-        Response::Error(problem) => Ok(writeln!(out, "{problem}")?),
+        Response::Error(problem) | Response::Failed(_, problem) => Ok(writeln!(out, "{problem}")?),
+        // Asked for by the CNI plugin alone, which has its own words for them.
+        Response::Attached(_) | Response::Problems(_) | Response::Collected(_) => json(out, response),
         Response::Status(report) => status(out, report),
         Response::Endpoint(one) => endpoints(out, std::slice::from_ref(one)),
         Response::Endpoints(all) => endpoints(out, all),

@@ -37,8 +37,12 @@ impl Daemon {
             service_account,
             ports,
             addresses,
+            attachment,
         } = request;
         let wrong = DaemonError::Request;
+        if let Some(attachment) = &attachment {
+            endpoint::check_interface(&attachment.interface).map_err(wrong)?;
+        }
         endpoint::check_name(&pod.namespace).map_err(|problem| wrong(format!("namespace {problem}")))?;
         endpoint::check_name(&pod.name).map_err(|problem| wrong(format!("pod {problem}")))?;
         endpoint::check_labels(&labels).map_err(wrong)?;
@@ -61,6 +65,7 @@ impl Daemon {
         let endpoint = LocalEndpoint {
             interface: endpoint::interface_name(&pod.namespace, &pod.name),
             netns: netns.path().to_owned(),
+            attachment,
             pod: PodRecord {
                 namespace: pod.namespace.clone(),
                 name: pod.name.clone(),
@@ -104,11 +109,11 @@ impl Daemon {
     }
 
     async fn connect(&mut self, pod: &PodName, endpoint: LocalEndpoint, netns: &Netns) -> Result<(), DaemonError> {
-        let name = endpoint.interface.clone();
+        let (name, pod_interface) = (endpoint.interface.clone(), endpoint.pod_interface().to_owned());
         let record = endpoint.pod.clone();
         let addresses: Vec<IpAddr> = record.addresses().collect();
         let mtu = self.pod_mtu;
-        let veth = block_in_place(|| net::make_pod_link(&name, netns, &addresses, mtu))?;
+        let veth = block_in_place(|| net::make_pod_link(&name, netns, &pod_interface, &addresses, mtu))?;
         self.locals.insert(pod.clone(), Local { endpoint, veth });
         self.datapath.set_pods(self.locals.len())?;
         self.services.withheld.insert(record.full_name());
@@ -144,7 +149,7 @@ impl Daemon {
 
     /// Takes away everything of a pod of this node, as far as it is there: attachment, endpoint, ipcache, policy. The store is
     /// told when it answers.
-    async fn disconnect(&mut self, pod: &PodName) -> Result<(), DaemonError> {
+    pub(super) async fn disconnect(&mut self, pod: &PodName) -> Result<(), DaemonError> {
         let interface = endpoint::interface_name(&pod.namespace, &pod.name);
         let mut problems: Vec<DaemonError> = Vec::new();
         let mut note = |result: Result<(), DaemonError>| problems.extend(result.err());

@@ -1,5 +1,6 @@
 //! The daemon: one task owns the node's state, and everything that changes it is a message to that task.
 
+mod attachments;
 mod audit;
 mod collect;
 mod compare;
@@ -26,13 +27,15 @@ mod watch;
 pub use start::{cleanup, run};
 
 use crate::{
-    api::{EndpointAdd, EndpointLabel, Explain, LoadReport, NamespaceLabel, PodName, Response},
+    api::{CheckAttachment, EndpointAdd, EndpointLabel, Explain, LoadReport, NamespaceLabel, PodName, Response},
+    attachment::{Attachment, Queue},
     config::Config,
     datapath::{Datapath, DatapathError},
     endpoint::{AddressError, EndpointFile, LocalEndpoint},
     identity::{Exhausted, Labels, Registry},
     net::{NetError, Veth},
     plan::PlanError,
+    source::PodSource,
     stack::StackError,
     store::{
         Change, Store, StoreError,
@@ -103,6 +106,11 @@ enum Command {
     Status(oneshot::Sender<Response>),
     EndpointAdd(EndpointAdd, oneshot::Sender<Response>),
     EndpointDelete(PodName, oneshot::Sender<Response>),
+    Attach(Box<EndpointAdd>, oneshot::Sender<Response>),
+    Detach(Attachment, oneshot::Sender<Response>),
+    CheckAttachment(CheckAttachment, oneshot::Sender<Response>),
+    CollectAttachments(String, BTreeSet<(String, String)>, oneshot::Sender<Response>),
+    Readiness(oneshot::Sender<Response>),
     EndpointList(oneshot::Sender<Response>),
     EndpointLabel(EndpointLabel, oneshot::Sender<Response>),
     IdentityList(oneshot::Sender<Response>),
@@ -169,6 +177,10 @@ struct Daemon {
     renewed: Instant,
     /// Pods that are gone, of which the store may not have heard: incarnations by address.
     withdrawn: BTreeMap<IpAddr, u32>,
+    /// Attachments that were ended while hostd was not there.
+    queue: Queue,
+    /// Knows what container runtimes do not say of their pods.
+    source: Box<dyn PodSource>,
     /// Labels of namespaces.
     namespaces: BTreeMap<String, Labels>,
     audit: Audit,
@@ -232,6 +244,20 @@ impl Daemon {
             Command::EndpointDelete(pod, reply) => {
                 answer(reply, self.endpoint_delete(&pod).await.map(Response::Deleted));
             }
+            Command::Attach(request, reply) => {
+                answer_runtime(reply, self.attach(*request).await.map(Response::Attached));
+            }
+            Command::Detach(attachment, reply) => {
+                answer_runtime(reply, self.detach(&attachment).await.map(Response::Deleted));
+            }
+            Command::CheckAttachment(asked, reply) => {
+                answer_runtime(reply, self.check_attachment(&asked).map(Response::Problems));
+            }
+            Command::CollectAttachments(network, valid, reply) => {
+                let collected = self.collect_attachments(&network, &valid).await;
+                answer_runtime(reply, collected.map(Response::Collected));
+            }
+            Command::Readiness(reply) => answer(reply, Ok(Response::Problems(self.readiness()))),
             Command::EndpointList(reply) => answer(reply, Ok(Response::Endpoints(self.endpoint_list()))),
             Command::EndpointLabel(request, reply) => {
                 answer(reply, self.endpoint_label(request).await.map(Response::Endpoint));
@@ -293,6 +319,12 @@ impl Daemon {
             tracing::error!("{error}");
         }
     }
+}
+
+/// The same, with what kind of failure it was.
+fn answer_runtime(reply: oneshot::Sender<Response>, result: Result<Response, DaemonError>) {
+    let failed = |error: DaemonError| Response::Failed(error.failure(), error.to_string());
+    let _ = reply.send(result.unwrap_or_else(failed));
 }
 
 fn answer(reply: oneshot::Sender<Response>, result: Result<Response, DaemonError>) {

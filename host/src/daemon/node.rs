@@ -286,6 +286,7 @@ impl Daemon {
         if let Err(error) = self.withdraw().await {
             error.complain("taking back records of pods that are gone");
         }
+        self.end_queued().await;
         let grace = Duration::from_secs(self.config.lease.grace_seconds);
         let gone: Vec<String> = self
             .nodes

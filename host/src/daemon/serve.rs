@@ -73,6 +73,14 @@ impl Front {
             Request::Status => self.ask(Command::Status).await,
             Request::EndpointAdd(add) => self.ask(|reply| Command::EndpointAdd(add, reply)).await,
             Request::EndpointDelete(pod) => self.ask(|reply| Command::EndpointDelete(pod, reply)).await,
+            Request::Attach(add) => self.ask(|reply| Command::Attach(add, reply)).await,
+            Request::Detach(attachment) => self.ask(|reply| Command::Detach(attachment, reply)).await,
+            Request::CheckAttachment(asked) => self.ask(|reply| Command::CheckAttachment(asked, reply)).await,
+            Request::CollectAttachments { network, valid } => {
+                self.ask(|reply| Command::CollectAttachments(network, valid, reply))
+                    .await
+            }
+            Request::Readiness => self.ask(Command::Readiness).await,
             Request::EndpointList => self.ask(Command::EndpointList).await,
             Request::EndpointLabel(label) => self.ask(|reply| Command::EndpointLabel(label, reply)).await,
             Request::IdentityList => self.ask(Command::IdentityList).await,

@@ -15,6 +15,7 @@ use super::{
 };
 use crate::{
     api::{self, PodName, Response, Server},
+    attachment::Queue,
     codec,
     config::Config,
     datapath::{self, Datapath, Settings},
@@ -23,6 +24,7 @@ use crate::{
     invariant::Invariants,
     net::{self, Netns, VXLAN_DEVICE},
     plan::{self, Facts, Stance},
+    source,
     store::{
         self, Change, Collection, Expect, Key, Store,
         records::{self, CLUSTER, NamespaceRecord, NodeRecord, Phase, PodRecord},
@@ -169,6 +171,7 @@ pub async fn cleanup(config: &Config) -> anyhow::Result<()> {
         note(store.delete(&key, Expect::Any).await.map_err(|error| error.to_string()));
     }
     note(file.save(std::iter::empty()).map_err(|error| error.to_string()));
+    note(Queue::beside(&config.socket).clear().map_err(|error| error.to_string()));
     anyhow::ensure!(
         problems.is_empty(),
         "not everything could be removed: {}",
@@ -224,6 +227,7 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
     };
     let (datapath, events) = Datapath::load(&settings)?;
 
+    let queue = Queue::beside(&config.socket);
     let mut daemon = Daemon {
         active: Side::empty(datapath.shape()),
         aside: None,
@@ -239,6 +243,8 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
         told: None,
         renewed: Instant::now(),
         withdrawn: BTreeMap::new(),
+        queue,
+        source: Box::new(source::Runtime),
         namespaces: BTreeMap::new(),
         audit: Audit::default(),
         unplaced: BTreeSet::new(),
@@ -272,6 +278,7 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
     daemon.attach_all()?;
     daemon.route()?;
     daemon.announce().await?;
+    daemon.end_queued().await;
     if let Some((record, revision)) = daemon.policy.clone()
         && record.phase == Phase::Prepare
     {
@@ -462,6 +469,6 @@ impl Daemon {
 fn find_link(endpoint: &LocalEndpoint) -> Result<Option<net::Veth>, net::NetError> {
     block_in_place(|| {
         let netns = Netns::open_path(&endpoint.netns)?;
-        net::find_pod_link(&endpoint.interface, &netns)
+        net::find_pod_link(&endpoint.interface, &netns, endpoint.pod_interface())
     })
 }

@@ -33,7 +33,7 @@ fn counter(name: &str, text: &str, counter: Counter) -> CounterView {
     }
 }
 
-fn mac_text(mac: [u8; 6]) -> String {
+pub(super) fn mac_text(mac: [u8; 6]) -> String {
     mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 

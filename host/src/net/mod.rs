@@ -1,5 +1,6 @@
 //! Interfaces, addresses and routes, by netlink; and work in other network namespaces.
 
+mod check;
 mod filter;
 mod netlink;
 mod netns;
@@ -9,13 +10,14 @@ mod table;
 mod veth;
 mod vxlan;
 
+pub use check::check_pod_link;
 pub use filter::filters;
 pub use netlink::{bring_up, delete_link};
 pub use netns::{Netns, in_netns};
 pub use ports::given_to_connections;
 pub use route::{has_tunnel_routes, make_reachable, make_unreachable, set_tunnel_routes};
 pub use table::{Routed, remove_table, set_table, table};
-pub use veth::{Veth, find_pod_link, make_pod_link, pod_links, prepare_node};
+pub use veth::{Veth, find_pod_link, gateway, make_pod_link, pod_links, prepare_node};
 pub use vxlan::{Underlay, ensure_vxlan, pod_mtu, underlay};
 
 use std::{
@@ -32,7 +34,7 @@ pub const fn vxlan_overhead(underlay: IpAddr) -> u32 {
     14 + 8 + 8 + if underlay.is_ipv4() { 20 } else { 40 }
 }
 
-/// The interface inside a pod.
+/// The interface inside a pod, unless its runtime calls it something else.
 pub const POD_INTERFACE: &str = "eth0";
 
 /// Why the network could not be changed.
@@ -47,8 +49,13 @@ pub enum NetError {
         problem: String,
     },
     /// The pod has an interface already.
-    #[error("network namespace {0} has an interface `{POD_INTERFACE}` already: is it another pod's?")]
-    Occupied(PathBuf),
+    #[error("network namespace {netns} has an interface `{interface}` already: is it another pod's?")]
+    Occupied {
+        /// The namespace.
+        netns: PathBuf,
+        /// The interface.
+        interface: String,
+    },
     /// No interface has the underlay address.
     #[error("no interface of this node has the address {0} (`underlay` in the configuration)")]
     NoUnderlay(IpAddr),

@@ -1,7 +1,7 @@
 //! The veth pair of a pod.
 
 use super::{
-    NetError, Netns, POD_INTERFACE, in_netns,
+    NetError, Netns, in_netns,
     netlink::{NODE_SIDE, delete_link, disable_ipv6, find, get, mac, netlink, netlink_here, set_ipv6},
 };
 use futures::{FutureExt, TryStreamExt};
@@ -51,26 +51,37 @@ pub fn pod_links() -> Result<Vec<String>, NetError> {
     })
 }
 
-/// Makes a pod's veth pair and moves one end into its namespace, as `eth0`, with its addresses and routes. Everything
+/// Makes a pod's veth pair and moves one end into its namespace, as `interface`, with its addresses and routes. Everything
 /// is down until [`prepare_node`] says otherwise. On an error nothing is left.
 ///
 /// # Errors
 ///
-/// Where the namespace has an `eth0`, or the kernel refuses.
-pub fn make_pod_link(name: &str, netns: &Netns, addresses: &[IpAddr], mtu: u32) -> Result<Veth, NetError> {
+/// Where the namespace has such an interface, or the kernel refuses.
+pub fn make_pod_link(
+    name: &str,
+    netns: &Netns,
+    interface: &str,
+    addresses: &[IpAddr],
+    mtu: u32,
+) -> Result<Veth, NetError> {
+    let interface = interface.to_owned();
+    let wanted = interface.clone();
     if in_netns(netns, || {
-        netlink(|handle| async move { find(&handle, POD_INTERFACE).await }.boxed())
+        netlink(|handle| async move { find(&handle, &wanted).await }.boxed())
     })??
     .is_some()
     {
-        return Err(NetError::Occupied(netns.path().to_owned()));
+        return Err(NetError::Occupied {
+            netns: netns.path().to_owned(),
+            interface,
+        });
     }
     let ipv6 = addresses.iter().any(IpAddr::is_ipv6);
     let made = make_pair(name, netns, mtu, ipv6).and_then(|veth| {
-        let peer = peer_name(name);
+        let names = (peer_name(name), interface);
         let addresses = addresses.to_vec();
         in_netns(netns, || {
-            netlink(move |handle| configure_pod(handle, peer, addresses, veth.host_mac).boxed())
+            netlink(move |handle| configure_pod(handle, names, addresses, veth.host_mac).boxed())
         })??;
         Ok(veth)
     });
@@ -148,7 +159,9 @@ const POD_SIDE: [(&str, &str); 4] = [
     ("router_solicitations", "0"),
 ];
 
-fn gateway(of: IpAddr) -> IpAddr {
+/// By whom a pod reaches everything.
+#[must_use]
+pub fn gateway(of: IpAddr) -> IpAddr {
     match of {
         IpAddr::V4(_) => abi::node::GATEWAY_V4.into(),
         IpAddr::V6(_) => abi::node::GATEWAY_V6.0.into(),
@@ -162,7 +175,7 @@ const fn whole(address: IpAddr) -> u8 {
 /// Inside the pod: its name, its addresses, and everything by way of the link-local gateway.
 async fn configure_pod(
     handle: Handle,
-    peer: String,
+    (peer, interface): (String, String),
     addresses: Vec<IpAddr>,
     gateway_mac: [u8; 6],
 ) -> Result<(), NetError> {
@@ -172,13 +185,13 @@ async fn configure_pod(
     } else {
         disable_ipv6(&peer)?;
     }
-    let link = LinkUnspec::new_with_index(index).name(POD_INTERFACE).up().build();
+    let link = LinkUnspec::new_with_index(index).name(interface.clone()).up().build();
     handle
         .link()
         .set(link)
         .execute()
         .await
-        .map_err(NetError::kernel(format!("bringing the pod's {POD_INTERFACE} up")))?;
+        .map_err(NetError::kernel(format!("bringing the pod's {interface} up")))?;
     let lo = get(&handle, "lo").await?.header.index;
     handle
         .link()
@@ -310,11 +323,11 @@ async fn route_to_pod(
 /// # Errors
 ///
 /// Where netlink fails.
-pub fn find_pod_link(name: &str, netns: &Netns) -> Result<Option<Veth>, NetError> {
-    let owned = name.to_owned();
+pub fn find_pod_link(name: &str, netns: &Netns, interface: &str) -> Result<Option<Veth>, NetError> {
+    let (owned, interface) = (name.to_owned(), interface.to_owned());
     let host = netlink_here(move |handle| async move { find(&handle, &owned).await }.boxed())?;
     let pod = in_netns(netns, || {
-        netlink(|handle| async move { find(&handle, POD_INTERFACE).await }.boxed())
+        netlink(|handle| async move { find(&handle, &interface).await }.boxed())
     })??;
     Ok(host.zip(pod).map(|(host, pod)| Veth {
         ifindex: host.header.index,

@@ -38,6 +38,17 @@ pub fn hostd() -> anyhow::Result<PathBuf> {
     Ok(path)
 }
 
+/// The CNI plugin beside that.
+///
+/// # Errors
+///
+/// Where it was not built.
+pub fn plugin() -> anyhow::Result<PathBuf> {
+    let path = hostd()?.with_file_name("wasmgate-cni");
+    ensure!(path.is_file(), "{} is missing: run `cargo xtask build`", path.display());
+    Ok(path)
+}
+
 /// A policy module by name.
 ///
 /// # Errors

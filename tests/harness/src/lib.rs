@@ -5,6 +5,7 @@
 mod artifacts;
 mod capture;
 mod cluster;
+mod cni;
 mod etcd;
 mod netns;
 mod node;
@@ -15,9 +16,10 @@ mod server;
 mod short;
 mod support;
 
-pub use artifacts::{hostd, policy, test_policy, use_release};
+pub use artifacts::{hostd, plugin, policy, test_policy, use_release};
 pub use capture::{Capture, VxlanPacket};
 pub use cluster::{Cluster, Options, Pod};
+pub use cni::Cni;
 pub use etcd::{Etcd, EtcdOptions};
 pub use netns::{Namespace, in_netns, run};
 pub use node::Node;

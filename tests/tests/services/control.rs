@@ -109,7 +109,7 @@ fn an_explanation_of_a_service_says_whom_to_ask_about() {
 #[test]
 fn an_address_that_passes_to_another_namespaces_pod_is_no_backend_any_more() {
     kernel_test!();
-    let cluster = cluster(&Options::default());
+    let mut cluster = cluster(&Options::default());
     cluster
         .add_service("red/web", "--address 172.16.0.1 --port tcp/80=8080 --selector app=web")
         .unwrap();
@@ -118,6 +118,8 @@ fn an_address_that_passes_to_another_namespaces_pod_is_no_backend_any_more() {
     let store = FileStore::open(&cluster.folder().join("store")).unwrap();
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let key = Key::new(Collection::Pods, cluster.pod("red/there").address);
+    // Its hostd would take it back.
+    cluster.nodes[1].stop(true).unwrap();
     let (record, _) = runtime
         .block_on(records::get::<PodRecord>(&store, &key))
         .unwrap()
@@ -141,10 +143,12 @@ fn an_address_that_passes_to_another_namespaces_pod_is_no_backend_any_more() {
 #[test]
 fn a_pod_that_has_a_services_address_against_all_precautions_gives_it_back() {
     kernel_test!();
-    let cluster = cluster(&Options::default());
+    let mut cluster = cluster(&Options::default());
     cluster
         .add_service("red/web", "--address 172.16.0.1 --port tcp/80=8080 --selector app=web")
         .unwrap();
+    // Its hostd would take back what is not true of its pods.
+    cluster.nodes[1].stop(true).unwrap();
     let whose = || -> String {
         let list = cluster.nodes[0].json(&["ipcache", "list"]).unwrap();
         let list = list.as_array().unwrap().iter();

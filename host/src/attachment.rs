@@ -1,0 +1,153 @@
+//! Pods as container runtimes know them: an interface of a container on a network (CNI specification 1.1.0, section 2).
+
+use crate::{
+    codec,
+    store::{Durability, StoreError, replace_file},
+    wasm::sha256,
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    fmt, fs, io,
+    path::{Path, PathBuf},
+};
+
+/// An interface of a container on a network.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Attachment {
+    /// Name of the network.
+    pub network: String,
+    /// The runtime's name for the container (`CNI_CONTAINERID`).
+    pub container: String,
+    /// Name of the interface inside the container (`CNI_IFNAME`).
+    pub interface: String,
+}
+
+impl fmt::Display for Attachment {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            out,
+            "interface {} of container {} on network {}",
+            self.interface, self.container, self.network
+        )
+    }
+}
+
+/// Attachments that were ended while hostd was not there: a file for each, in a folder beside hostd's socket.
+#[derive(Clone, Debug)]
+pub struct Queue(PathBuf);
+
+impl Queue {
+    /// The queue of the hostd with this socket.
+    #[must_use]
+    pub fn beside(socket: &Path) -> Self {
+        Self(socket.with_extension("ended"))
+    }
+
+    fn file(&self, attachment: &Attachment) -> PathBuf {
+        self.0.join(sha256(attachment.to_string().as_bytes()))
+    }
+
+    /// Leaves word that an attachment has ended.
+    ///
+    /// # Errors
+    ///
+    /// Where it can't be written.
+    pub fn put(&self, attachment: &Attachment) -> Result<(), StoreError> {
+        fs::create_dir_all(&self.0).map_err(|source| self.failed("create", source))?;
+        let bytes = codec::encode(attachment).map_err(|source| StoreError::Content {
+            file: self.0.display().to_string(),
+            source,
+        })?;
+        replace_file(&self.file(attachment), &bytes, Durability::Memory)
+    }
+
+    /// The attachments of which word was left. A file that is none of ours is removed.
+    ///
+    /// # Errors
+    ///
+    /// Where they can't be read.
+    pub fn list(&self) -> Result<Vec<Attachment>, StoreError> {
+        let files = match fs::read_dir(&self.0) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            other => other.map_err(|source| self.failed("list", source))?,
+        };
+        let mut ended = Vec::new();
+        for file in files {
+            let path = file.map_err(|source| self.failed("list", source))?.path();
+            let hidden = path
+                .file_name()
+                .is_none_or(|name| name.to_string_lossy().starts_with('.'));
+            if hidden {
+                continue; // still being written
+            }
+            let bytes = fs::read(&path).map_err(|source| self.failed("read", source))?;
+            match codec::decode::<Attachment>(&bytes) {
+                Ok(attachment) => ended.push(attachment),
+                Err(error) => {
+                    tracing::warn!("removing {}: {error}", path.display());
+                    fs::remove_file(&path).map_err(|source| self.failed("remove", source))?;
+                }
+            }
+        }
+        Ok(ended)
+    }
+
+    /// Forgets the word about an attachment; that there is none is no error.
+    ///
+    /// # Errors
+    ///
+    /// Where the file can't be removed.
+    pub fn remove(&self, attachment: &Attachment) -> Result<(), StoreError> {
+        match fs::remove_file(self.file(attachment)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(self.failed("remove", error)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes the folder.
+    ///
+    /// # Errors
+    ///
+    /// Where it can't be removed.
+    pub fn clear(&self) -> Result<(), StoreError> {
+        match fs::remove_dir_all(&self.0) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(self.failed("remove", error)),
+            _ => Ok(()),
+        }
+    }
+
+    fn failed(&self, what: &str, source: io::Error) -> StoreError {
+        StoreError::Io {
+            what: format!("{what} {}", self.0.display()),
+            source,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Attachment, Queue};
+
+    #[test]
+    fn word_is_left_read_and_forgotten() {
+        let folder = tempfile::tempdir().unwrap();
+        let queue = Queue::beside(&folder.path().join("hostd.sock"));
+        assert_eq!(queue.list().unwrap(), []);
+        let one = Attachment {
+            network: "net".to_owned(),
+            container: "../../etc/passwd".to_owned(),
+            interface: "eth0".to_owned(),
+        };
+        queue.remove(&one).unwrap();
+        queue.put(&one).unwrap();
+        queue.put(&one).unwrap();
+        assert_eq!(queue.list().unwrap(), std::slice::from_ref(&one));
+        std::fs::write(folder.path().join("hostd.ended/foreign"), "x").unwrap();
+        assert_eq!(queue.list().unwrap(), std::slice::from_ref(&one));
+        assert!(!folder.path().join("hostd.ended/foreign").exists());
+        queue.remove(&one).unwrap();
+        assert_eq!(queue.list().unwrap(), []);
+        queue.clear().unwrap();
+        queue.clear().unwrap();
+    }
+}

@@ -1,0 +1,103 @@
+//! Making a node's container runtimes use hostd, and taking that back.
+
+use super::args::{InstallArguments, PlaceArguments};
+use crate::{
+    cni::PLUGIN,
+    config::Config,
+    store::{Durability, replace_file},
+};
+use anyhow::{Context, bail};
+use serde_json::{Value, json};
+use std::{
+    env, fs,
+    io::{ErrorKind, Write},
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+};
+
+/// The plugin and the network's configuration, each as a whole or not at all; the configuration last, since runtimes use
+/// a network as soon as there is one.
+pub fn install(arguments: &InstallArguments, out: &mut impl Write) -> anyhow::Result<()> {
+    let config = Config::read(&arguments.config)?;
+    let source = match &arguments.plugin {
+        Some(path) => path.clone(),
+        None => env::current_exe()?.with_file_name(PLUGIN),
+    };
+    let plugin = fs::read(&source).with_context(|| {
+        let source = source.display();
+        format!("{source}: the plugin is built with hostd and stays beside it, or `--plugin` says where it is")
+    })?;
+    let places = &arguments.places;
+    let (binary, list) = (places.binary(), places.list());
+    check_ours(&list)?;
+    for folder in [&places.bin_dir, &places.conf_dir] {
+        fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
+    }
+    // Under a name that no runtime starts until it may be executed.
+    let aside = places.bin_dir.join(format!(".{PLUGIN}.new"));
+    fs::write(&aside, &plugin)
+        .and_then(|()| fs::set_permissions(&aside, fs::Permissions::from_mode(0o755)))
+        .and_then(|()| fs::File::open(&aside)?.sync_all())
+        .and_then(|()| fs::rename(&aside, &binary))
+        .with_context(|| format!("write {}", binary.display()))?;
+    let text = serde_json::to_string_pretty(&network(arguments, &config))? + "\n";
+    replace_file(&list, text.as_bytes(), Durability::Disk)?;
+    writeln!(out, "installed {} and {}", binary.display(), list.display())?;
+    Ok(())
+}
+
+/// Takes both away, the configuration first; that they are not there is no error.
+pub fn uninstall(places: &PlaceArguments, out: &mut impl Write) -> anyhow::Result<()> {
+    let (binary, list) = (places.binary(), places.list());
+    check_ours(&list)?;
+    for file in [list, binary] {
+        match fs::remove_file(&file) {
+            Ok(()) => writeln!(out, "removed {}", file.display())?,
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(error).with_context(|| format!("remove {}", file.display())),
+        }
+    }
+    Ok(())
+}
+
+/// The list of plugins that makes a network.
+fn network(arguments: &InstallArguments, config: &Config) -> Value {
+    json!({
+        "cniVersion": "1.0.0",
+        "cniVersions": ["0.4.0", "1.0.0", "1.1.0"],
+        "name": arguments.places.network,
+        "plugins": [{
+            "type": PLUGIN,
+            "socket": config.socket,
+            "namespace": arguments.namespace,
+            "capabilities": { "ips": true, "labels": true },
+        }],
+    })
+}
+
+/// A file that is there must be a list with our plugin.
+fn check_ours(list: &Path) -> anyhow::Result<()> {
+    let text = match fs::read_to_string(list) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        other => other.with_context(|| format!("read {}", list.display()))?,
+    };
+    let value: Value = serde_json::from_str(&text).unwrap_or_default();
+    let plugin = &value["plugins"][0]["type"];
+    if plugin == PLUGIN {
+        return Ok(());
+    }
+    bail!(
+        "{} is not ours: its plugin is {plugin}, not {PLUGIN}; nothing is changed (`--network` gives another name)",
+        list.display()
+    )
+}
+
+impl PlaceArguments {
+    fn binary(&self) -> PathBuf {
+        self.bin_dir.join(PLUGIN)
+    }
+
+    fn list(&self) -> PathBuf {
+        self.conf_dir.join(format!("10-{}.conflist", self.network))
+    }
+}

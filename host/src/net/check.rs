@@ -1,0 +1,113 @@
+//! Whether a pod's interface is still as hostd has made it.
+
+use super::{
+    NetError, Netns, Veth, in_netns,
+    netlink::{find, mac, netlink, netlink_here},
+    veth::gateway,
+};
+use futures::{FutureExt, TryStreamExt};
+use rtnetlink::{
+    Handle, RouteMessageBuilder,
+    packet_route::{
+        address::AddressAttribute,
+        link::{LinkFlags, LinkMessage},
+        route::{RouteAddress, RouteAttribute},
+    },
+};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+/// What is not as it should be of a pod's veth pair: interfaces, MAC addresses, addresses, routes.
+///
+/// # Errors
+///
+/// Where netlink fails.
+pub fn check_pod_link(
+    name: &str,
+    netns: &Netns,
+    interface: &str,
+    veth: &Veth,
+    addresses: &[IpAddr],
+) -> Result<Vec<String>, NetError> {
+    let (host, pod) = (name.to_owned(), interface.to_owned());
+    let (known, all) = (*veth, addresses.to_vec());
+    let mut problems = netlink_here(move |handle| check_host(handle, host, known).boxed())?;
+    problems.extend(in_netns(netns, || {
+        netlink(move |handle| check_pod(handle, pod, known, all).boxed())
+    })??);
+    Ok(problems)
+}
+
+fn is_up(link: &LinkMessage) -> bool {
+    link.header.flags.contains(LinkFlags::Up)
+}
+
+async fn check_host(handle: Handle, name: String, veth: Veth) -> Result<Vec<String>, NetError> {
+    let mut problems = Vec::new();
+    match find(&handle, &name).await? {
+        None => problems.push(format!("the node's interface {name} is gone")),
+        Some(link) if link.header.index != veth.ifindex => problems.push(format!("{name} is another interface now")),
+        Some(link) => {
+            if !is_up(&link) {
+                problems.push(format!("the node's interface {name} is down"));
+            }
+            if mac(&link) != veth.host_mac {
+                problems.push(format!("the node's interface {name} has another MAC address"));
+            }
+        }
+    }
+    Ok(problems)
+}
+
+async fn check_pod(
+    handle: Handle,
+    interface: String,
+    veth: Veth,
+    addresses: Vec<IpAddr>,
+) -> Result<Vec<String>, NetError> {
+    let Some(link) = find(&handle, &interface).await? else {
+        return Ok(vec![format!("the container has no interface {interface}")]);
+    };
+    let mut problems = Vec::new();
+    if !is_up(&link) {
+        problems.push(format!("the container's {interface} is down"));
+    }
+    if mac(&link) != veth.pod_mac {
+        problems.push(format!("the container's {interface} has another MAC address"));
+    }
+    let index = link.header.index;
+    let mut listed = handle.address().get().set_link_index_filter(index).execute();
+    let mut there = Vec::new();
+    while let Some(address) = listed.try_next().await.map_err(NetError::kernel("listing addresses"))? {
+        there.extend(address.attributes.iter().find_map(|attribute| match attribute {
+            AddressAttribute::Address(address) => Some(*address),
+            _ => None,
+        }));
+    }
+    for address in addresses {
+        if !there.contains(&address) {
+            problems.push(format!(
+                "the container's {interface} has no longer the address {address}"
+            ));
+        }
+        if !has_default_route(&handle, index, gateway(address)).await? {
+            let by = gateway(address);
+            problems.push(format!("the container has no longer its route to everything by {by}"));
+        }
+    }
+    Ok(problems)
+}
+
+async fn has_default_route(handle: &Handle, index: u32, by: IpAddr) -> Result<bool, NetError> {
+    let (query, by) = match by {
+        IpAddr::V4(by) => (RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteAddress::Inet(by)),
+        IpAddr::V6(by) => (RouteMessageBuilder::<Ipv6Addr>::new().build(), RouteAddress::Inet6(by)),
+    };
+    let mut listed = handle.route().get(query).execute();
+    let mut found = false;
+    while let Some(route) = listed.try_next().await.map_err(NetError::kernel("listing routes"))? {
+        found |= route.header.destination_prefix_length == 0
+            && route.attributes.contains(&RouteAttribute::Oif(index))
+            && route.attributes.contains(&RouteAttribute::Gateway(by.clone()));
+    }
+    Ok(found)
+}
