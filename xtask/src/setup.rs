@@ -8,7 +8,7 @@ use std::{
 use toolchain::{BPF_LINKER_VERSION, DISTRO_LLVM, Error, find_bpf, find_program, find_wasm};
 
 /// A program that is needed, and Debian's package that has it.
-const PROGRAMS: [(&str, &str); 11] = [
+const PROGRAMS: [(&str, &str); 16] = [
     ("ip", "iproute2"),
     ("tc", "iproute2"),
     ("nsenter", "util-linux"),
@@ -21,6 +21,11 @@ const PROGRAMS: [(&str, &str); 11] = [
     ("protoc", "protobuf-compiler"),
     ("etcd", "etcd-server"),
     ("etcdctl", "etcd-client"),
+    ("podman", "podman"),
+    ("containerd", "containerd"),
+    ("runc", "runc"),
+    ("conmon", "conmon"),
+    ("busybox", "busybox-static"),
 ];
 
 /// Debian's second Rust, for the targets that rustup would have to download.
