@@ -293,6 +293,31 @@ fn while_hostd_is_not_there_containers_can_go() {
 }
 
 #[test]
+fn a_namespace_that_is_another_one_by_now_is_not_taken_for_the_pods() {
+    kernel_test!();
+    let mut cluster = one_node("allow-all");
+    let (one, other) = (Namespace::new("one").unwrap(), Namespace::new("other").unwrap());
+    // As `/proc/PID/ns/net` is, when another process gets the number.
+    let alias = cluster.folder().join("netns");
+    std::os::unix::fs::symlink(one.path(), &alias).unwrap();
+    let alias = alias.display().to_string();
+    Cni::new(&cluster.nodes[0], "c1", Some(&alias))
+        .run("ADD")
+        .unwrap()
+        .unwrap();
+    Cni::new(&cluster.nodes[0], "c2", Some(&path(&other)))
+        .run("ADD")
+        .unwrap()
+        .unwrap();
+    cluster.nodes[0].stop(true).unwrap();
+    std::fs::remove_file(&alias).unwrap();
+    std::os::unix::fs::symlink(other.path(), &alias).unwrap();
+    cluster.nodes[0].start().unwrap();
+    assert_eq!(pods(&cluster), BTreeSet::from(["default/c2".to_owned()]));
+    assert_eq!(links(&cluster), 1);
+}
+
+#[test]
 fn a_network_is_installed_and_taken_away() {
     kernel_test!();
     let cluster = one_node("allow-all");

@@ -8,7 +8,7 @@ use futures::{FutureExt, TryStreamExt};
 use rtnetlink::{
     Handle, LinkUnspec, LinkVeth, RouteMessageBuilder,
     packet_route::{
-        link::LinkAttribute,
+        link::{LinkAttribute, LinkMessage},
         neighbour::NeighbourState,
         route::{RouteAttribute, RouteMetric, RouteScope},
     },
@@ -318,7 +318,8 @@ async fn route_to_pod(
     added.map_err(NetError::kernel(what.as_str()))
 }
 
-/// The veth pair of a pod that an earlier hostd made, if it is there.
+/// The veth pair of a pod that an earlier hostd made, if it is there: a namespace that is another one by now, under the
+/// same path, has an interface of that name perhaps, but not this pair's other end.
 ///
 /// # Errors
 ///
@@ -329,9 +330,21 @@ pub fn find_pod_link(name: &str, netns: &Netns, interface: &str) -> Result<Optio
     let pod = in_netns(netns, || {
         netlink(|handle| async move { find(&handle, &interface).await }.boxed())
     })??;
-    Ok(host.zip(pod).map(|(host, pod)| Veth {
+    let pair = host
+        .zip(pod)
+        .filter(|(host, pod)| peer_index(host) == Some(pod.header.index) && peer_index(pod) == Some(host.header.index));
+    Ok(pair.map(|(host, pod)| Veth {
         ifindex: host.header.index,
         pod_mac: mac(&pod),
         host_mac: mac(&host),
     }))
+}
+
+/// Index of a veth's other end, in the namespace that that is in (`IFLA_LINK`; `veth_get_iflink` in `drivers/net/veth.c`,
+/// Linux 6.12).
+fn peer_index(link: &LinkMessage) -> Option<u32> {
+    link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::Link(index) => Some(*index),
+        _ => None,
+    })
 }
