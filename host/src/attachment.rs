@@ -22,6 +22,32 @@ pub struct Attachment {
     pub interface: String,
 }
 
+/// Bytes of an interface's alias at the most (`IFALIASZ` in `include/uapi/linux/if.h`, with the byte at its end).
+const MAX_ALIAS: usize = 255;
+
+impl Attachment {
+    /// As the alias of the node's interface says it, with the pod that it is; without the attachment where it would be too
+    /// long. No name has a space in it.
+    #[must_use]
+    pub fn alias(pod: &str, attachment: Option<&Self>) -> String {
+        let whole = attachment.map(|one| format!("{pod} {} {} {}", one.network, one.container, one.interface));
+        whole
+            .filter(|text| text.len() <= MAX_ALIAS)
+            .unwrap_or_else(|| pod.to_owned())
+    }
+
+    /// Reads it back.
+    #[must_use]
+    pub fn from_alias(alias: &str) -> Option<Self> {
+        let mut parts = alias.split(' ').skip(1).map(str::to_owned);
+        Some(Self {
+            network: parts.next()?,
+            container: parts.next()?,
+            interface: parts.next()?,
+        })
+    }
+}
+
 impl fmt::Display for Attachment {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
@@ -149,5 +175,20 @@ mod tests {
         assert_eq!(queue.list().unwrap(), []);
         queue.clear().unwrap();
         queue.clear().unwrap();
+    }
+
+    #[test]
+    fn an_interfaces_alias_says_what_it_is_attached_to() {
+        let mut one = Attachment {
+            network: "net".to_owned(),
+            container: "c1".to_owned(),
+            interface: "eth0".to_owned(),
+        };
+        let alias = Attachment::alias("red/web", Some(&one));
+        assert_eq!(alias, "red/web net c1 eth0");
+        assert_eq!(Attachment::from_alias(&alias), Some(one.clone()));
+        assert_eq!(Attachment::from_alias(&Attachment::alias("red/web", None)), None);
+        one.container = "c".repeat(300);
+        assert_eq!(Attachment::alias("red/web", Some(&one)), "red/web");
     }
 }

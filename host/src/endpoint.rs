@@ -292,6 +292,20 @@ impl EndpointFile {
         }
     }
 
+    /// Moves a file that can't be read out of the way; where it is then.
+    ///
+    /// # Errors
+    ///
+    /// Where it can't be moved.
+    pub fn put_aside(&self) -> Result<PathBuf, StoreError> {
+        let aside = self.0.with_extension("damaged");
+        fs::rename(&self.0, &aside).map_err(|source| StoreError::Io {
+            what: format!("move {}", self.0.display()),
+            source,
+        })?;
+        Ok(aside)
+    }
+
     /// Replaces the file.
     ///
     /// # Errors

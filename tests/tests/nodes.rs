@@ -209,7 +209,11 @@ fn cleanup_takes_everything_away() {
     assert!(!output.status.success());
     assert!(String::from_utf8_lossy(&output.stderr).contains("stop hostd first"));
     cluster.nodes[1].stop(false).unwrap();
+    // Also without what it knows of its pods.
+    let state = cluster.folder().join("node2/state");
+    std::fs::write(state.join("endpoints"), "torn").unwrap();
     let output = cleanup(&cluster);
+    assert!(!state.exists());
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let node = &cluster.nodes[1];
     let links = node.netns.ip(&["-o", "link", "show"]).unwrap();

@@ -3,8 +3,9 @@
 use super::{Daemon, DaemonError, Local, policy::NAMESPACE_NAME};
 use crate::{
     api::{EndpointAdd, EndpointLabel, EndpointView, NamespaceLabel, NamespaceView, PodName},
+    attachment::Attachment,
     endpoint::{self, LocalEndpoint},
-    net::{self, Netns},
+    net::{self, Netns, PairNames},
     store::{
         Collection, Expect, Key, StoreError,
         records::{self, NamespaceRecord, PodRecord},
@@ -110,10 +111,16 @@ impl Daemon {
 
     async fn connect(&mut self, pod: &PodName, endpoint: LocalEndpoint, netns: &Netns) -> Result<(), DaemonError> {
         let (name, pod_interface) = (endpoint.interface.clone(), endpoint.pod_interface().to_owned());
+        let alias = Attachment::alias(&endpoint.pod.full_name(), endpoint.attachment.as_ref());
         let record = endpoint.pod.clone();
         let addresses: Vec<IpAddr> = record.addresses().collect();
         let mtu = self.pod_mtu;
-        let veth = block_in_place(|| net::make_pod_link(&name, netns, &pod_interface, &addresses, mtu))?;
+        let names = PairNames {
+            node: &name,
+            alias: &alias,
+            pod: &pod_interface,
+        };
+        let veth = block_in_place(|| net::make_pod_link(names, netns, &addresses, mtu))?;
         self.locals.insert(pod.clone(), Local { endpoint, veth });
         self.datapath.set_pods(self.locals.len())?;
         self.services.withheld.insert(record.full_name());

@@ -2,6 +2,7 @@
 
 mod attachments;
 mod audit;
+mod cleanup;
 mod collect;
 mod compare;
 mod coordinate;
@@ -16,6 +17,7 @@ mod names;
 mod node;
 mod pods;
 mod policy;
+mod recover;
 mod revision;
 mod serve;
 mod services;
@@ -24,7 +26,8 @@ mod verify;
 mod views;
 mod watch;
 
-pub use start::{cleanup, run};
+pub use cleanup::cleanup;
+pub use start::run;
 
 use crate::{
     api::{CheckAttachment, EndpointAdd, EndpointLabel, Explain, LoadReport, NamespaceLabel, PodName, Response},

@@ -1,10 +1,10 @@
 //! Following the cluster: nodes come and go, pods of other nodes come and go, leases expire.
 
-use super::{Daemon, DaemonError, Node, join};
+use super::{Daemon, DaemonError, Node, cleanup::forget, join};
 use crate::{
     net,
     store::{
-        Change, Collection, Expect, Key, StoreError,
+        Change, Collection, Expect, Key,
         records::{
             self, AliveRecord, IdentityRecord, NamespaceRecord, NodeRecord, PodRecord, PolicyRecord, TenantRecord,
         },
@@ -336,19 +336,6 @@ impl Daemon {
 
     /// The store tells the other nodes, and this one.
     async fn forget_node(&mut self, name: &str) -> Result<(), DaemonError> {
-        for (key, value) in self.store.list(Collection::Pods).await? {
-            let record: PodRecord = records::decode(&key, &value.value)?;
-            if record.node == name {
-                match self.store.delete(&key, Expect::Revision(value.revision)).await {
-                    // Changed meanwhile: somebody else has the address now.
-                    Ok(()) | Err(StoreError::Conflict { .. }) => {}
-                    Err(error) => return Err(error.into()),
-                }
-            }
-        }
-        Ok(self
-            .store
-            .delete(&Key::new(Collection::Nodes, name), Expect::Any)
-            .await?)
+        Ok(forget(&*self.store, name).await?)
     }
 }

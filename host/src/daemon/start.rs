@@ -139,49 +139,8 @@ async fn until_it_answers(server: &Server, store: &Arc<dyn Store>) -> anyhow::Re
     }
 }
 
-/// Takes away all that hostd has made on this node: pods' interfaces, the vxlan device, pins.
-///
-/// # Errors
-///
-/// Where something can't be removed; everything else is.
-pub async fn cleanup(config: &Config) -> anyhow::Result<()> {
-    let _lock = lock(&config.state_dir).context("stop hostd first")?;
-    let mut problems = Vec::new();
-    let mut note = |result: Result<(), String>| problems.extend(result.err());
-    let file = EndpointFile::open(&config.state_dir)?;
-    let store = store::open(&config.store, &config.etcd)?;
-    for endpoint in file.load()? {
-        note(net::delete_link(&endpoint.interface).map_err(|error| error.to_string()));
-        let key = Key::new(Collection::Pods, endpoint.pod.address);
-        note(store.delete(&key, Expect::Any).await.map_err(|error| error.to_string()));
-    }
-    note(net::remove_table().map_err(|error| error.to_string()));
-    note(net::delete_link(VXLAN_DEVICE).map_err(|error| error.to_string()));
-    for cidr in &config.pod_cidrs {
-        note(net::make_reachable(*cidr).map_err(|error| error.to_string()));
-    }
-    if let Ok(underlay) = net::underlay(config.underlay) {
-        note(datapath::detach_node_ports(&underlay.name).map_err(|error| error.to_string()));
-    }
-    note(datapath::cleanup(&config.bpffs).map_err(|error| error.to_string()));
-    for key in [
-        Key::new(Collection::Alive, &config.node),
-        Key::new(Collection::Nodes, &config.node),
-    ] {
-        note(store.delete(&key, Expect::Any).await.map_err(|error| error.to_string()));
-    }
-    note(file.save(std::iter::empty()).map_err(|error| error.to_string()));
-    note(Queue::beside(&config.socket).clear().map_err(|error| error.to_string()));
-    anyhow::ensure!(
-        problems.is_empty(),
-        "not everything could be removed: {}",
-        problems.join("; ")
-    );
-    Ok(())
-}
-
 /// One hostd for one state folder.
-fn lock(state_dir: &Path) -> anyhow::Result<File> {
+pub(super) fn lock(state_dir: &Path) -> anyhow::Result<File> {
     fs::create_dir_all(state_dir).with_context(|| format!("create {}", state_dir.display()))?;
     let path = state_dir.join("lock");
     let file = File::create(&path).with_context(|| format!("open {}", path.display()))?;
@@ -215,6 +174,11 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
         Invariants::parse(&text).with_context(context)?;
     }
     let file = EndpointFile::open(&config.state_dir)?;
+    for folder in [&config.state_dir, &config.state_dir.join("modules")] {
+        if folder.is_dir() {
+            store::remove_asides(folder)?;
+        }
+    }
     let modules = ModuleFolder::open(&config.state_dir)?;
     // This very program, also after another was installed in its place.
     let cache = config.state_dir.join("compiled");
@@ -266,7 +230,7 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
     let vxlan = block_in_place(|| net::ensure_vxlan(abi::node::TUNNEL_PORT, pod_mtu, daemon.config.underlay))?;
     daemon.datapath.set_vxlan(vxlan, pod_mtu, daemon.config.underlay)?;
     daemon.datapath.set_underlay(underlay.ifindex)?;
-    daemon.restore()?;
+    daemon.restore().await?;
     let key = Key::new(Collection::Nodes, &record.name);
     records::put(&*daemon.store, &key, &record, Expect::Any).await?;
     daemon.renew().await?;
@@ -294,8 +258,8 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
 
 impl Daemon {
     /// Finds the pods that an earlier hostd connected. Those whose namespace or interface is gone are forgotten.
-    fn restore(&mut self) -> anyhow::Result<()> {
-        let endpoints = self.file.load()?;
+    async fn restore(&mut self) -> anyhow::Result<()> {
+        let endpoints = self.known_endpoints().await?;
         for endpoint in endpoints {
             let pod = PodName {
                 namespace: endpoint.pod.namespace.clone(),

@@ -5,6 +5,7 @@ mod filter;
 mod netlink;
 mod netns;
 mod ports;
+mod recover;
 mod route;
 mod table;
 mod veth;
@@ -15,9 +16,10 @@ pub use filter::filters;
 pub use netlink::{bring_up, delete_link};
 pub use netns::{Netns, in_netns};
 pub use ports::given_to_connections;
+pub use recover::{Found, find_pods};
 pub use route::{has_tunnel_routes, make_reachable, make_unreachable, set_tunnel_routes};
 pub use table::{Routed, remove_table, set_table, table};
-pub use veth::{Veth, find_pod_link, gateway, make_pod_link, pod_links, prepare_node};
+pub use veth::{PairNames, Veth, find_pod_link, gateway, make_pod_link, pod_links, prepare_node};
 pub use vxlan::{Underlay, ensure_vxlan, pod_mtu, underlay};
 
 use std::{

@@ -35,36 +35,46 @@ pub struct Veth {
 ///
 /// Where netlink fails.
 pub fn pod_links() -> Result<Vec<String>, NetError> {
-    netlink_here(|handle| {
-        async move {
-            let mut links = handle.link().get().execute();
-            let mut names = Vec::new();
-            while let Some(link) = links.try_next().await.map_err(NetError::kernel("listing interfaces"))? {
-                names.extend(link.attributes.into_iter().filter_map(|attribute| match attribute {
-                    LinkAttribute::IfName(name) if crate::endpoint::is_interface_name(&name) => Some(name),
-                    _ => None,
-                }));
-            }
-            Ok(names)
-        }
-        .boxed()
+    let links = netlink_here(|handle| links(handle).boxed())?;
+    let names = links.iter().filter_map(|link| name_of(link).map(str::to_owned));
+    Ok(names.filter(|name| crate::endpoint::is_interface_name(name)).collect())
+}
+
+/// All interfaces.
+pub(super) async fn links(handle: Handle) -> Result<Vec<LinkMessage>, NetError> {
+    let links = handle.link().get().execute();
+    links
+        .try_collect()
+        .await
+        .map_err(NetError::kernel("listing interfaces"))
+}
+
+pub(super) fn name_of(link: &LinkMessage) -> Option<&str> {
+    link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::IfName(name) => Some(name.as_str()),
+        _ => None,
     })
 }
 
-/// Makes a pod's veth pair and moves one end into its namespace, as `interface`, with its addresses and routes. Everything
+/// What a pod's veth pair is called.
+#[derive(Clone, Copy, Debug)]
+pub struct PairNames<'a> {
+    /// The node's end.
+    pub node: &'a str,
+    /// What its alias says.
+    pub alias: &'a str,
+    /// The pod's end.
+    pub pod: &'a str,
+}
+
+/// Makes a pod's veth pair and moves one end into its namespace, with its addresses and routes. Everything
 /// is down until [`prepare_node`] says otherwise. On an error nothing is left.
 ///
 /// # Errors
 ///
 /// Where the namespace has such an interface, or the kernel refuses.
-pub fn make_pod_link(
-    name: &str,
-    netns: &Netns,
-    interface: &str,
-    addresses: &[IpAddr],
-    mtu: u32,
-) -> Result<Veth, NetError> {
-    let interface = interface.to_owned();
+pub fn make_pod_link(called: PairNames<'_>, netns: &Netns, addresses: &[IpAddr], mtu: u32) -> Result<Veth, NetError> {
+    let (name, interface) = (called.node, called.pod.to_owned());
     let wanted = interface.clone();
     if in_netns(netns, || {
         netlink(|handle| async move { find(&handle, &wanted).await }.boxed())
@@ -77,7 +87,7 @@ pub fn make_pod_link(
         });
     }
     let ipv6 = addresses.iter().any(IpAddr::is_ipv6);
-    let made = make_pair(name, netns, mtu, ipv6).and_then(|veth| {
+    let made = make_pair(called, netns, mtu, ipv6).and_then(|veth| {
         let names = (peer_name(name), interface);
         let addresses = addresses.to_vec();
         in_netns(netns, || {
@@ -98,8 +108,9 @@ fn peer_name(name: &str) -> String {
     name.replacen("wg-", "wp-", 1)
 }
 
-fn make_pair(name: &str, netns: &Netns, mtu: u32, ipv6: bool) -> Result<Veth, NetError> {
-    let (name, peer, netns) = (name.to_owned(), peer_name(name), netns.file().as_raw_fd());
+fn make_pair(called: PairNames<'_>, netns: &Netns, mtu: u32, ipv6: bool) -> Result<Veth, NetError> {
+    let (name, alias) = (called.node.to_owned(), called.alias.to_owned());
+    let (peer, netns) = (peer_name(&name), netns.file().as_raw_fd());
     netlink_here(move |handle| {
         async move {
             handle
@@ -122,6 +133,9 @@ fn make_pair(name: &str, netns: &Netns, mtu: u32, ipv6: bool) -> Result<Veth, Ne
                     .await
                     .map_err(NetError::kernel(format!("setting the MAC addresses of {name}")))?;
             }
+            let named = LinkUnspec::new_with_name(&name).append_extra_attribute(LinkAttribute::IfAlias(alias));
+            let named = handle.link().set(named.build()).execute().await;
+            named.map_err(NetError::kernel(format!("setting the alias of {name}")))?;
             let (host, pod) = (get(&handle, &name).await?, get(&handle, &peer).await?);
             let veth = Veth {
                 ifindex: host.header.index,
@@ -342,7 +356,7 @@ pub fn find_pod_link(name: &str, netns: &Netns, interface: &str) -> Result<Optio
 
 /// Index of a veth's other end, in the namespace that that is in (`IFLA_LINK`; `veth_get_iflink` in `drivers/net/veth.c`,
 /// Linux 6.12).
-fn peer_index(link: &LinkMessage) -> Option<u32> {
+pub(super) fn peer_index(link: &LinkMessage) -> Option<u32> {
     link.attributes.iter().find_map(|attribute| match attribute {
         LinkAttribute::Link(index) => Some(*index),
         _ => None,

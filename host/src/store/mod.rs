@@ -8,7 +8,7 @@ mod file;
 pub mod records;
 
 pub use etcd::{EtcdConfig, EtcdStore, SCHEME as ETCD};
-pub use file::{Durability, FileStore, replace as replace_file};
+pub use file::{Durability, FileStore, remove_asides, replace as replace_file};
 
 use futures::future::BoxFuture;
 use std::{fmt, sync::Arc, time::Duration};

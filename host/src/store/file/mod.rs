@@ -95,6 +95,10 @@ impl FileStore {
             folder: folder.to_owned(),
         };
         let _lock = store.lock()?;
+        for collection in Collection::ALL {
+            remove_asides(&folder.join(collection.name()))?;
+        }
+        remove_asides(folder)?;
         store.revisions().open(|| store.last_revision())?;
         Ok(store)
     }
@@ -289,6 +293,21 @@ pub fn replace(path: &Path, bytes: &[u8], durability: Durability) -> Result<(), 
     }
     // Makes the rename itself survive a crash.
     sync_folder(path)
+}
+
+/// Removes what writers that died had written aside in a folder, in which nobody writes meanwhile.
+///
+/// # Errors
+///
+/// Where it can't be listed, or a file not be removed.
+pub fn remove_asides(folder: &Path) -> Result<(), StoreError> {
+    for file in fs::read_dir(folder).context("list", folder)? {
+        let file = file.context("list", folder)?;
+        if file.file_name().to_string_lossy().starts_with(ASIDE) {
+            fs::remove_file(file.path()).context("remove", &file.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// Makes the disk have what files there are in a file's folder.

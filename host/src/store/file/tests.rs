@@ -22,6 +22,8 @@ async fn a_torn_value_is_an_error_and_half_a_write_is_invisible() {
     let bytes = std::fs::read(&path).unwrap();
     std::fs::write(folder.path().join("pods/.new-1-1"), b"half").unwrap();
     assert_eq!(store.list(Collection::Pods).await.unwrap().len(), 1);
+    FileStore::open(folder.path()).unwrap();
+    assert!(!folder.path().join("pods/.new-1-1").exists(), "its writer has died");
     replace(&path, &bytes[..bytes.len() - 3], Durability::Disk).unwrap();
     let error = store.get(&key("a")).await.unwrap_err();
     assert!(

@@ -1,0 +1,101 @@
+//! Taking away all that hostd has made on a node.
+
+use super::start::lock;
+use crate::{
+    attachment::Queue,
+    config::Config,
+    datapath,
+    net::{self, VXLAN_DEVICE},
+    store::{
+        self, Collection, Expect, Key, Store, StoreError,
+        records::{self, PodRecord},
+    },
+};
+use anyhow::{Context, ensure};
+use std::{fmt::Display, fs, io, path::Path};
+
+/// What a node keeps across restarts, in its state folder. Others may keep theirs there, too.
+const STATE: [&str; 5] = ["endpoints", "endpoints.damaged", "modules", "compiled", "lock"];
+
+/// Takes away all that hostd has made on this node: pods' interfaces, the vxlan device, rules, routes, pins, records, files.
+///
+/// # Errors
+///
+/// Where something can't be removed; everything else is.
+pub async fn cleanup(config: &Config) -> anyhow::Result<()> {
+    let lock = lock(&config.state_dir).context("stop hostd first")?;
+    let mut problems = Vec::new();
+    // By their names, and not by a file that may be lost.
+    match net::pod_links() {
+        Ok(links) => {
+            for link in links {
+                note(&mut problems, net::delete_link(&link));
+            }
+        }
+        failed => note(&mut problems, failed.map(|_| ())),
+    }
+    note(&mut problems, net::remove_table());
+    note(&mut problems, net::delete_link(VXLAN_DEVICE));
+    for cidr in &config.pod_cidrs {
+        note(&mut problems, net::make_reachable(*cidr));
+    }
+    if let Ok(underlay) = net::underlay(config.underlay) {
+        note(&mut problems, datapath::detach_node_ports(&underlay.name));
+    }
+    note(&mut problems, datapath::cleanup(&config.bpffs));
+    let forgotten = match store::open(&config.store, &config.etcd) {
+        Ok(store) => forget(&*store, &config.node).await,
+        Err(error) => Err(error),
+    };
+    note(&mut problems, forgotten);
+    note(&mut problems, Queue::beside(&config.socket).clear());
+    for name in STATE {
+        let path = config.state_dir.join(name);
+        let removed = remove(&path);
+        note(
+            &mut problems,
+            removed.map_err(|error| format!("{}: {error}", path.display())),
+        );
+    }
+    drop(lock);
+    // Unless something else is in it.
+    let _ = fs::remove_dir(&config.state_dir);
+    ensure!(
+        problems.is_empty(),
+        "not everything could be removed: {}; what is left is removed when this is run again",
+        problems.join("; ")
+    );
+    Ok(())
+}
+
+fn note<E: Display>(problems: &mut Vec<String>, result: Result<(), E>) {
+    problems.extend(result.err().map(|error| error.to_string()));
+}
+
+/// Makes the cluster forget a node with its pods.
+pub(super) async fn forget(store: &dyn Store, node: &str) -> Result<(), StoreError> {
+    for (key, value) in store.list(Collection::Pods).await? {
+        let pod: PodRecord = records::decode(&key, &value.value)?;
+        if pod.node == node {
+            match store.delete(&key, Expect::Revision(value.revision)).await {
+                // Changed meanwhile: somebody else has the address now.
+                Ok(()) | Err(StoreError::Conflict { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    store.delete(&Key::new(Collection::Alive, node), Expect::Any).await?;
+    store.delete(&Key::new(Collection::Nodes, node), Expect::Any).await
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    let removed = if path.is_dir() {
+        fs::remove_dir_all(path)
+    } else {
+        fs::remove_file(path)
+    };
+    match removed {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}

@@ -1,0 +1,234 @@
+//! hostd is killed at any moment, and what it keeps on disk is damaged: nothing of that reaches the packets, and nothing is
+//! left of it.
+#![expect(clippy::unwrap_used, reason = "helpers of tests, which fail as a whole")]
+
+use harness::{
+    Cluster, Cni, Counts, Listener, Namespace, Node, Options, TcpOutcome, Traffic, in_netns, kernel_test, tcp_exchange,
+};
+use serde_json::{Value, json};
+use std::{
+    env, fs,
+    net::{SocketAddr, UdpSocket},
+    path::Path,
+    process::Command,
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    thread,
+    time::Duration,
+};
+
+const WAIT: Duration = Duration::from_millis(400);
+
+/// How often hostd is killed.
+fn kills() -> u64 {
+    env::var("WASMGATE_KILLS").map_or(200, |number| number.parse().unwrap())
+}
+
+/// A node's pods as it shows them.
+fn endpoints(node: &Node) -> Value {
+    node.json(&["endpoint", "list"]).unwrap()
+}
+
+#[test]
+fn a_file_of_endpoints_that_is_damaged_or_another_versions_is_made_anew() {
+    kernel_test!();
+    let options = Options {
+        nodes: 1,
+        ..Options::dual_stack()
+    };
+    let mut cluster = Cluster::with(&options).unwrap();
+    cluster.load("tenant-isolation").unwrap();
+    cluster.add_pod(0, "red/a", &[("app", "web")]).unwrap();
+    cluster.add_pod(0, "red/b", &[]).unwrap();
+    let container = Namespace::new("container").unwrap();
+    let path = container.path().display().to_string();
+    let cni = Cni::new(&cluster.nodes[0], "c1", Some(&path)).with("namespace", json!("red"));
+    let added = cni.run("ADD").unwrap().unwrap();
+    let _listener = Listener::new(cluster.pod("red/b").netns.name(), 80).unwrap();
+    let (a, b) = (cluster.pod("red/a"), cluster.pod("red/b"));
+    let traffic = [a.netns.name(), container.name()].map(|from| Traffic::start(from, b.address, 80, WAIT));
+
+    let before = endpoints(&cluster.nodes[0]);
+    let file = cluster.folder().join("node1/state/endpoints");
+    let whole = fs::read(&file).unwrap();
+    let mut newer = whole.clone();
+    newer[4] = 99;
+    let mut flipped = whole.clone();
+    *flipped.last_mut().unwrap() ^= 1;
+    for damaged in [&whole[..whole.len() / 2], &[], &flipped, &newer] {
+        cluster.nodes[0].stop(true).unwrap();
+        fs::write(&file, damaged).unwrap();
+        cluster.nodes[0].start().unwrap();
+        assert_eq!(endpoints(&cluster.nodes[0]), before);
+        let log = cluster.nodes[0].log();
+        let said = log
+            .lines()
+            .filter(|line| line.contains("3 pods found; the file is now"));
+        assert!(said.count() > 0 && log.contains("state/endpoints: "), "{log}");
+        assert_eq!(fs::read(file.with_extension("damaged")).unwrap(), damaged);
+    }
+    // Also what its runtime calls the container.
+    let check = cni.clone().with("prevResult", added);
+    assert_eq!(check.run("CHECK").unwrap(), Ok(Value::Null));
+    for counts in traffic.map(|one| one.stop().unwrap()) {
+        assert!(
+            matches!(
+                counts,
+                Counts {
+                    lost: 0,
+                    answered: 100..,
+                    ..
+                }
+            ),
+            "{counts:?}"
+        );
+    }
+    assert_eq!(cni.run("DEL").unwrap(), Ok(Value::Null));
+    assert_eq!(endpoints(&cluster.nodes[0]).as_array().unwrap().len(), 2);
+}
+
+/// Sends datagrams, each a flow of its own, and counts those that are answered.
+fn ask(from: &str, to: SocketAddr, end: &AtomicBool, wait: Duration, asked: &AtomicU64) -> u64 {
+    in_netns(from, || {
+        let mut answered = 0;
+        while !end.load(Ordering::Relaxed) {
+            let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+            socket.set_read_timeout(Some(wait)).unwrap();
+            socket.send_to(b"new", to).unwrap();
+            asked.fetch_add(1, Ordering::Relaxed);
+            answered += u64::from(socket.recv(&mut [0; 8]).is_ok());
+        }
+        answered
+    })
+    .unwrap()
+}
+
+/// Asks a hostd that may not be there, for pods that come and go and labels that change.
+fn disturb(node: &Node, spare: &[Namespace; 2], end: &AtomicBool) {
+    let mut number = 0_usize;
+    while !end.load(Ordering::Relaxed) {
+        number += 1;
+        let netns = &spare[number % 2];
+        let pod = ["--namespace", "red", "--name", &format!("spare{}", number % 2)];
+        let add = [&["endpoint", "add", "--netns", netns.name()][..], &pod].concat();
+        // Whether hostd is there when it is asked is what this is about.
+        let _ = node.hostd(&add);
+        let _ = node.hostd(&["namespace", "label", "red", &format!("round=r{number}")]);
+        let _ = node.hostd(&[&["endpoint", "delete"][..], &pod].concat());
+    }
+}
+
+/// What is left in the kernel and on disk of a node and its cluster.
+fn leftovers(cluster: &Cluster) -> Vec<String> {
+    let node = &cluster.nodes[0];
+    let count = |what: &str, folder: &Path| {
+        let files = Command::new("find")
+            .arg(folder)
+            .args(["-mindepth", "1"])
+            .output()
+            .unwrap();
+        format!("{what}: {}", String::from_utf8(files.stdout).unwrap().lines().count())
+    };
+    let links = node.netns.ip(&["-o", "link"]).unwrap();
+    let routes = node.netns.ip(&["route"]).unwrap();
+    vec![
+        format!("links: {}", links.lines().count()),
+        format!("routes: {}", routes.lines().count()),
+        count("pins", &node.bpffs()),
+        count("records of pods", &cluster.folder().join("store/pods")),
+        count("state", &cluster.folder().join("node1/state")),
+        endpoints(node).to_string(),
+        node.json(&["ipcache", "list"]).unwrap().to_string(),
+    ]
+}
+
+#[test]
+fn hostd_killed_at_any_moment_loses_nothing_and_leaves_nothing() {
+    kernel_test!();
+    let mut cluster = Cluster::new().unwrap();
+    for (node, name) in [(0, "red/a"), (0, "red/b"), (1, "red/c"), (0, "blue/d")] {
+        cluster.add_pod(node, name, &[]).unwrap();
+    }
+    cluster.load("tenant-isolation").unwrap();
+    cluster.nodes[0]
+        .json(&["namespace", "label", "red", "round=last"])
+        .unwrap();
+    cluster.settle().unwrap();
+    cluster.nodes[0].stop(true).unwrap();
+    cluster.nodes[0].start().unwrap();
+    let before = leftovers(&cluster);
+    cluster.nodes[0].stop(true).unwrap();
+
+    let spare = [Namespace::new("spare").unwrap(), Namespace::new("spare").unwrap()];
+    let netns = |name: &str| cluster.pod(name).netns.name().to_owned();
+    let _listeners = ["red/b", "red/c"].map(|name| Listener::new(&netns(name), 80).unwrap());
+    let to = |name: &str| SocketAddr::new(cluster.pod(name).address, 80);
+    let (near, far) = (to("red/b"), to("red/c"));
+    let (a, d) = (netns("red/a"), netns("blue/d"));
+    let old = [near, far].map(|to| Traffic::paced(&a, to.ip(), 80, WAIT, Duration::from_millis(1)));
+    let (end, asked, refused) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
+    thread::scope(|scope| {
+        let new = [near, far].map(|to| {
+            scope.spawn({
+                let (a, end, asked) = (&a, &end, &asked);
+                move || ask(a, to, end, WAIT, asked)
+            })
+        });
+        let never = [near, far].map(|to| {
+            let (d, end, refused) = (&d, &end, &refused);
+            scope.spawn(move || ask(d, to, end, Duration::from_millis(2), refused))
+        });
+        let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+        for _ in 0..kills() {
+            // A xorshift: how far hostd comes differs each time, from its first instructions to some time after its start.
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            cluster.nodes[0].launch().unwrap();
+            let stop = AtomicBool::new(false);
+            thread::scope(|inner| {
+                let (node, stop) = (&cluster.nodes[0], &stop);
+                let spare = &spare;
+                inner.spawn(move || disturb(node, spare, stop));
+                thread::sleep(Duration::from_millis(random % 1200));
+                let pid = node.pid().unwrap().to_string();
+                assert!(Command::new("kill").args(["-9", &pid]).status().unwrap().success());
+                stop.store(true, Ordering::Relaxed);
+            });
+            cluster.nodes[0].stop(true).unwrap();
+        }
+        end.store(true, Ordering::Relaxed);
+        let answered: u64 = new.map(|one| one.join().unwrap()).iter().sum();
+        let leaked: u64 = never.map(|one| one.join().unwrap()).iter().sum();
+        assert_eq!(
+            answered,
+            asked.load(Ordering::Relaxed),
+            "new flows that were not answered"
+        );
+        assert_eq!(leaked, 0, "of {}", refused.load(Ordering::Relaxed));
+    });
+    for counts in old.map(|one| one.stop().unwrap()) {
+        assert!(
+            matches!(
+                counts,
+                Counts {
+                    lost: 0,
+                    answered: 100..,
+                    ..
+                }
+            ),
+            "{counts:?}"
+        );
+    }
+    cluster.nodes[0].start().unwrap();
+    for name in ["spare0", "spare1"] {
+        cluster.nodes[0]
+            .json(&["endpoint", "delete", "--namespace", "red", "--name", name])
+            .unwrap();
+    }
+    cluster.nodes[0]
+        .json(&["namespace", "label", "red", "round=last"])
+        .unwrap();
+    cluster.agree().unwrap();
+    assert_eq!(leftovers(&cluster), before);
+    assert_eq!(tcp_exchange(&a, near.ip(), 80, WAIT).unwrap(), TcpOutcome::Open);
+}
