@@ -7,7 +7,10 @@ use crate::{
 };
 use serde::{Deserialize, Serialize};
 use std::{
-    fmt, fs, io,
+    fmt,
+    fs::{self, DirBuilder},
+    io,
+    os::unix::fs::{DirBuilderExt, MetadataExt},
     path::{Path, PathBuf},
 };
 
@@ -66,7 +69,9 @@ impl Queue {
     /// The queue of the hostd with this socket.
     #[must_use]
     pub fn beside(socket: &Path) -> Self {
-        Self(socket.with_extension("ended"))
+        let mut folder = socket.as_os_str().to_owned();
+        folder.push(".ended");
+        Self(folder.into())
     }
 
     fn file(&self, attachment: &Attachment) -> PathBuf {
@@ -79,7 +84,9 @@ impl Queue {
     ///
     /// Where it can't be written.
     pub fn put(&self, attachment: &Attachment) -> Result<(), StoreError> {
-        fs::create_dir_all(&self.0).map_err(|source| self.failed("create", source))?;
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(&self.0);
+        made.map_err(|source| self.failed("create", source))?;
+        self.check_owner()?;
         let bytes = codec::encode(attachment).map_err(|source| StoreError::Content {
             file: self.0.display().to_string(),
             source,
@@ -97,14 +104,15 @@ impl Queue {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             other => other.map_err(|source| self.failed("list", source))?,
         };
+        self.check_owner()?;
         let mut ended = Vec::new();
         for file in files {
             let path = file.map_err(|source| self.failed("list", source))?.path();
             let hidden = path
                 .file_name()
                 .is_none_or(|name| name.to_string_lossy().starts_with('.'));
-            if hidden {
-                continue; // still being written
+            if hidden || !path.symlink_metadata().is_ok_and(|file| file.is_file()) {
+                continue; // still being written, or none of ours
             }
             let bytes = fs::read(&path).map_err(|source| self.failed("read", source))?;
             match codec::decode::<Attachment>(&bytes) {
@@ -142,6 +150,16 @@ impl Queue {
         }
     }
 
+    /// Nobody else may have made the folder, or write into it.
+    fn check_owner(&self) -> Result<(), StoreError> {
+        let folder = fs::symlink_metadata(&self.0).map_err(|source| self.failed("look at", source))?;
+        if folder.is_dir() && folder.uid() == rustix::process::geteuid().as_raw() && folder.mode() & 0o022 == 0 {
+            return Ok(());
+        }
+        let problem = io::Error::other("it is not a folder that only its owner may write into");
+        Err(self.failed("believe", problem))
+    }
+
     fn failed(&self, what: &str, source: io::Error) -> StoreError {
         StoreError::Io {
             what: format!("{what} {}", self.0.display()),
@@ -168,9 +186,9 @@ mod tests {
         queue.put(&one).unwrap();
         queue.put(&one).unwrap();
         assert_eq!(queue.list().unwrap(), std::slice::from_ref(&one));
-        std::fs::write(folder.path().join("hostd.ended/foreign"), "x").unwrap();
+        std::fs::write(folder.path().join("hostd.sock.ended/foreign"), "x").unwrap();
         assert_eq!(queue.list().unwrap(), std::slice::from_ref(&one));
-        assert!(!folder.path().join("hostd.ended/foreign").exists());
+        assert!(!folder.path().join("hostd.sock.ended/foreign").exists());
         queue.remove(&one).unwrap();
         assert_eq!(queue.list().unwrap(), []);
         queue.clear().unwrap();

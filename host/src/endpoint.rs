@@ -292,18 +292,24 @@ impl EndpointFile {
         }
     }
 
-    /// Moves a file that can't be read out of the way; where it is then.
+    /// Copies a file that can't be read out of the way; where the copy is.
     ///
     /// # Errors
     ///
-    /// Where it can't be moved.
+    /// Where it can't be copied.
     pub fn put_aside(&self) -> Result<PathBuf, StoreError> {
         let aside = self.0.with_extension("damaged");
-        fs::rename(&self.0, &aside).map_err(|source| StoreError::Io {
-            what: format!("move {}", self.0.display()),
+        fs::copy(&self.0, &aside).map_err(|source| StoreError::Io {
+            what: format!("copy {}", self.0.display()),
             source,
         })?;
         Ok(aside)
+    }
+
+    /// Whether there is one.
+    #[must_use]
+    pub fn exists(&self) -> bool {
+        self.0.exists()
     }
 
     /// Replaces the file.

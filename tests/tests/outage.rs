@@ -249,6 +249,13 @@ fn a_node_that_is_cut_off_from_etcd_makes_up_for_what_it_missed() {
 fn an_etcd_that_was_made_anew_is_told_everything_again() {
     kernel_test!();
     let mut cluster = cluster(EtcdOptions::default(), "tenant-isolation");
+    cluster
+        .add_service(
+            "red/web",
+            "--address 172.16.0.1 --port tcp/80=8080 --selector app=backend",
+        )
+        .unwrap();
+    cluster.nodes[0].json(&["namespace", "label", "red", "zone=a"]).unwrap();
     let talk = talk(&cluster);
     let etcd = cluster.etcd.as_mut().unwrap();
     etcd.wipe().unwrap();
@@ -270,11 +277,15 @@ fn an_etcd_that_was_made_anew_is_told_everything_again() {
         )
     };
     assert!(wait_until(LONG, || entered() == (2, 2, 4, 1, 1)), "{:?}", entered());
+    // And what is no node's own.
+    let shared = || ["tenants", "identities", "namespaces", "services"].map(keys);
+    assert!(wait_until(LONG, || shared() == [1, 1, 1, 1]), "{:?}", shared());
     // The policy stays in force, also on a node that starts now, and there is no moment without one when the next comes.
     cluster.nodes[1].stop(true).unwrap();
     cluster.nodes[1].start().unwrap();
     assert!(open(&cluster, "red/front1", "red/back2"));
     cluster.load("tenant-isolation").unwrap();
+    assert!(cluster.delete_service("red/web").unwrap());
     cluster.agree().unwrap();
     talk.nothing_was_lost();
     cluster.load("web-app").unwrap();

@@ -2,7 +2,7 @@
 
 use super::error::{Code, Error};
 use crate::{api::PodName, attachment::Attachment, config::DEFAULT_SOCKET, endpoint, wasm::sha256};
-use serde::{Deserialize, de::DeserializeOwned};
+use serde::{Deserialize, Deserializer, de::DeserializeOwned};
 use serde_json::{Map, Value};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -110,8 +110,14 @@ pub struct Network {
     pub prev_result: Option<Map<String, Value>>,
     #[serde(default)]
     ipam: Map<String, Value>,
-    #[serde(rename = "cni.dev/valid-attachments")]
+    #[serde(rename = "cni.dev/valid-attachments", default, deserialize_with = "present")]
     valid: Option<Vec<Valid>>,
+}
+
+/// A list that is there: one without entries may be written as null.
+fn present<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Vec<Valid>>, D::Error> {
+    let list = Option::<Vec<Valid>>::deserialize(from)?;
+    Ok(Some(list.unwrap_or_default()))
 }
 
 fn default_socket() -> PathBuf {

@@ -27,6 +27,8 @@ pub const PLUGIN: &str = "wasmgate-cni";
 
 /// hostd has to answer within this time.
 const ANSWER: Duration = Duration::from_mins(1);
+/// And within this one, where word is left for it already.
+const ONCE_MORE: Duration = Duration::from_secs(2);
 
 /// Does what the environment asks for. Status 1: an error, which is on stdout.
 #[must_use]
@@ -153,7 +155,9 @@ async fn delete(network: &Network, environment: &Environment) -> Result<(), Erro
     let failed = |error: crate::store::StoreError| Error::new(Code::Later, error.to_string());
     queue.put(&attachment).map_err(failed)?;
     // hostd may have come up, and read the queue, in between.
-    if api::call(&network.socket, &request()).await.is_ok() {
+    let once_more = request();
+    let again = tokio::time::timeout(ONCE_MORE, api::call(&network.socket, &once_more));
+    if matches!(again.await, Ok(Ok(_))) {
         queue.remove(&attachment).map_err(failed)?;
     }
     Ok(())

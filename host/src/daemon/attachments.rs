@@ -41,6 +41,10 @@ impl Daemon {
         {
             return Err(DaemonError::Request(format!("{attachment} is attached already")));
         }
+        // Word of an earlier one of that name is not about this one.
+        if let Some(attachment) = &request.attachment {
+            self.queue.remove(attachment)?;
+        }
         // Another container of the same pod, as a runtime makes one when the pod's sandbox has died.
         if let Some(local) = self.locals.get(&request.pod)
             && local.endpoint.attachment.is_some()

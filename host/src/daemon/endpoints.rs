@@ -163,7 +163,7 @@ impl Daemon {
         // A pod whose namespace was occupied has no link of ours.
         if let Some(local) = self.locals.get(pod) {
             let record = local.endpoint.pod.clone();
-            self.withdrawn.insert(record.address, record.incarnation);
+            self.withdrawn.insert(record.address);
             self.services.withheld.insert(pod.to_string());
             self.services_follow(&record);
             note(block_in_place(|| net::delete_link(&interface)).map_err(DaemonError::from));
@@ -185,11 +185,11 @@ impl Daemon {
 
     /// Takes back what the cluster was told of pods that are gone.
     pub(super) async fn withdraw(&mut self) -> Result<(), DaemonError> {
-        while let Some((&address, &incarnation)) = self.withdrawn.first_key_value() {
+        while let Some(&address) = self.withdrawn.first() {
             let found = records::get::<PodRecord>(&*self.store, &pod_key(address)).await?;
             if let Some((record, revision)) = found
                 && record.node == self.config.node
-                && record.incarnation == incarnation
+                && !self.has_incarnation(record.incarnation)
             {
                 match self.store.delete(&pod_key(address), Expect::Revision(revision)).await {
                     // Changed meanwhile: it is looked at again.
@@ -205,12 +205,33 @@ impl Daemon {
     /// The store speaks of a pod of this node. One that is not here was entered by a request whose answer never came, or
     /// could not be taken back.
     pub(super) async fn own_words(&mut self, record: &PodRecord) -> Result<(), DaemonError> {
-        let its = |local: &Local| local.endpoint.pod.incarnation == record.incarnation;
-        if self.locals.values().any(its) {
-            return Ok(());
+        let its = |local: &&Local| local.endpoint.pod.incarnation == record.incarnation;
+        if let Some(local) = self.locals.values().find(its) {
+            let known = local.endpoint.pod.clone();
+            // Its labels were changed by a request whose answer never came, and which was undone here.
+            return if known == *record {
+                Ok(())
+            } else {
+                self.publish(&known).await
+            };
         }
-        self.withdrawn.insert(record.address, record.incarnation);
+        self.withdrawn.insert(record.address);
         self.withdraw().await
+    }
+
+    fn has_incarnation(&self, incarnation: u32) -> bool {
+        self.locals
+            .values()
+            .any(|local| local.endpoint.pod.incarnation == incarnation)
+    }
+
+    /// The store has forgotten a pod of this node that is here.
+    pub(super) async fn publish_again(&mut self, address: IpAddr) -> Result<(), DaemonError> {
+        let its = |local: &&Local| local.endpoint.pod.address == address;
+        let Some(record) = self.locals.values().find(its).map(|local| local.endpoint.pod.clone()) else {
+            return Ok(());
+        };
+        self.publish(&record).await
     }
 
     /// Disconnects a pod; false where there is none.

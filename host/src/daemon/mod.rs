@@ -178,8 +178,8 @@ struct Daemon {
     told: Option<u64>,
     /// When the lease was renewed last.
     renewed: Instant,
-    /// Pods that are gone, of which the store may not have heard: incarnations by address.
-    withdrawn: BTreeMap<IpAddr, u32>,
+    /// Addresses of pods that are gone, of which the store may not have heard.
+    withdrawn: BTreeSet<IpAddr>,
     /// Attachments that were ended while hostd was not there.
     queue: Queue,
     /// Knows what container runtimes do not say of their pods.

@@ -4,9 +4,10 @@ use super::{Daemon, DaemonError, Node, cleanup::forget, join};
 use crate::{
     net,
     store::{
-        Change, Collection, Expect, Key,
+        Change, Collection, Expect, Key, StoreError,
         records::{
-            self, AliveRecord, IdentityRecord, NamespaceRecord, NodeRecord, PodRecord, PolicyRecord, TenantRecord,
+            self, AliveRecord, IdentityRecord, NamespaceRecord, NodeRecord, PodRecord, PolicyRecord, ServiceRecord,
+            TenantRecord,
         },
     },
 };
@@ -82,7 +83,7 @@ impl Daemon {
                 Collection::Nodes if key.name == self.config.node => self.register().await?,
                 Collection::Nodes => self.node_gone(&key.name)?,
                 Collection::Alive => self.lease_expired(&key.name).await?,
-                Collection::Pods => self.pod_gone(&key)?,
+                Collection::Pods => self.pod_gone(&key).await?,
                 Collection::Namespaces => self.namespace_seen(&key.name, BTreeMap::new()).await?,
                 Collection::Services => self.service_gone(&key.name.replacen('_', "/", 1)),
                 Collection::Tenants => {
@@ -118,9 +119,40 @@ impl Daemon {
         }
     }
 
+    /// First what numbers mean, then this node, then what is nobody's, which all nodes know.
     async fn enter_all(&mut self) -> Result<(), DaemonError> {
-        self.enter_policy().await?;
-        self.register().await
+        for number in self.registry.tenant_numbers().collect::<Vec<_>>() {
+            let name = self.registry.tenant(number).unwrap_or_default().to_owned();
+            let tenant = TenantRecord { name, retiring: false };
+            self.enter(&Key::new(Collection::Tenants, number), &tenant).await?;
+        }
+        for (identity, key) in self.registry.iter() {
+            let record = IdentityRecord {
+                key: key.clone(),
+                retiring: false,
+            };
+            self.enter(&Key::new(Collection::Identities, identity.0), &record)
+                .await?;
+        }
+        self.register().await?;
+        for (name, labels) in &self.namespaces {
+            let labels = labels.clone();
+            let key = Key::new(Collection::Namespaces, name);
+            self.enter(&key, &NamespaceRecord { labels }).await?;
+        }
+        for service in self.services.records() {
+            self.enter(&ServiceRecord::key(&service.namespace, &service.name), service)
+                .await?;
+        }
+        self.enter_policy().await
+    }
+
+    /// Enters a value, unless another node was faster.
+    async fn enter<T: serde::Serialize>(&self, key: &Key, value: &T) -> Result<(), DaemonError> {
+        match records::put(&*self.store, key, value, Expect::Absent).await {
+            Ok(_) | Err(StoreError::Conflict { .. }) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
     }
 
     pub(super) fn node_seen(&mut self, record: NodeRecord) -> Result<(), DaemonError> {
@@ -242,7 +274,7 @@ impl Daemon {
         self.renew().await
     }
 
-    fn pod_gone(&mut self, key: &Key) -> Result<(), DaemonError> {
+    async fn pod_gone(&mut self, key: &Key) -> Result<(), DaemonError> {
         let Ok(address) = key.name.parse::<IpAddr>() else {
             return Ok(());
         };
@@ -251,7 +283,11 @@ impl Daemon {
             .pods
             .get(&address)
             .is_some_and(|pod| pod.record.node != self.config.node);
-        if remote { self.remove_pod(&address) } else { Ok(()) }
+        if remote {
+            self.remove_pod(&address)
+        } else {
+            self.publish_again(address.ip()).await
+        }
     }
 
     /// Renews this node's lease, and says with it what this node has seen.

@@ -16,16 +16,25 @@ impl Daemon {
     /// The endpoints that were saved last. Where the file is torn, or another version's, it is put aside, and they are
     /// found by their records in the store and their interfaces in the kernel.
     pub(super) async fn known_endpoints(&self) -> Result<Vec<LocalEndpoint>, DaemonError> {
-        match self.file.load() {
-            Err(error @ StoreError::Content { .. }) => {
-                tracing::error!("{error}: asking the kernel and the store for this node's pods");
-                let aside = self.file.put_aside()?;
-                let found = self.find_endpoints().await?;
-                tracing::warn!("{} pods found; the file is now {}", found.len(), aside.display());
-                Ok(found)
-            }
-            other => Ok(other?),
+        let problem = match self.file.load() {
+            // One that is gone, as at the very first start; then there are no interfaces either.
+            Ok(_) if !self.file.exists() => "the file of this node's endpoints is gone".to_owned(),
+            Err(error @ StoreError::Content { .. }) => error.to_string(),
+            other => return Ok(other?),
+        };
+        if block_in_place(net::pod_links)?.is_empty() {
+            return Ok(Vec::new());
         }
+        tracing::error!("{problem}: asking the kernel and the store for this node's pods");
+        let found = self.find_endpoints().await?;
+        if self.file.exists() {
+            let aside = self.file.put_aside()?;
+            tracing::warn!("a copy of the file is {}", aside.display());
+        }
+        // Before anything else: a start that is cut short after this must not find nothing.
+        self.file.save(found.iter())?;
+        tracing::warn!("{} pods found", found.len());
+        Ok(found)
     }
 
     async fn find_endpoints(&self) -> Result<Vec<LocalEndpoint>, DaemonError> {

@@ -30,6 +30,13 @@ pub struct Services {
     hazard: Option<String>,
 }
 
+impl Services {
+    /// The cluster's services.
+    pub fn records(&self) -> impl Iterator<Item = &ServiceRecord> {
+        self.by_name.values().map(|service| &service.record)
+    }
+}
+
 /// A service with what stands behind each of its frontends now.
 struct Service {
     record: ServiceRecord,

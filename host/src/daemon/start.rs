@@ -206,7 +206,7 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
         seen: 0,
         told: None,
         renewed: Instant::now(),
-        withdrawn: BTreeMap::new(),
+        withdrawn: BTreeSet::new(),
         queue,
         source: Box::new(source::Runtime),
         namespaces: BTreeMap::new(),

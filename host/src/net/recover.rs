@@ -2,12 +2,18 @@
 
 use super::{
     NetError, Netns, in_netns,
-    netlink::{netlink, netlink_here},
+    netlink::{mac, netlink, netlink_here},
     veth::{links, name_of, peer_index},
 };
 use crate::endpoint::is_interface_name;
-use futures::FutureExt;
-use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
+use futures::{FutureExt, TryStreamExt};
+use rtnetlink::{
+    Handle,
+    packet_route::{
+        link::{LinkAttribute, LinkMessage},
+        neighbour::{NeighbourAttribute, NeighbourMessage, NeighbourState},
+    },
+};
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
@@ -24,7 +30,9 @@ pub struct Found {
     pub netns: PathBuf,
 }
 
-/// The veth pairs whose node's end has a name as hostd gives them, with both ends in place, by that name.
+/// The veth pairs whose node's end has a name as hostd gives them, with both ends in place, by that name. That two interfaces
+/// belong together is told by their indexes, which may be the same elsewhere, and by the MAC address that the node has entered
+/// for the pod.
 ///
 /// # Errors
 ///
@@ -39,12 +47,14 @@ pub fn find_pods() -> Result<BTreeMap<String, Found>, NetError> {
             wanted.insert((link.header.index, peer), (name.to_owned(), alias_of(&link)));
         }
     }
+    let macs = netlink_here(|handle| neighbours(handle).boxed())?;
     let mut found = BTreeMap::new();
     for path in namespaces() {
         let Ok(netns) = Netns::open_path(&path) else { continue };
         let its = in_netns(&netns, || netlink(|handle| links(handle).boxed()))??;
         for link in its {
-            let pair = peer_index(&link).map(|node| (node, link.header.index));
+            let node = peer_index(&link).filter(|node| macs.contains(&(*node, mac(&link))));
+            let pair = node.map(|node| (node, link.header.index));
             if let Some((name, alias)) = pair.and_then(|pair| wanted.remove(&pair)) {
                 let netns = path.clone();
                 found.insert(name, Found { alias, netns });
@@ -52,6 +62,25 @@ pub fn find_pods() -> Result<BTreeMap<String, Found>, NetError> {
         }
     }
     Ok(found)
+}
+
+/// MAC addresses that the node has entered, by interface.
+async fn neighbours(handle: Handle) -> Result<BTreeSet<(u32, [u8; 6])>, NetError> {
+    let listed = handle.neighbours().get().execute();
+    let all: Vec<NeighbourMessage> = listed
+        .try_collect()
+        .await
+        .map_err(NetError::kernel("listing neighbours"))?;
+    let entered = all.iter().filter(|one| one.header.state == NeighbourState::Permanent);
+    let address = |one: &NeighbourMessage| {
+        one.attributes.iter().find_map(|attribute| match attribute {
+            NeighbourAttribute::LinkLayerAddress(bytes) => {
+                Some((one.header.ifindex, bytes.as_slice().try_into().ok()?))
+            }
+            _ => None,
+        })
+    };
+    Ok(entered.filter_map(address).collect())
 }
 
 fn alias_of(link: &LinkMessage) -> String {

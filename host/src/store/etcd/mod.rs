@@ -103,8 +103,12 @@ impl EtcdStore {
                 from = [found.key(), &[0]].concat();
                 let Some(name) = name_in(&folder, &found) else { continue };
                 let key = Key::new(collection, name);
-                if let Some(value) = self.unpack(&key, found).await? {
-                    listing.values.push((key, value));
+                match self.unpack(&key, found).await {
+                    Ok(Some(value)) => listing.values.push((key, value)),
+                    Ok(None) => {}
+                    Err(error) if error.is_unavailable() => return Err(error),
+                    // Somebody else's; it must not keep all others from being read.
+                    Err(error) => tracing::error!("{error}"),
                 }
             }
             if !more {
