@@ -161,10 +161,7 @@ fn new_labels_take_effect_on_live_connections() {
         .map(|name| tcp_open(a, cluster.pod(name).address, 80, WAIT).unwrap())
         .collect();
     assert!(streams.iter_mut().all(|stream| stream.exchange(WAIT).unwrap()));
-    let label = |change: &str| {
-        let arguments = ["endpoint", "label", "--namespace", "red", "--name", "a", change];
-        cluster.nodes[0].json(&arguments).unwrap()
-    };
+    let label = |change: &str| cluster.nodes[0].label("red/a", change).unwrap();
     assert_eq!(label("tenant=blue")["identity_name"], "blue");
     for stream in &mut streams {
         assert!(!stream.exchange(WAIT).unwrap(), "a is blue's now");

@@ -3,8 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests, which fail as a whole")]
 
 use harness::{
-    Cluster, Counts, EtcdOptions, Listener, Namespace, Options, TcpOutcome, Traffic, kernel_test, tcp_exchange,
-    wait_until,
+    Cluster, EtcdOptions, Listener, Namespace, Options, TcpOutcome, Traffic, kernel_test, tcp_exchange, wait_until,
 };
 use std::{
     thread,
@@ -61,20 +60,7 @@ fn talk(cluster: &Cluster) -> Talk {
 
 impl Talk {
     fn nothing_was_lost(self) {
-        for traffic in self.traffic {
-            let counts = traffic.stop().unwrap();
-            assert!(
-                matches!(
-                    counts,
-                    Counts {
-                        lost: 0,
-                        answered: 100..,
-                        ..
-                    }
-                ),
-                "{counts:?}"
-            );
-        }
+        self.traffic.into_iter().for_each(Traffic::lost_nothing);
     }
 }
 
@@ -86,11 +72,6 @@ fn open(cluster: &Cluster, from: &str, to: &str) -> bool {
 fn problem(cluster: &Cluster, node: usize) -> Option<String> {
     let status = cluster.nodes[node].json(&["status"]).unwrap();
     status["store_problem"].as_str().map(str::to_owned)
-}
-
-fn label(cluster: &Cluster, node: usize, pod: &str, label: &str) {
-    let arguments = ["endpoint", "label", "--namespace", "red", "--name", pod, label];
-    cluster.nodes[node].json(&arguments).unwrap();
 }
 
 fn all_alive(cluster: &Cluster) -> bool {
@@ -116,9 +97,9 @@ fn two_nodes_share_an_etcd_that_asks_who_they_are() {
     assert!(open(&cluster, "red/front2", "red/back1"));
     assert!(!open(&cluster, "red/back2", "red/front1"));
     // What one node says the other one enforces.
-    label(&cluster, 1, "front2", "app=other");
+    cluster.nodes[1].label("red/front2", "app=other").unwrap();
     assert!(wait_until(LONG, || !open(&cluster, "red/front2", "red/back1")));
-    label(&cluster, 1, "front2", "app=frontend");
+    cluster.nodes[1].label("red/front2", "app=frontend").unwrap();
     assert!(wait_until(LONG, || open(&cluster, "red/front2", "red/back1")));
     let status = cluster.nodes[0].json(&["status"]).unwrap();
     assert!(status["store"].as_str().unwrap().starts_with("etcd:https://"));
@@ -219,7 +200,7 @@ fn a_node_that_is_cut_off_from_etcd_makes_up_for_what_it_missed() {
     assert!(problem(&cluster, 0).is_none());
 
     // Meanwhile: a pod goes, one comes, one changes, and etcd forgets how that came about.
-    label(&cluster, 0, "back1", "tier=gold");
+    cluster.nodes[0].label("red/back1", "tier=gold").unwrap();
     cluster.remove_pod("red/leaver").unwrap();
     cluster.add_pod(0, "red/new", &[("app", "frontend")]).unwrap();
     cluster.etcd.as_ref().unwrap().compact().unwrap();

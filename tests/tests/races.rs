@@ -62,8 +62,7 @@ fn pick<T: Copy>(from: &[T], n: u64) -> T {
 /// Whatever blue calls itself, it stays blue.
 fn relabel(cluster: &Cluster, n: u64) {
     let label = format!("app={}", pick(&["frontend", "backend", "db", "other"], n));
-    let arguments = ["endpoint", "label", "--namespace", "blue", "--name", "near", &label];
-    cluster.nodes[0].json(&arguments).unwrap();
+    cluster.nodes[0].label("blue/near", &label).unwrap();
 }
 
 /// The same address for a blue pod and a red one in turn.

@@ -130,6 +130,9 @@ fn find(dev: bool, say: bool) -> Missing {
             need(package);
         }
     }
+    if !has_protobuf_types() {
+        need("libprotobuf-dev");
+    }
     if dev && has_distro_bpf(no_bpf_compiler) && !Path::new("/usr/bin/cargo-clippy").exists() {
         need("rust-web-clippy");
     }
@@ -146,6 +149,12 @@ fn find(dev: bool, say: bool) -> Missing {
     missing.bpf_linker = no_linker;
     missing.cargo_deny = dev && find_program("cargo-deny").is_none();
     missing
+}
+
+/// Whether protoc finds its own types, which etcd's protocol buffers include: in `include` beside its folder.
+fn has_protobuf_types() -> bool {
+    let types = |protoc: PathBuf| protoc.with_file_name("../include/google/protobuf/descriptor.proto");
+    path_of("protoc").map(types).is_some_and(|file| file.is_file())
 }
 
 /// Whether the distribution's compiler is used for BPF, or is about to be.

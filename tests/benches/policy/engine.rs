@@ -182,7 +182,7 @@ fn summary(rounds: &[Round]) -> Vec<(&'static str, Samples, &'static str)> {
 
 pub fn in_process(identities: usize) -> anyhow::Result<Value> {
     let netns = Namespace::new("policy")?;
-    let folder = tempfile::tempdir()?;
+    let folder = harness::folder()?;
     let bpffs = folder.path().join("bpf");
     let runtime = tokio::runtime::Runtime::new()?;
     let child = Compiler::new(harness::hostd()?, Wasm::default().into(), None)?;

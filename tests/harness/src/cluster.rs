@@ -1,6 +1,6 @@
 //! A cluster: nodes joined by an underlay, a hostd on each, pods on them.
 
-use crate::{Etcd, EtcdOptions, Namespace, Node, artifacts, node::START, probe::wait_until, run};
+use crate::{Etcd, EtcdOptions, Namespace, Node, artifacts, node::START, probe::wait_until, run, warden};
 use anyhow::{Context, ensure};
 use serde_json::Value;
 use std::{fs, net::IpAddr, path::Path};
@@ -126,7 +126,7 @@ impl Cluster {
     ///
     /// Where something can't be made.
     pub fn without_hostd(options: &Options) -> anyhow::Result<Self> {
-        let folder = tempfile::Builder::new().prefix("wasmgate-").tempdir()?;
+        let folder = warden::folder()?;
         let mut nodes = Vec::new();
         for number in 1..=options.nodes {
             let name = format!("node{number}");

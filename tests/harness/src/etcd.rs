@@ -1,6 +1,6 @@
 //! A real etcd, with a folder of its own.
 
-use crate::{Namespace, in_netns, probe::wait_until};
+use crate::{Namespace, in_netns, probe::wait_until, warden};
 use anyhow::{Context, bail, ensure};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use rustix::process::{Pid, Signal, kill_process};
@@ -69,7 +69,7 @@ impl Etcd {
         peer: SocketAddr,
         options: EtcdOptions,
     ) -> anyhow::Result<Self> {
-        let folder = tempfile::Builder::new().prefix("wasmgate-etcd-").tempdir()?;
+        let folder = warden::folder()?;
         if options.tls {
             certificates(folder.path(), address.ip())?;
         }

@@ -1,6 +1,7 @@
 //! Nodes and pods as network namespaces, with a real hostd on each node: for the kernel tests and the demo.
 //!
-//! Everything is made under names of its own and removed when the [`Cluster`] is dropped, also after a failure.
+//! Everything is made under names of its own and removed when the [`Cluster`] is dropped, also after a failure; a process that
+//! outlives a run removes what is left where the run was killed.
 
 mod artifacts;
 mod capture;
@@ -15,6 +16,7 @@ mod reach;
 mod server;
 mod short;
 mod support;
+mod warden;
 
 pub use artifacts::{hostd, plugin, policy, test_policy, use_release};
 pub use capture::{Capture, VxlanPacket};
@@ -32,6 +34,7 @@ pub use reach::{Duplex, Reach, reachable};
 pub use server::Server;
 pub use short::{Short, answer_each, short_connections};
 pub use support::{Unsupported, check as check_support};
+pub use warden::folder;
 
 /// Begins a kernel test: on a machine that can't run it the test is skipped, but never in CI.
 #[macro_export]

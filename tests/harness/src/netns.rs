@@ -1,5 +1,6 @@
 //! Network namespaces, by the `ip` command.
 
+use crate::warden;
 use anyhow::{Context, bail};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use std::{
@@ -43,6 +44,7 @@ impl Namespace {
     ///
     /// Where it can't be made.
     pub fn new(label: &str) -> anyhow::Result<Self> {
+        warden::watch()?;
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let name = format!("wg{}-{number}-{label}", std::process::id());
         run("ip", &["netns", "add", &name])?;

@@ -166,6 +166,16 @@ impl Node {
         Ok(serde_json::from_slice(&output.stdout)?)
     }
 
+    /// Changes a label, `k=v` or `k-`, of one of its pods, given as `NAMESPACE/NAME`; the answer is the pod.
+    ///
+    /// # Errors
+    ///
+    /// Where hostd refuses.
+    pub fn label(&self, pod: &str, change: &str) -> anyhow::Result<Value> {
+        let (namespace, name) = pod.split_once('/').context("a pod is NAMESPACE/NAME")?;
+        self.json(&["endpoint", "label", "--namespace", namespace, "--name", name, change])
+    }
+
     /// What hostd says when it refuses a command.
     ///
     /// # Errors

@@ -341,6 +341,16 @@ impl Traffic {
             .join()
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
+
+    /// Stops.
+    ///
+    /// # Panics
+    ///
+    /// Where a datagram was lost, or so few were sent that it says little.
+    pub fn lost_nothing(self) {
+        let counts = self.stop().expect("datagrams can be sent");
+        assert!(counts.lost == 0 && counts.answered >= 100, "{counts:?}");
+    }
 }
 
 fn echo_until(stop: &AtomicBool, to: IpAddr, port: u16, wait: Duration, pause: Duration) -> anyhow::Result<Counts> {

@@ -82,16 +82,7 @@ fn podman_attaches_containers_and_policy_is_enforced_between_them() {
     assert!(success(&fetch("front")).ends_with("\r\nserved\n"));
     assert!(!fetch("other").status.success());
     // While they run.
-    let label = [
-        "endpoint",
-        "label",
-        "--namespace",
-        "red",
-        "--name",
-        "other",
-        "app=frontend",
-    ];
-    site.cluster.nodes[0].json(&label).unwrap();
+    site.cluster.nodes[0].label("red/other", "app=frontend").unwrap();
     assert!(success(&fetch("other")).ends_with("\r\nserved\n"));
     // Its own word for it.
     let inspected = success(&podman.run(&["inspect", "back"], ""));

@@ -112,9 +112,9 @@ fn clients_outside_reach_backends_of_all_nodes_at_any_node() {
         for (pod, other) in [("here", "there"), ("there", "here")] {
             let label = |name: &str, app: &str| {
                 let node = cluster.pod(&format!("red/{name}")).node;
-                let app = format!("app={app}");
-                let label = ["endpoint", "label", "--namespace", "red", "--name", name, &app];
-                cluster.nodes[node].json(&label).unwrap();
+                cluster.nodes[node]
+                    .label(&format!("red/{name}"), &format!("app={app}"))
+                    .unwrap();
             };
             label(pod, "web");
             label(other, "none");

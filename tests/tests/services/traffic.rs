@@ -174,16 +174,7 @@ fn backends_come_and_go_with_their_pods_and_open_connections_stay() {
     let mut streams: Vec<_> = (0..16).map(|_| tcp_open(&client, vip, 80, WAIT).unwrap()).collect();
     // One more, and one that is relabelled: none of the connections notices.
     cluster.add_pod(0, "red/new", &[("app", "web")]).unwrap();
-    let label = [
-        "endpoint",
-        "label",
-        "--namespace",
-        "red",
-        "--name",
-        "there",
-        "app=other",
-    ];
-    cluster.nodes[1].json(&label).unwrap();
+    cluster.nodes[1].label("red/there", "app=other").unwrap();
     for node in 0..2 {
         let follows = wait_until(LONG, || {
             backends(&cluster, node) == ["red/here", "red/new", "red/here", "red/new"]
