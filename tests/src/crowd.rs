@@ -13,6 +13,7 @@ use std::{
     net::{IpAddr, Ipv4Addr},
     os::fd::{AsFd, AsRawFd},
     path::Path,
+    sync::Arc,
     time::Duration,
 };
 
@@ -47,7 +48,7 @@ pub fn cluster(identities: usize, local: usize) -> anyhow::Result<Cluster> {
         let record = PodRecord {
             namespace: "shop".to_owned(),
             name: format!("pod-{number}"),
-            labels: BTreeMap::from([("app".to_owned(), format!("app-{number}"))]),
+            labels: Arc::new(BTreeMap::from([("app".to_owned(), format!("app-{number}"))])),
             address,
             second: None,
             node: "elsewhere".to_owned(),

@@ -52,6 +52,10 @@ impl Samples {
         self.0.push(value);
     }
 
+    pub fn count(&self) -> usize {
+        self.0.len()
+    }
+
     /// The value that this share of them is not above.
     pub fn at(&self, share: f64) -> f64 {
         let mut sorted = self.0.clone();

@@ -3,7 +3,7 @@
 
 use aya::programs::{SchedClassifier, TcAttachType};
 use harness::{Cluster, Listener, Options, TcpOutcome, Traffic, kernel_test, run, tcp_exchange, wait_until};
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeSet, process::Output, time::Duration};
 
 const WAIT: Duration = Duration::from_millis(400);
 const LONG: Duration = Duration::from_secs(20);
@@ -191,50 +191,67 @@ fn killing_and_restarting_hostd_loses_no_packet() {
     }
 }
 
-#[test]
-fn cleanup_takes_everything_away() {
-    kernel_test!();
-    let mut cluster = with_lease("ttl_seconds = 15");
-    let hostd = harness::hostd().unwrap();
-    let cleanup = |cluster: &Cluster| {
-        let node = &cluster.nodes[1];
-        node.netns
-            .command(&hostd)
-            .args(["cleanup", "--config"])
-            .arg(node.config())
-            .output()
-            .unwrap()
-    };
-    let output = cleanup(&cluster);
-    assert!(!output.status.success());
-    assert!(String::from_utf8_lossy(&output.stderr).contains("stop hostd first"));
-    cluster.nodes[1].stop(false).unwrap();
-    // Also without what it knows of its pods.
-    let state = cluster.folder().join("node2/state");
-    std::fs::write(state.join("endpoints"), "torn").unwrap();
-    let output = cleanup(&cluster);
-    assert!(!state.exists());
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+/// What hostd says to `command --config FILE` on the second node.
+fn by_config(cluster: &Cluster, command: &str) -> Output {
     let node = &cluster.nodes[1];
+    node.netns
+        .command(harness::hostd().unwrap())
+        .args([command, "--config"])
+        .arg(node.config())
+        .output()
+        .unwrap()
+}
+
+/// Nothing of hostd is on the second node any more, and the first one has forgotten it.
+fn nothing_is_left(cluster: &Cluster) {
+    let node = &cluster.nodes[1];
+    assert!(!cluster.folder().join("node2/state").exists());
     let links = node.netns.ip(&["-o", "link", "show"]).unwrap();
     assert!(!links.contains("wg-") && !links.contains("vxlan"), "{links}");
     let tables = node.netns.command("nft").args(["list", "tables"]).output().unwrap();
     assert_eq!(String::from_utf8_lossy(&tables.stdout), "", "nftables");
     // What is left is the kernel's own.
-    let pins = run(
-        "find",
-        &[
-            &node.bpffs().display().to_string(),
-            "-type",
-            "f",
-            "-not",
-            "-name",
-            "*.debug",
-        ],
-    )
-    .unwrap();
-    assert_eq!(pins, "");
-    assert!(wait_until(LONG, || addresses(&cluster, 0).len() == 2));
+    let pins = ["-type", "f", "-not", "-name", "*.debug"];
+    let pins = run("find", &[&[node.bpffs().to_str().unwrap()][..], &pins].concat());
+    assert_eq!(pins.unwrap(), "");
+    assert!(wait_until(LONG, || addresses(cluster, 0).len() == 2));
+}
+
+#[test]
+fn cleanup_takes_everything_away() {
+    kernel_test!();
+    let mut cluster = with_lease("ttl_seconds = 15");
+    let output = by_config(&cluster, "cleanup");
+    assert!(!output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("stop hostd first"));
+    cluster.nodes[1].stop(false).unwrap();
+    // Also without what it knows of its pods.
+    std::fs::write(cluster.folder().join("node2/state/endpoints"), "torn").unwrap();
+    let output = by_config(&cluster, "cleanup");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    nothing_is_left(&cluster);
+}
+
+#[test]
+fn a_node_that_is_drained_leaves_and_may_come_back() {
+    kernel_test!();
+    let mut cluster = with_lease("ttl_seconds = 15");
+    let output = by_config(&cluster, "drain");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "1 pods disconnected\n");
+    assert!(!cluster.pod("red/b").netns.ip(&["link"]).unwrap().contains("eth0"));
+    nothing_is_left(&cluster);
+    // It has ended by itself, well.
+    assert!(cluster.nodes[1].ended().unwrap().success());
+    // Once more does nothing.
+    assert!(by_config(&cluster, "drain").status.success());
+    nothing_is_left(&cluster);
+    cluster.nodes[1].start().unwrap();
+    cluster.add_pod(1, "red/c", &[]).unwrap();
+    let _listener = Listener::new(cluster.pod("red/c").netns.name(), 80).unwrap();
+    let (a, c) = (cluster.pod("red/a"), cluster.pod("red/c").address);
+    let reaches = || tcp_exchange(a.netns.name(), c, 80, WAIT).unwrap() == TcpOutcome::Open;
+    assert!(wait_until(LONG, reaches));
 }
 
 #[test]

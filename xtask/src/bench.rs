@@ -33,6 +33,8 @@ enum Part {
     Policy,
     /// What hostd and its maps take, by pods and identities.
     Memory,
+    /// Two nodes among a thousand simulated ones in etcd: start, memory, changes until they hold, and the CNI plugin.
+    Cluster,
     /// What the tc programs cost to load: size, instructions that the verifier looks at, time.
     Verifier,
 }
@@ -45,6 +47,7 @@ impl Part {
             Self::Swap => "swap",
             Self::Policy => "policy",
             Self::Memory => "memory",
+            Self::Cluster => "cluster",
             Self::Verifier => "verifier",
         }
     }

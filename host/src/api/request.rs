@@ -70,6 +70,8 @@ pub enum Request {
     ServiceDelete(PodName),
     /// The cluster's services.
     ServiceList,
+    /// Disconnect all pods of the node, take no more, and stop.
+    Drain,
     /// Report packets until the connection ends.
     Monitor(Monitor),
 }

@@ -29,6 +29,8 @@ pub enum Response {
     Endpoints(Vec<EndpointView>),
     /// To [`Request::EndpointDelete`](super::Request::EndpointDelete) and [`Request::NodeDelete`](super::Request::NodeDelete): whether there was one.
     Deleted(bool),
+    /// The pods that were disconnected.
+    Drained(Vec<PodName>),
     /// To [`Request::IdentityList`](super::Request::IdentityList).
     Identities(Vec<IdentityView>),
     /// To [`Request::IpcacheList`](super::Request::IpcacheList).

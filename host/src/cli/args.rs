@@ -14,13 +14,13 @@ Examples:
   hostd endpoint add --netns web --namespace red --name web --label app=frontend
   hostd load-policy tenant-isolation.wasm --dry-run
 
-All but `run`, `cleanup`, `install` and `uninstall` ask the daemon, as root. Exit status: 0 done, 1 refused or failed, 2 wrong usage.";
+All but `run`, `drain`, `cleanup`, `install` and `uninstall` ask the daemon, as root. Exit status: 0 done, 1 refused or failed, 2 wrong usage.";
 
 /// Wasmgate's daemon and its command: forwards between pods, and lets wasm modules decide who may talk to whom.
 #[derive(Parser)]
 #[command(name = "hostd", version, max_term_width = 100, after_help = EXAMPLE)]
 pub struct Arguments {
-    /// Control socket of the hostd to ask; `run` and `cleanup` take theirs from the configuration.
+    /// Control socket of the hostd to ask; `run`, `drain` and `cleanup` take theirs from the configuration.
     #[arg(long, global = true, help_heading = "Global options", env = "HOSTD_SOCKET", default_value = DEFAULT_SOCKET, value_name = "PATH")]
     pub socket: PathBuf,
     /// Print JSON.
@@ -83,6 +83,14 @@ pub enum Command {
     Install(InstallArguments),
     /// Take the plugin and the network's configuration away again. Containers that are attached stay so.
     Uninstall(PlaceArguments),
+    /// Take a node out of its cluster: disconnect its pods, stop its hostd, then do what `cleanup` does.
+    ///
+    /// A service manager must not start hostd again meanwhile.
+    Drain {
+        /// The node's configuration.
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+    },
     /// Take away everything that hostd has made on this node. hostd must not be running.
     ///
     /// The node's pods lose their connection, and the cluster forgets the node.

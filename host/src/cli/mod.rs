@@ -63,6 +63,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
                 Box::pin(daemon::run(Config::read(&config)?)).await
             }
             Command::Cleanup { config } => daemon::cleanup(&Config::read(&config)?).await,
+            Command::Drain { config } => drain(&Config::read(&config)?, arguments.json).await,
             command => ask(&arguments.socket, arguments.json, command).await,
         }
     })
@@ -96,17 +97,12 @@ async fn ask(socket: &Path, json: bool, command: Command) -> anyhow::Result<()> 
         Command::Service(command) => service(command),
         Command::Install(arguments) => return install::install(&arguments, &mut std::io::stdout()),
         Command::Uninstall(places) => return install::uninstall(&places, &mut std::io::stdout()),
-        Command::Run { .. } | Command::Cleanup { .. } | Command::CompileModule { .. } => {
+        Command::Run { .. } | Command::Drain { .. } | Command::Cleanup { .. } | Command::CompileModule { .. } => {
             anyhow::bail!("a command that asks no daemon")
         }
     };
     let response = api::call(socket, &request).await?;
-    let mut stdout = std::io::stdout().lock();
-    if json {
-        print::json(&mut stdout, &response)?;
-    } else {
-        print::text(&mut stdout, &response)?;
-    }
+    print_response(&response, json)?;
     let incomplete = match &response {
         Response::Loaded(report) => report.nodes.iter().filter(|node| node.result.is_err()).count(),
         _ => 0,
@@ -120,6 +116,27 @@ async fn ask(socket: &Path, json: bool, command: Command) -> anyhow::Result<()> 
         anyhow::ensure!(broken == 0, "{broken} counterexamples (see above)");
     }
     Ok(())
+}
+
+/// A hostd that runs takes its pods away in its own order, and stops; what is left then is removed as by `cleanup`.
+async fn drain(config: &Config, json: bool) -> anyhow::Result<()> {
+    match api::call(&config.socket, &Request::Drain).await {
+        Ok(response) => print_response(&response, json)?,
+        // It does not run: then there is nothing to stop.
+        Err(ClientError::Connect { .. }) => {}
+        Err(error) => return Err(error.into()),
+    }
+    daemon::until_stopped(&config.state_dir).await?;
+    daemon::cleanup(config).await
+}
+
+fn print_response(response: &Response, json: bool) -> anyhow::Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    if json {
+        print::json(&mut stdout, response)
+    } else {
+        print::text(&mut stdout, response)
+    }
 }
 
 async fn metrics(socket: &Path) -> anyhow::Result<()> {

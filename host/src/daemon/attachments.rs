@@ -17,7 +17,7 @@ impl DaemonError {
     /// What kind of failure that is to a container runtime.
     pub(super) const fn failure(&self) -> Failure {
         match self {
-            Self::Store(StoreError::Unavailable { .. }) | Self::Address(AddressError::Full { .. }) => {
+            Self::Store(StoreError::Unavailable { .. }) | Self::Address(AddressError::Full { .. }) | Self::Draining => {
                 Failure::Transient
             }
             Self::Net(NetError::Netns { .. }) => Failure::NoContainer,
@@ -152,6 +152,7 @@ impl Daemon {
             .problem()
             .into_iter()
             .chain(self.out_of_step.clone())
+            .chain(self.drained.map(|_| DaemonError::Draining.to_string()))
             .collect();
         let most = self.config.maps.endpoints;
         if self.locals.len() >= most as usize {

@@ -12,10 +12,34 @@ use crate::{
     },
 };
 use anyhow::{Context, ensure};
-use std::{fmt::Display, fs, io, path::Path};
+use std::{
+    fmt::Display,
+    fs, io,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 /// What a node keeps across restarts, in its state folder. Others may keep theirs there, too.
 const STATE: [&str; 5] = ["endpoints", "endpoints.damaged", "modules", "compiled", "lock"];
+
+/// hostd stops within this time, once it has said so.
+const STOPPING: Duration = Duration::from_secs(30);
+
+/// Waits until no hostd uses a state folder any more.
+///
+/// # Errors
+///
+/// Where one goes on.
+pub async fn until_stopped(state_dir: &Path) -> anyhow::Result<()> {
+    let began = Instant::now();
+    loop {
+        match lock(state_dir) {
+            Ok(_) => return Ok(()),
+            Err(error) if began.elapsed() > STOPPING => return Err(error.context("hostd does not stop")),
+            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+        }
+    }
+}
 
 /// Takes away all that hostd has made on this node: pods' interfaces, the vxlan device, rules, routes, pins, records, files.
 ///

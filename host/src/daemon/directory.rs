@@ -1,8 +1,12 @@
 //! The pods of the cluster, by their addresses.
 
 use super::Pod;
+use crate::identity::Labels;
 use abi::AddressKey;
-use std::collections::{BTreeMap, btree_map};
+use std::{
+    collections::{BTreeMap, HashSet, btree_map},
+    sync::Arc,
+};
 
 /// Pods by their first address, under which generations and the store know them; and found by either.
 #[derive(Default)]
@@ -10,6 +14,8 @@ pub struct Directory {
     pods: BTreeMap<AddressKey, Pod>,
     /// First address of the pod that has a second one.
     seconds: BTreeMap<AddressKey, AddressKey>,
+    /// Labels of all pods, each set once.
+    labels: HashSet<Arc<Labels>>,
 }
 
 impl Directory {
@@ -25,7 +31,13 @@ impl Directory {
     }
 
     /// Takes in a pod, in place of the one with the same first address.
-    pub fn insert(&mut self, first: AddressKey, pod: Pod) -> Option<Pod> {
+    pub fn insert(&mut self, first: AddressKey, mut pod: Pod) -> Option<Pod> {
+        match self.labels.get(&pod.record.labels) {
+            Some(known) => pod.record.labels = Arc::clone(known),
+            None => {
+                self.labels.insert(Arc::clone(&pod.record.labels));
+            }
+        }
         let second = pod.record.second;
         let before = self.pods.insert(first, pod);
         if let Some(gone) = before.as_ref().and_then(|pod| pod.record.second) {
@@ -33,6 +45,9 @@ impl Directory {
         }
         if let Some(second) = second {
             self.seconds.insert(second.into(), first);
+        }
+        if let Some(before) = &before {
+            self.forget_labels(&before.record.labels);
         }
         before
     }
@@ -43,7 +58,15 @@ impl Directory {
         if let Some(second) = pod.record.second {
             self.seconds.remove(&second.into());
         }
+        self.forget_labels(&pod.record.labels);
         Some(pod)
+    }
+
+    /// A pod is gone that had these: the last of its kind has them, as the set here does.
+    fn forget_labels(&mut self, labels: &Arc<Labels>) {
+        if Arc::strong_count(labels) <= 2 {
+            self.labels.remove(labels);
+        }
     }
 
     /// All pods.
@@ -67,13 +90,14 @@ mod tests {
     use super::{Directory, Pod};
     use crate::store::records::PodRecord;
     use abi::AddressKey;
-    use std::{collections::BTreeMap, net::IpAddr};
+    use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
-    fn pod(second: Option<&str>) -> Pod {
+    fn pod(second: Option<&str>, app: &str) -> Pod {
+        let labels = BTreeMap::from([("app".to_owned(), app.to_owned())]);
         let record = PodRecord {
             namespace: "red".to_owned(),
             name: "a".to_owned(),
-            labels: BTreeMap::new(),
+            labels: Arc::new(labels),
             address: "10.0.0.1".parse().unwrap(),
             second: second.map(|address| address.parse().unwrap()),
             node: "one".to_owned(),
@@ -89,14 +113,32 @@ mod tests {
         let key = |text: &str| AddressKey::from(text.parse::<IpAddr>().unwrap());
         let first = key("10.0.0.1");
         let mut directory = Directory::default();
-        directory.insert(first, pod(Some("fd00::1")));
+        directory.insert(first, pod(Some("fd00::1"), "web"));
         assert_eq!(directory.find(&key("fd00::1")).map(|(key, _)| key), Some(first));
         assert!(directory.get(&key("fd00::1")).is_none());
-        directory.insert(first, pod(Some("fd00::2")));
+        directory.insert(first, pod(Some("fd00::2"), "web"));
         assert!(directory.find(&key("fd00::1")).is_none());
         assert!(directory.find(&key("fd00::2")).is_some());
         directory.remove(&first);
         assert!(directory.find(&key("fd00::2")).is_none());
         assert!(directory.find(&first).is_none());
+    }
+
+    #[test]
+    fn labels_are_kept_once_and_as_long_as_somebody_has_them() {
+        let key = |text: &str| AddressKey::from(text.parse::<IpAddr>().unwrap());
+        let [one, other] = ["10.0.0.1", "10.0.0.2"].map(key);
+        let mut directory = Directory::default();
+        directory.insert(one, pod(None, "web"));
+        directory.insert(other, pod(None, "web"));
+        let labels = |address| Arc::clone(&directory.get(address).unwrap().record.labels);
+        assert!(Arc::ptr_eq(&labels(&one), &labels(&other)));
+        assert_eq!(directory.labels.len(), 1);
+        directory.insert(other, pod(None, "db"));
+        assert_eq!(directory.labels.len(), 2);
+        directory.remove(&one);
+        assert_eq!(directory.labels.len(), 1, "nobody is web any more");
+        directory.remove(&other);
+        assert!(directory.labels.is_empty());
     }
 }

@@ -12,7 +12,7 @@ use crate::{
     },
 };
 use abi::{AddressKey, Hook};
-use std::net::IpAddr;
+use std::{net::IpAddr, sync::Arc, time::Instant};
 use tokio::task::block_in_place;
 
 fn pod_key(address: IpAddr) -> Key {
@@ -40,6 +40,9 @@ impl Daemon {
             addresses,
             attachment,
         } = request;
+        if self.drained.is_some() {
+            return Err(DaemonError::Draining);
+        }
         let wrong = DaemonError::Request;
         if let Some(attachment) = &attachment {
             endpoint::check_interface(&attachment.interface).map_err(wrong)?;
@@ -70,7 +73,7 @@ impl Daemon {
             pod: PodRecord {
                 namespace: pod.namespace.clone(),
                 name: pod.name.clone(),
-                labels,
+                labels: Arc::new(labels),
                 service_account,
                 ports,
                 address,
@@ -96,7 +99,7 @@ impl Daemon {
         let namesake = self
             .pods
             .iter()
-            .find(|(_, known)| known.record.full_name() == pod.to_string());
+            .find(|(_, known)| known.record.is_named(&pod.namespace, &pod.name));
         let Some((address, known)) = namesake else {
             return Ok(());
         };
@@ -240,7 +243,7 @@ impl Daemon {
             return match self
                 .pods
                 .values()
-                .find(|known| known.record.full_name() == pod.to_string())
+                .find(|known| known.record.is_named(&pod.namespace, &pod.name))
             {
                 Some(known) => Err(DaemonError::Request(format!(
                     "pod {pod} is on node {}: delete it there",
@@ -254,6 +257,18 @@ impl Daemon {
         Ok(true)
     }
 
+    /// Disconnects all pods, and takes no more; their names.
+    pub(super) async fn drain(&mut self) -> Result<Vec<PodName>, DaemonError> {
+        self.drained = Some(Instant::now());
+        let pods: Vec<PodName> = self.locals.keys().cloned().collect();
+        let mut problem = None;
+        for pod in &pods {
+            // The others all the same.
+            problem = self.disconnect(pod).await.err().or(problem);
+        }
+        problem.map_or(Ok(pods), Err)
+    }
+
     /// Changes a pod's labels, and with them its identity.
     pub(super) async fn endpoint_label(&mut self, request: EndpointLabel) -> Result<EndpointView, DaemonError> {
         let EndpointLabel { pod, set, remove } = request;
@@ -263,12 +278,13 @@ impl Daemon {
             .ok_or_else(|| DaemonError::Request(format!("there is no pod {pod} on this node")))?;
         let before = local.endpoint.pod.clone();
         let mut record = before.clone();
+        let labels = Arc::make_mut(&mut record.labels);
         for key in remove {
-            if record.labels.remove(&key).is_none() {
+            if labels.remove(&key).is_none() {
                 return Err(DaemonError::Request(format!("pod {pod} has no label {key}")));
             }
         }
-        record.labels.extend(set);
+        labels.extend(set);
         endpoint::check_labels(&record.labels).map_err(DaemonError::Request)?;
         if record.labels != before.labels {
             self.upsert_pod(record.clone()).await?;

@@ -5,13 +5,13 @@ use crate::{
     api::LoadReport,
     identity::IdentityKey,
     plan::{Change, Generation},
-    stack::{Stack, Start},
+    stack::{Stack, StackError, Start},
     store::records::{ModuleRecord, Revision},
     wasm::{Compiled, Limits},
 };
 use abi::{AddressKey, Identity};
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     sync::Arc,
     time::Instant,
 };
@@ -40,8 +40,11 @@ pub struct Compilation {
     pub change: Change,
 }
 
+/// Pods that modules are asked about at once.
+const PODS_AT_ONCE: usize = 1024;
+
 /// What a policy has made of each address; `None` for `init`.
-pub type Keys = Vec<(AddressKey, Option<IdentityKey>)>;
+pub type Keys = Vec<(AddressKey, Option<Arc<IdentityKey>>)>;
 
 pub fn micros(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
@@ -95,14 +98,36 @@ impl Daemon {
 
     /// Has a set of modules identify every pod.
     pub(super) fn identify_all(&self, stack: &mut Stack) -> Result<Keys, DaemonError> {
-        let pods: Vec<_> = self.pods.values().map(|pod| self.facts(&pod.record)).collect();
+        let each = self.identify_each(stack).into_iter();
+        each.map(|(address, key)| Ok((address, key?))).collect()
+    }
+
+    /// The same, whatever becomes of one of them. Pods are many and their keys are few: each key is kept once, and only some
+    /// pods at a time are put into words for the modules.
+    pub(super) fn identify_each(
+        &self,
+        stack: &mut Stack,
+    ) -> Vec<(AddressKey, Result<Option<Arc<IdentityKey>>, StackError>)> {
+        let mut known: HashSet<Arc<IdentityKey>> = HashSet::new();
+        let mut shared = |key: IdentityKey| match known.get(&key) {
+            Some(key) => Arc::clone(key),
+            None => {
+                let key = Arc::new(key);
+                known.insert(Arc::clone(&key));
+                key
+            }
+        };
+        let addresses: Vec<AddressKey> = self.pods.keys().copied().collect();
+        let mut each = Vec::with_capacity(addresses.len());
         stack.begin();
-        let keys = block_in_place(|| stack.identify(&pods));
-        self.pods
-            .keys()
-            .zip(keys)
-            .map(|(address, key)| Ok((*address, key?)))
-            .collect()
+        for some in addresses.chunks(PODS_AT_ONCE) {
+            let pods = some.iter().filter_map(|address| self.pods.get(address));
+            let facts: Vec<_> = pods.map(|pod| self.facts(&pod.record)).collect();
+            let keys = block_in_place(|| stack.identify(&facts));
+            let keys = keys.into_iter().map(|key| key.map(|key| key.map(&mut shared)));
+            each.extend(some.iter().copied().zip(keys));
+        }
+        each
     }
 
     /// Compiles the matrix of identified pods and networks.
@@ -168,19 +193,19 @@ impl Daemon {
         self.check_tenants(&candidate.revision, &keys)?;
         // Numbers that only this evaluation knows: nothing is entered in the store.
         let mut registry = self.registry.clone();
-        let mut number = |key: Option<IdentityKey>, other: Identity| -> Result<_, DaemonError> {
+        let mut number = |key: Option<&IdentityKey>, other: Identity| -> Result<_, DaemonError> {
             let Some(key) = key else { return Ok((other, None)) };
-            let identity = registry.assign(&key)?;
+            let identity = registry.assign(key)?;
             Ok((identity, registry.shared(identity)))
         };
         let mut identified = Vec::with_capacity(keys.len());
         for (address, key) in keys {
-            let (identity, key) = number(key, Identity::INIT)?;
+            let (identity, key) = number(key.as_deref(), Identity::INIT)?;
             identified.push((address, identity, key));
         }
         let networks = Self::network_keys(&stack)
             .into_iter()
-            .map(|key| number(key, Identity::WORLD))
+            .map(|key| number(key.as_ref(), Identity::WORLD))
             .collect::<Result<Vec<_>, _>>()?;
         steps.push(("identify".to_owned(), micros(began)));
 

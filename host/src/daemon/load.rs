@@ -151,7 +151,7 @@ impl Daemon {
         let keys = self.identify_all(&mut stack)?;
         let mut identified = Vec::with_capacity(keys.len());
         for (address, key) in keys {
-            let identity = self.number(key.as_ref()).await?;
+            let identity = self.number(key.as_deref()).await?;
             identified.push((address, identity, self.registry.shared(identity)));
         }
         self.finish_build(revision, stack, identified).await
@@ -242,23 +242,18 @@ impl Daemon {
         };
         let mut stack = self.start_stack(&candidate).await?;
         stack.settle();
-        let addresses: Vec<_> = self
-            .pods
-            .iter()
-            .map(|(address, pod)| (*address, pod.record.clone()))
-            .collect();
-        let facts: Vec<_> = addresses.iter().map(|(_, record)| self.facts(record)).collect();
-        stack.begin();
-        let keys = tokio::task::block_in_place(|| stack.identify(&facts));
-        let mut identified = Vec::new();
-        for ((address, record), key) in addresses.into_iter().zip(keys) {
+        let mut identified = Vec::with_capacity(self.pods.keys().len());
+        for (address, key) in self.identify_each(&mut stack) {
             match key {
                 Ok(key) => {
-                    let identity = self.number(key.as_ref()).await?;
+                    let identity = self.number(key.as_deref()).await?;
                     identified.push((address, identity, self.registry.shared(identity)));
                 }
                 // One pod must not keep the node down: nothing reaches it.
-                Err(error) => tracing::error!("{}: {error}", record.full_name()),
+                Err(error) => {
+                    let name = self.pods.get(&address).map(|pod| pod.record.full_name());
+                    tracing::error!("{}: {error}", name.unwrap_or_default());
+                }
             }
         }
         let (side, change) = self.finish_build(&revision, stack, identified).await?;

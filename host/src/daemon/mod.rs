@@ -26,7 +26,7 @@ mod verify;
 mod views;
 mod watch;
 
-pub use cleanup::cleanup;
+pub use cleanup::{cleanup, until_stopped};
 pub use start::run;
 
 use crate::{
@@ -68,6 +68,9 @@ pub enum DaemonError {
     /// The request itself is wrong.
     #[error("{0}")]
     Request(String),
+    /// The node takes no pods any more.
+    #[error("this node is being drained: it takes no pods any more")]
+    Draining,
     /// No address for the pod.
     #[error(transparent)]
     Address(#[from] AddressError),
@@ -130,6 +133,7 @@ enum Command {
     ServiceAdd(Box<ServiceRecord>, oneshot::Sender<Response>),
     ServiceDelete(PodName, oneshot::Sender<Response>),
     ServiceList(oneshot::Sender<Response>),
+    Drain(oneshot::Sender<Response>),
     /// A flow that was let open, while a module is audited.
     Opened(abi::Event),
     Evaluate(
@@ -210,30 +214,39 @@ struct Daemon {
     watch: Watch,
     /// Changes of the store that could not be taken in, to be tried again.
     missed: Vec<Change>,
+    /// When the node was asked to take no more pods and to stop.
+    drained: Option<Instant>,
 }
 
 /// How often the daemon looks at its lease and at stale nodes.
 const TICK: Duration = Duration::from_millis(500);
 
 impl Daemon {
-    /// Serves commands and follows the store until the channel of commands closes.
-    async fn serve(mut self, mut commands: mpsc::Receiver<Command>, mut changes: mpsc::Receiver<Change>) {
+    /// Serves commands and follows the store until the node is drained; the error says why it can't go on before that.
+    async fn serve(
+        mut self,
+        mut commands: mpsc::Receiver<Command>,
+        mut changes: mpsc::Receiver<Change>,
+    ) -> anyhow::Result<()> {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 command = commands.recv() => match command {
                     Some(command) => self.command(command).await,
-                    None => return,
+                    None => anyhow::bail!("nobody asks the daemon's task any more"),
                 },
                 change = changes.recv() => {
                     let Some(change) = change else {
-                        tracing::error!("the store's watch has ended: stopping; the datapath goes on");
-                        return;
+                        anyhow::bail!("the store's watch has ended; the datapath goes on");
                     };
                     self.follow(change).await;
                 }
                 _ = tick.tick() => self.tick().await,
+            }
+            // Not before whoever has asked for it has the answer.
+            if self.drained.is_some_and(|since| since.elapsed() > TICK) {
+                return Ok(());
             }
         }
     }
@@ -300,6 +313,7 @@ impl Daemon {
                 answer(reply, deleted.map(Response::Deleted));
             }
             Command::ServiceList(reply) => answer(reply, Ok(Response::Services(self.service_list()))),
+            Command::Drain(reply) => answer(reply, self.drain().await.map(Response::Drained)),
             Command::NodeDelete(name, reply) => answer(reply, self.node_delete(&name).await.map(Response::Deleted)),
             Command::Evaluate(candidate, reply) => {
                 // Nobody waits any more: then the answer is not needed.

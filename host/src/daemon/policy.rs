@@ -87,7 +87,7 @@ impl Daemon {
         wasm::Pod {
             namespace: record.namespace.clone(),
             name: record.name.clone(),
-            labels: record.labels.clone(),
+            labels: Labels::clone(&record.labels),
             namespace_labels: self.namespace_labels(&record.namespace),
             service_account: record.service_account.clone(),
             addresses: record.addresses().collect(),

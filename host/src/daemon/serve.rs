@@ -96,6 +96,7 @@ impl Front {
             Request::ServiceAdd(record) => self.ask(|reply| Command::ServiceAdd(record, reply)).await,
             Request::ServiceDelete(service) => self.ask(|reply| Command::ServiceDelete(service, reply)).await,
             Request::ServiceList => self.ask(Command::ServiceList).await,
+            Request::Drain => self.ask(Command::Drain).await,
             Request::NodeDelete(name) => self.ask(|reply| Command::NodeDelete(name, reply)).await,
         };
         codec::write(&mut stream, &response).await.map_err(io::Error::other)

@@ -106,7 +106,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         async move { front.handle(request, stream).await }
     });
     tokio::select! {
-        () = daemon.serve(commands, changes) => anyhow::bail!("the daemon's task has ended"),
+        ended = daemon.serve(commands, changes) => return ended.inspect(|()| tracing::info!("drained: stopping")),
         result = serving => result.context("control socket")?,
         _ = terminate.recv() => {}
         result = tokio::signal::ctrl_c() => result?,
@@ -226,6 +226,7 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
         monitors: (0, 0),
         watch: Watch::new(),
         missed: Vec::new(),
+        drained: None,
     };
     let vxlan = block_in_place(|| net::ensure_vxlan(abi::node::TUNNEL_PORT, pod_mtu, daemon.config.underlay))?;
     daemon.datapath.set_vxlan(vxlan, pod_mtu, daemon.config.underlay)?;

@@ -3,7 +3,7 @@
 use super::{Daemon, DaemonError, policy::Side};
 use crate::{
     api::Verification,
-    identity::IdentityKey,
+    identity::{IdentityKey, Labels},
     invariant::{End, Invariants, Violation},
     survey::Survey,
 };
@@ -99,7 +99,7 @@ impl Daemon {
                 name: pod.record.full_name(),
                 identity: *identity,
                 pod: Some((tenant, pod.record.namespace.clone())),
-                labels: pod.record.labels.clone(),
+                labels: Labels::clone(&pod.record.labels),
                 networks: pod
                     .record
                     .addresses()

@@ -6,6 +6,7 @@ use crate::{
         CounterView, EndpointView, IdentityView, IpcacheView, ModuleView, ModulesView, NamespaceView, NodeView,
         PairView, PodName, PolicyView, RevisionView, Status, Usage,
     },
+    identity::Labels,
     plan::protocol_name,
     survey::{Survey, is_end},
 };
@@ -119,7 +120,7 @@ impl Daemon {
         Ok(EndpointView {
             pod: pod.clone(),
             addresses: record.addresses().collect(),
-            labels: record.labels.clone(),
+            labels: Labels::clone(&record.labels),
             service_account: record.service_account.clone(),
             ports: record
                 .ports

@@ -189,13 +189,13 @@ mod tests {
         policy::{TCP, UDP},
         service::{Backend, MAX_BACKENDS},
     };
-    use std::collections::BTreeSet;
+    use std::collections::{BTreeMap, BTreeSet};
 
     fn pod(name: &str, app: &str, addresses: [&str; 2], http: u16) -> PodRecord {
         PodRecord {
             namespace: "red".to_owned(),
             name: name.to_owned(),
-            labels: [("app".to_owned(), app.to_owned())].into(),
+            labels: BTreeMap::from([("app".to_owned(), app.to_owned())]).into(),
             address: addresses[0].parse().unwrap(),
             second: Some(addresses[1].parse().unwrap()),
             node: "a".to_owned(),

@@ -2,13 +2,13 @@
 
 use crate::{
     codec,
-    identity::{IdentityKey, Layout},
+    identity::{IdentityKey, Labels, Layout},
     store::{Collection, Expect, Key, Store, StoreError},
     wasm::{Overrides, Placement},
 };
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
 /// What all nodes must agree on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,8 +35,8 @@ pub struct PodRecord {
     pub namespace: String,
     /// Its name.
     pub name: String,
-    /// Its labels.
-    pub labels: BTreeMap<String, String>,
+    /// Its labels; many pods have the same.
+    pub labels: Arc<Labels>,
     /// Its address, the first where it has two: where it is found in the store.
     pub address: IpAddr,
     /// Its address of the other family, where it has one.
@@ -56,6 +56,13 @@ impl PodRecord {
     #[must_use]
     pub fn full_name(&self) -> String {
         format!("{}/{}", self.namespace, self.name)
+    }
+
+    /// Whether this is its name.
+    #[must_use]
+    pub fn is_named(&self, namespace: &str, name: &str) -> bool {
+        // Names differ sooner than namespaces.
+        self.name == name && self.namespace == namespace
     }
 
     /// One address, or one of each family.

@@ -1,10 +1,11 @@
 //! The CNI plugin, as a container runtime starts it.
 
-use crate::{Node, artifacts};
+use crate::{Node, artifacts, in_netns};
 use anyhow::Context;
 use serde_json::{Value, json};
 use std::{
     io::Write,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
@@ -15,6 +16,8 @@ pub struct Cni {
     pub network: Value,
     /// Variables of the environment.
     pub environment: Vec<(&'static str, String)>,
+    /// Somebody else's plugin, with the namespace that it runs in.
+    other: Option<(PathBuf, String)>,
 }
 
 impl Cni {
@@ -35,7 +38,15 @@ impl Cni {
                 "socket": node.socket(),
             }),
             environment,
+            other: None,
         }
+    }
+
+    /// Somebody else's plugin, run in this network namespace.
+    #[must_use]
+    pub fn of(mut self, plugin: &Path, node: &str) -> Self {
+        self.other = Some((plugin.to_owned(), node.to_owned()));
+        self
     }
 
     /// Sets a key of the network's configuration.
@@ -59,14 +70,21 @@ impl Cni {
     ///
     /// Where the plugin can't be run, or prints what is no JSON.
     pub fn run(&self, command: &str) -> anyhow::Result<Result<Value, Value>> {
-        let mut child = Command::new(artifacts::plugin()?)
+        let mut plugin = Command::new(match &self.other {
+            Some((plugin, _)) => plugin.clone(),
+            None => artifacts::plugin()?,
+        });
+        plugin
             .env_clear()
             .env("CNI_COMMAND", command)
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            .stderr(Stdio::inherit())
-            .spawn()?;
+            .stderr(Stdio::inherit());
+        let mut child = match &self.other {
+            Some((_, node)) => in_netns(node, || plugin.spawn())??,
+            None => plugin.spawn()?,
+        };
         let text = self.network.to_string();
         child.stdin.take().context("no stdin")?.write_all(text.as_bytes())?;
         let output = child.wait_with_output()?;

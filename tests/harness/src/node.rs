@@ -8,7 +8,7 @@ use std::{
     fs::{self, File},
     net::IpAddr,
     path::{Path, PathBuf},
-    process::{Child, Command, Output, Stdio},
+    process::{Child, Command, ExitStatus, Output, Stdio},
     time::Duration,
 };
 
@@ -142,6 +142,23 @@ impl Node {
         }
         child.wait()?;
         Ok(())
+    }
+
+    /// How hostd has ended by itself.
+    ///
+    /// # Errors
+    ///
+    /// Where it does not run, or goes on.
+    pub fn ended(&mut self) -> anyhow::Result<ExitStatus> {
+        let child = self.hostd.as_mut().context("hostd does not run")?;
+        let mut status = None;
+        wait_until(START, || {
+            status = child.try_wait().ok().flatten();
+            status.is_some()
+        });
+        let status = status.context("hostd goes on")?;
+        self.hostd = None;
+        Ok(status)
     }
 
     /// Runs a command of hostd against this node.
