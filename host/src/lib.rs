@@ -19,6 +19,7 @@ pub mod identity;
 pub mod invariant;
 pub mod net;
 pub mod plan;
+pub(crate) mod random;
 pub mod source;
 pub mod stack;
 pub mod store;

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-const LONG: Duration = Duration::from_secs(60);
+const LONG: Duration = Duration::from_mins(1);
 /// Says to the test below that it is the run that is killed.
 const KILLED: &str = "WASMGATE_IS_KILLED";
 

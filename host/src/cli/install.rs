@@ -82,13 +82,16 @@ fn check_ours(list: &Path) -> anyhow::Result<()> {
         other => other.with_context(|| format!("read {}", list.display()))?,
     };
     let value: Value = serde_json::from_str(&text).unwrap_or_default();
-    let plugin = &value["plugins"][0]["type"];
-    if plugin == PLUGIN {
+    let plugins: Vec<&Value> = value["plugins"].as_array().into_iter().flatten().collect();
+    // Others may have been chained to it.
+    if plugins.iter().any(|plugin| plugin["type"] == PLUGIN) {
         return Ok(());
     }
+    let types: Vec<String> = plugins.iter().map(|plugin| plugin["type"].to_string()).collect();
     bail!(
-        "{} is not ours: its plugin is {plugin}, not {PLUGIN}; nothing is changed (`--network` gives another name)",
-        list.display()
+        "{} is not ours: its plugins are [{}], without {PLUGIN}; nothing is changed (`--network` gives another name)",
+        list.display(),
+        types.join(", ")
     )
 }
 

@@ -17,9 +17,11 @@ impl DaemonError {
     /// What kind of failure that is to a container runtime.
     pub(super) const fn failure(&self) -> Failure {
         match self {
-            Self::Store(StoreError::Unavailable { .. }) | Self::Address(AddressError::Full { .. }) | Self::Draining => {
-                Failure::Transient
-            }
+            Self::Store(StoreError::Unavailable { .. })
+            | Self::Address(AddressError::Full { .. })
+            | Self::Full(_)
+            | Self::Source(_)
+            | Self::Draining => Failure::Transient,
             Self::Net(NetError::Netns { .. }) => Failure::NoContainer,
             Self::Request(_) | Self::Net(NetError::Occupied { .. }) | Self::Address(_) => Failure::Invalid,
             _ => Failure::Internal,
@@ -59,7 +61,7 @@ impl Daemon {
             ports: std::mem::take(&mut request.ports),
         };
         let pod = request.pod.clone();
-        let described = self.source.describe(&pod, given).await.map_err(DaemonError::Request)?;
+        let described = self.source.describe(&pod, given).await.map_err(DaemonError::Source)?;
         request.labels = described.labels;
         request.service_account = described.service_account;
         request.ports = described.ports;
@@ -156,7 +158,7 @@ impl Daemon {
             .collect();
         let most = self.config.maps.endpoints;
         if self.locals.len() >= most as usize {
-            problems.push(format!("this node has {most} pods: raise `maps.endpoints`"));
+            problems.push(DaemonError::Full(most).to_string());
         }
         let owner = |address: std::net::IpAddr| self.pods.find(&address.into()).map(|(_, pod)| pod.record.full_name());
         problems.extend(

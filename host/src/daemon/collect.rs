@@ -56,7 +56,7 @@ impl Retire for TenantRecord {
 
 impl Daemon {
     /// Whether either side still has an identity.
-    fn uses(&self, identity: Identity) -> bool {
+    pub(super) fn uses(&self, identity: Identity) -> bool {
         let aside = self.aside.as_ref();
         self.active.generation.holds(identity) || aside.is_some_and(|side| side.generation.holds(identity))
     }
@@ -104,9 +104,46 @@ impl Daemon {
         record: IdentityRecord,
     ) -> Result<(), DaemonError> {
         let retiring = record.retiring;
+        let other = self.registry.key(identity).is_some_and(|known| *known != record.key);
+        if other && self.uses(identity) {
+            return self.renumber(identity).await;
+        }
         self.note_identity(identity, record);
         if retiring && self.uses(identity) {
             self.revive(identity).await?;
+        }
+        Ok(())
+    }
+
+    /// A number that is used here seems to mean something else. If it does, nothing passes to or from its pods until they have
+    /// another one.
+    async fn renumber(&mut self, identity: Identity) -> Result<(), DaemonError> {
+        // What was heard may be of before this node has set it right.
+        let found = records::get::<IdentityRecord>(&*self.store, &key(identity)).await?;
+        let Some((record, _)) = found.filter(|(found, _)| self.registry.key(identity) != Some(&found.key)) else {
+            return Ok(());
+        };
+        tracing::error!(
+            "identity {} is {} for other nodes, but {} here: its pods get another number",
+            identity.0,
+            record.key,
+            self.registry.name(identity)
+        );
+        let moved = self.close_identity(identity)?;
+        self.note_identity(identity, record);
+        self.audit.forget_rulings();
+        if self.uses(identity) {
+            // A network's: the policy as a whole has to be compiled anew.
+            self.out_of_step = Some(format!("identity {} means something else by now", identity.0));
+        }
+        for pod in moved {
+            let address = pod.address.into();
+            match self.upsert_pod(pod).await {
+                Ok(()) => {
+                    self.unplaced.remove(&address);
+                }
+                Err(error) => error.complain("a pod that needs another identity, tried again"),
+            }
         }
         Ok(())
     }
@@ -150,9 +187,11 @@ impl Daemon {
         let seen_by_all = self.seen_by_all().await?;
         for key in due {
             if key.collection == Collection::Tenants {
-                self.collect_one::<TenantRecord>(&key, seen_by_all).await?;
+                let seen = seen_by_all.map(|seen| seen.tenants);
+                self.collect_one::<TenantRecord>(&key, seen).await?;
             } else {
-                self.collect_one::<IdentityRecord>(&key, seen_by_all).await?;
+                let seen = seen_by_all.map(|seen| seen.identities);
+                self.collect_one::<IdentityRecord>(&key, seen).await?;
             }
         }
         Ok(())
@@ -233,13 +272,19 @@ impl Daemon {
 
     /// Up to which revision every node has taken in the store's changes; none while a node is not alive, for its
     /// datapath may hold anything.
-    async fn seen_by_all(&self) -> Result<Option<u64>, DaemonError> {
-        let mut seen = None;
+    async fn seen_by_all(&self) -> Result<Option<AliveRecord>, DaemonError> {
+        let mut seen: Option<AliveRecord> = None;
         // From the store: this node may not have heard of one that has just joined.
         for (node, _) in self.store.list(Collection::Nodes).await? {
             let key = Key::new(Collection::Alive, &node.name);
             match records::get::<AliveRecord>(&*self.store, &key).await? {
-                Some((alive, _)) => seen = Some(seen.map_or(alive.seen, |seen: u64| seen.min(alive.seen))),
+                Some((alive, _)) => {
+                    let before = seen.unwrap_or(alive);
+                    seen = Some(AliveRecord {
+                        identities: before.identities.min(alive.identities),
+                        tenants: before.tenants.min(alive.tenants),
+                    });
+                }
                 None => return Ok(None),
             }
         }

@@ -3,8 +3,10 @@
 use super::Pod;
 use crate::identity::Labels;
 use abi::AddressKey;
+use hashbrown::HashTable;
 use std::{
     collections::{BTreeMap, HashSet, btree_map},
+    hash::{BuildHasher, RandomState},
     sync::Arc,
 };
 
@@ -14,6 +16,9 @@ pub struct Directory {
     pods: BTreeMap<AddressKey, Pod>,
     /// First address of the pod that has a second one.
     seconds: BTreeMap<AddressKey, AddressKey>,
+    /// First addresses of all pods, to be found by the pods' names, which are in their records alone.
+    names: HashTable<AddressKey>,
+    hasher: RandomState,
     /// Labels of all pods, each set once.
     labels: HashSet<Arc<Labels>>,
 }
@@ -30,6 +35,31 @@ impl Directory {
         self.pods.get(first).map(|pod| (*first, pod))
     }
 
+    /// A pod of this name.
+    pub fn named(&self, namespace: &str, name: &str) -> Option<(AddressKey, &Pod)> {
+        let is_it = |first: &AddressKey| {
+            let pod = self.pods.get(first);
+            pod.is_some_and(|pod| pod.record.is_named(namespace, name))
+        };
+        let first = self.names.find(self.hasher.hash_one((namespace, name)), is_it)?;
+        self.pods.get(first).map(|pod| (*first, pod))
+    }
+
+    fn name_hash(pods: &BTreeMap<AddressKey, Pod>, hasher: &RandomState, first: &AddressKey) -> u64 {
+        // All that the table has is there.
+        pods.get(first).map_or(0, |pod| {
+            hasher.hash_one((pod.record.namespace.as_str(), pod.record.name.as_str()))
+        })
+    }
+
+    /// Before the pod itself is forgotten.
+    fn forget_name(&mut self, first: &AddressKey) {
+        let hash = Self::name_hash(&self.pods, &self.hasher, first);
+        if let Ok(known) = self.names.find_entry(hash, |known| known == first) {
+            known.remove();
+        }
+    }
+
     /// Takes in a pod, in place of the one with the same first address.
     pub fn insert(&mut self, first: AddressKey, mut pod: Pod) -> Option<Pod> {
         match self.labels.get(&pod.record.labels) {
@@ -39,7 +69,10 @@ impl Directory {
             }
         }
         let second = pod.record.second;
+        self.forget_name(&first);
         let before = self.pods.insert(first, pod);
+        let hash = |first: &AddressKey| Self::name_hash(&self.pods, &self.hasher, first);
+        self.names.insert_unique(hash(&first), first, hash);
         if let Some(gone) = before.as_ref().and_then(|pod| pod.record.second) {
             self.seconds.remove(&gone.into());
         }
@@ -54,6 +87,7 @@ impl Directory {
 
     /// Takes out a pod.
     pub fn remove(&mut self, first: &AddressKey) -> Option<Pod> {
+        self.forget_name(first);
         let pod = self.pods.remove(first)?;
         if let Some(second) = pod.record.second {
             self.seconds.remove(&second.into());
@@ -122,6 +156,34 @@ mod tests {
         directory.remove(&first);
         assert!(directory.find(&key("fd00::2")).is_none());
         assert!(directory.find(&first).is_none());
+    }
+
+    #[test]
+    fn a_pod_is_found_by_its_name_as_long_as_it_has_it() {
+        let key = |number: u32| AddressKey::from(IpAddr::from(number.to_be_bytes()));
+        let named = |name: String| {
+            let mut pod = pod(None, "web");
+            pod.record.name = name;
+            pod
+        };
+        let mut directory = Directory::default();
+        for number in 0..1000 {
+            directory.insert(key(number), named(format!("pod-{number}")));
+        }
+        let find = |directory: &Directory, name: &str| directory.named("red", name).map(|(address, _)| address);
+        assert_eq!(find(&directory, "pod-700"), Some(key(700)));
+        assert!(directory.named("blue", "pod-700").is_none());
+        directory.insert(key(700), named("other".to_owned()));
+        assert_eq!(find(&directory, "pod-700"), None);
+        assert_eq!(find(&directory, "other"), Some(key(700)));
+        // It comes back elsewhere before it is heard that it has gone here.
+        directory.insert(key(5000), named("pod-3".to_owned()));
+        directory.remove(&key(3));
+        assert_eq!(find(&directory, "pod-3"), Some(key(5000)));
+        for number in 0..1000 {
+            directory.remove(&key(number));
+        }
+        assert_eq!(directory.names.len(), 1);
     }
 
     #[test]

@@ -6,6 +6,7 @@ use crate::{
     attachment::Attachment,
     endpoint::{self, LocalEndpoint},
     net::{self, Netns, PairNames},
+    random,
     store::{
         Collection, Expect, Key, StoreError,
         records::{self, NamespaceRecord, PodRecord},
@@ -21,11 +22,9 @@ fn pod_key(address: IpAddr) -> Key {
 
 /// A number that no other pod has had, as good as.
 fn incarnation() -> Result<u32, DaemonError> {
-    let mut bytes = [0; 4];
     let failed = |error| DaemonError::Request(format!("the kernel gives no random number: {error}"));
-    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()).map_err(failed)?;
     // 0 is the node itself.
-    Ok(u32::from_ne_bytes(bytes).max(1))
+    Ok(u32::from_ne_bytes(random::bytes().map_err(failed)?).max(1))
 }
 
 impl Daemon {
@@ -56,9 +55,7 @@ impl Daemon {
         }
         let most = self.config.maps.endpoints;
         if self.locals.len() >= most as usize {
-            return Err(wrong(format!(
-                "this node has {most} pods already: raise `maps.endpoints`"
-            )));
+            return Err(DaemonError::Full(most));
         }
         self.check_unknown(&pod).await?;
         let netns = Netns::open(&netns)?;
@@ -96,14 +93,10 @@ impl Daemon {
 
     /// There must be no such pod in the cluster. What this node has not yet heard of another one, the store knows.
     async fn check_unknown(&mut self, pod: &PodName) -> Result<(), DaemonError> {
-        let namesake = self
-            .pods
-            .iter()
-            .find(|(_, known)| known.record.is_named(&pod.namespace, &pod.name));
-        let Some((address, known)) = namesake else {
+        let Some((address, known)) = self.pods.named(&pod.namespace, &pod.name) else {
             return Ok(());
         };
-        let (address, node) = (*address, known.record.node.clone());
+        let node = known.record.node.clone();
         if node != self.config.node && self.store.get(&pod_key(address.ip())).await?.is_none() {
             return self.remove_pod(&address);
         }
@@ -141,12 +134,25 @@ impl Daemon {
     /// Tells the cluster of a pod. A record that this node has left behind at the address is replaced.
     async fn publish(&mut self, record: &PodRecord) -> Result<(), DaemonError> {
         let key = pod_key(record.address);
-        let found = records::get::<PodRecord>(&*self.store, &key).await?;
-        let expect = match found {
-            Some((left, revision)) if left.node == self.config.node => Expect::Revision(revision),
-            Some(_) | None => Expect::Absent,
-        };
-        records::put(&*self.store, &key, record, expect).await?;
+        match records::put(&*self.store, &key, record, Expect::Absent).await {
+            Err(StoreError::Conflict {
+                key,
+                found: Some(found),
+            }) => {
+                let left: PodRecord = records::decode(&key, &found.value)?;
+                if left.node != self.config.node {
+                    return Err(StoreError::Conflict {
+                        key,
+                        found: Some(found),
+                    }
+                    .into());
+                }
+                records::put(&*self.store, &key, record, Expect::Revision(found.revision)).await?;
+            }
+            published => {
+                published?;
+            }
+        }
         self.withdrawn.remove(&record.address);
         Ok(())
     }
@@ -240,12 +246,8 @@ impl Daemon {
     /// Disconnects a pod; false where there is none.
     pub(super) async fn endpoint_delete(&mut self, pod: &PodName) -> Result<bool, DaemonError> {
         if !self.locals.contains_key(pod) {
-            return match self
-                .pods
-                .values()
-                .find(|known| known.record.is_named(&pod.namespace, &pod.name))
-            {
-                Some(known) => Err(DaemonError::Request(format!(
+            return match self.pods.named(&pod.namespace, &pod.name) {
+                Some((_, known)) => Err(DaemonError::Request(format!(
                     "pod {pod} is on node {}: delete it there",
                     known.record.node
                 ))),

@@ -46,6 +46,9 @@ const PODS_AT_ONCE: usize = 1024;
 /// What a policy has made of each address; `None` for `init`.
 pub type Keys = Vec<(AddressKey, Option<Arc<IdentityKey>>)>;
 
+/// The same for one address, or why there is no answer.
+pub type EachKey = (AddressKey, Result<Option<Arc<IdentityKey>>, StackError>);
+
 pub fn micros(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
 }
@@ -104,18 +107,15 @@ impl Daemon {
 
     /// The same, whatever becomes of one of them. Pods are many and their keys are few: each key is kept once, and only some
     /// pods at a time are put into words for the modules.
-    pub(super) fn identify_each(
-        &self,
-        stack: &mut Stack,
-    ) -> Vec<(AddressKey, Result<Option<Arc<IdentityKey>>, StackError>)> {
+    pub(super) fn identify_each(&self, stack: &mut Stack) -> Vec<EachKey> {
         let mut known: HashSet<Arc<IdentityKey>> = HashSet::new();
-        let mut shared = |key: IdentityKey| match known.get(&key) {
-            Some(key) => Arc::clone(key),
-            None => {
-                let key = Arc::new(key);
-                known.insert(Arc::clone(&key));
-                key
+        let mut shared = |key: IdentityKey| {
+            if let Some(key) = known.get(&key) {
+                return Arc::clone(key);
             }
+            let key = Arc::new(key);
+            known.insert(Arc::clone(&key));
+            key
         };
         let addresses: Vec<AddressKey> = self.pods.keys().copied().collect();
         let mut each = Vec::with_capacity(addresses.len());

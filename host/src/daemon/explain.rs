@@ -162,9 +162,10 @@ impl Daemon {
         if let Some(labels) = text.strip_suffix('}') {
             return self.resolve_labels(text, labels);
         }
-        let pod = self.pods.values().find(|pod| pod.record.full_name() == text);
+        let named = text.split_once('/');
+        let pod = named.and_then(|(namespace, name)| self.pods.named(namespace, name));
         let address = match (pod, text.parse::<IpAddr>()) {
-            (Some(pod), _) => Some(pod.record.address),
+            (Some((_, pod)), _) => Some(pod.record.address),
             (None, Ok(address)) => Some(address),
             (None, Err(_)) => None,
         };

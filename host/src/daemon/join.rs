@@ -12,7 +12,9 @@ use crate::{
 /// The first node of a cluster fixes what all must agree on.
 pub async fn agree(store: &dyn Store, layout: Layout) -> Result<(), DaemonError> {
     let key = Key::new(Collection::Cluster, CLUSTER);
-    let found: ClusterRecord = match records::put(store, &key, &ClusterRecord { layout }, Expect::Absent).await {
+    let no_number = |error| DaemonError::Request(format!("the kernel gives no random number: {error}"));
+    let record = ClusterRecord::new(layout).map_err(no_number)?;
+    let found: ClusterRecord = match records::put(store, &key, &record, Expect::Absent).await {
         Ok(_) => return Ok(()),
         Err(StoreError::Conflict { found: Some(found), .. }) => records::decode(&key, &found.value)?,
         Err(error) => return Err(error.into()),

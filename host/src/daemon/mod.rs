@@ -42,7 +42,7 @@ use crate::{
     stack::StackError,
     store::{
         Change, Store, StoreError,
-        records::{NodeRecord, PodRecord, PolicyRecord, ServiceRecord},
+        records::{AliveRecord, NodeRecord, PodRecord, PolicyRecord, ServiceRecord},
     },
     wasm::{Compiled, Compiler, WasmError},
 };
@@ -68,6 +68,12 @@ pub enum DaemonError {
     /// The request itself is wrong.
     #[error("{0}")]
     Request(String),
+    /// The node has as many pods as its maps take.
+    #[error("this node has {0} pods already: raise `maps.endpoints`")]
+    Full(u32),
+    /// Who knows of pods' labels does not answer.
+    #[error("{0}")]
+    Source(String),
     /// The node takes no pods any more.
     #[error("this node is being drained: it takes no pods any more")]
     Draining,
@@ -178,8 +184,8 @@ struct Daemon {
     registry: Registry,
     /// Identities that nobody uses, and the last revision of the store that was taken in, and told to others.
     unused: Unused,
-    seen: u64,
-    told: Option<u64>,
+    seen: AliveRecord,
+    told: Option<AliveRecord>,
     /// When the lease was renewed last.
     renewed: Instant,
     /// Addresses of pods that are gone, of which the store may not have heard.

@@ -104,16 +104,16 @@ impl Daemon {
             record.previous = Revision::none();
         }
         for name in modules_of(&record) {
+            let key = Key::new(Collection::Modules, &name);
+            if self.store.has(&key).await? {
+                continue;
+            }
             let Some(module) = self.modules.get(&name) else {
                 return Err(DaemonError::Request(format!(
                     "module {name} is no longer on this node's disk"
                 )));
             };
-            match self
-                .store
-                .put(&Key::new(Collection::Modules, &name), module, Expect::Absent)
-                .await
-            {
+            match self.store.put(&key, module, Expect::Absent).await {
                 Ok(_) | Err(StoreError::Conflict { .. }) => {}
                 Err(error) => return Err(error.into()),
             }

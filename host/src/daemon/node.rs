@@ -13,6 +13,7 @@ use crate::{
 };
 use abi::{AddressKey, Identity};
 use ipnet::IpNet;
+use serde::{Serialize, de::DeserializeOwned};
 use std::{
     collections::BTreeMap,
     net::IpAddr,
@@ -24,29 +25,47 @@ impl Daemon {
     /// Takes in a change of the store. What can't be taken in is reported, and tried again.
     pub(super) async fn follow(&mut self, change: Change) {
         let key = match &change {
-            Change::Put(key, _) | Change::Delete(key) => key.clone(),
+            Change::Put(key, _) | Change::Delete(key) | Change::Missing(key) => key.clone(),
             Change::Synced => return,
             Change::Anew => return self.start_over().await,
         };
         // What comes later about the same key says more.
-        self.missed
-            .retain(|missed| !matches!(missed, Change::Put(known, _) | Change::Delete(known) if *known == key));
-        // Only marks on identities wait for all nodes to have seen them.
+        let is_older = |missed: &Change| match missed {
+            Change::Put(known, _) | Change::Delete(known) | Change::Missing(known) => *known == key,
+            Change::Synced | Change::Anew => false,
+        };
+        self.missed.retain(|missed| !is_older(missed));
         let revision = match &change {
-            Change::Put(key, value) if matches!(key.collection, Collection::Identities | Collection::Tenants) => {
-                value.revision
-            }
+            Change::Put(_, value) => value.revision,
             _ => 0,
         };
         if let Err(error) = self.try_follow(change.clone()).await {
             error.complain(&format!("{key}, tried again"));
             self.missed.push(change);
         } else {
-            self.seen = self.seen.max(revision);
+            self.note_revision(key.collection, revision);
+        }
+    }
+
+    /// A change was taken in. Only marks on identities and tenants wait for all nodes to have seen them; each collection has
+    /// its own order.
+    pub(super) const fn note_revision(&mut self, collection: Collection, revision: u64) {
+        let seen = match collection {
+            Collection::Identities => &mut self.seen.identities,
+            Collection::Tenants => &mut self.seen.tenants,
+            _ => return,
+        };
+        if *seen < revision {
+            *seen = revision;
         }
     }
 
     async fn try_follow(&mut self, change: Change) -> Result<(), DaemonError> {
+        let change = match change {
+            Change::Missing(key) if self.enter_for_another(&key).await? => return Ok(()),
+            Change::Missing(key) => Change::Delete(key),
+            other => other,
+        };
         match change {
             Change::Put(key, value) => match key.collection {
                 Collection::Nodes => self.node_seen(records::decode(&key, &value.value)?)?,
@@ -99,15 +118,46 @@ impl Daemon {
                 }
                 _ => {}
             },
-            Change::Synced | Change::Anew => {}
+            Change::Missing(_) | Change::Synced | Change::Anew => {}
         }
         Ok(())
+    }
+
+    /// Enters again what a store that was made anew has to know of a node that is not there to say so itself: it is away,
+    /// and has the same time to come back as at any other time. False where its node is alive and does not know of it.
+    async fn enter_for_another(&mut self, key: &Key) -> Result<bool, DaemonError> {
+        let pod = match key.collection {
+            Collection::Nodes => None,
+            Collection::Pods => {
+                let address = key.name.parse::<IpAddr>().ok().map(AddressKey::from);
+                let pod = address.and_then(|address| self.pods.get(&address));
+                match pod {
+                    Some(pod) => Some(pod.record.clone()),
+                    None => return Ok(false),
+                }
+            }
+            _ => return Ok(false),
+        };
+        let name = pod.as_ref().map_or(&key.name, |pod| &pod.node);
+        let Some(node) = self.nodes.get(name).map(|node| node.record.clone()) else {
+            return Ok(false);
+        };
+        let alive = Key::new(Collection::Alive, name);
+        if *name == self.config.node || self.store.get(&alive).await?.is_some() {
+            return Ok(false);
+        }
+        self.lease_expired(&node.name).await?;
+        match pod {
+            Some(pod) => self.enter(key, &pod).await?,
+            None => self.enter(key, &node).await?,
+        }
+        Ok(true)
     }
 
     /// The store has forgotten, perhaps: it is told anew of this node and its pods, and what was seen of its revisions
     /// counts no longer.
     async fn start_over(&mut self) {
-        self.seen = 0;
+        self.seen = AliveRecord::default();
         self.told = None;
         let rejoined = match join::agree(&*self.store, self.registry.layout()).await {
             Ok(()) => self.enter_all().await,
@@ -124,14 +174,17 @@ impl Daemon {
         for number in self.registry.tenant_numbers().collect::<Vec<_>>() {
             let name = self.registry.tenant(number).unwrap_or_default().to_owned();
             let tenant = TenantRecord { name, retiring: false };
-            self.enter(&Key::new(Collection::Tenants, number), &tenant).await?;
+            let is_it = |found: &TenantRecord| found.name == tenant.name || !self.registry.has_identities(number);
+            self.enter_meaning(&Key::new(Collection::Tenants, number), &tenant, is_it)
+                .await?;
         }
         for (identity, key) in self.registry.iter() {
             let record = IdentityRecord {
                 key: key.clone(),
                 retiring: false,
             };
-            self.enter(&Key::new(Collection::Identities, identity.0), &record)
+            let is_it = |found: &IdentityRecord| found.key == record.key || !self.uses(identity);
+            self.enter_meaning(&Key::new(Collection::Identities, identity.0), &record, is_it)
                 .await?;
         }
         self.register().await?;
@@ -147,8 +200,30 @@ impl Daemon {
         self.enter_policy().await
     }
 
+    /// Enters what a number means. Where a backup says otherwise of one that packets carry now, it is wrong.
+    async fn enter_meaning<T: Serialize + DeserializeOwned>(
+        &self,
+        key: &Key,
+        record: &T,
+        is_right: impl Fn(&T) -> bool,
+    ) -> Result<(), DaemonError> {
+        let found = match records::put(&*self.store, key, record, Expect::Absent).await {
+            Err(StoreError::Conflict { found: Some(found), .. }) => found,
+            Ok(_) | Err(StoreError::Conflict { .. }) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        if is_right(&records::decode(key, &found.value)?) {
+            return Ok(());
+        }
+        tracing::warn!("{key} means something else in the store than for this node's packets: setting it right");
+        match records::put(&*self.store, key, record, Expect::Revision(found.revision)).await {
+            Ok(_) | Err(StoreError::Conflict { .. }) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     /// Enters a value, unless another node was faster.
-    async fn enter<T: serde::Serialize>(&self, key: &Key, value: &T) -> Result<(), DaemonError> {
+    async fn enter<T: Serialize>(&self, key: &Key, value: &T) -> Result<(), DaemonError> {
         match records::put(&*self.store, key, value, Expect::Absent).await {
             Ok(_) | Err(StoreError::Conflict { .. }) => Ok(()),
             Err(error) => Err(error.into()),
@@ -227,7 +302,7 @@ impl Daemon {
             self.told = None;
             return self.renew().await;
         }
-        if let Some(node) = self.nodes.get_mut(name) {
+        if let Some(node) = self.nodes.get_mut(name).filter(|node| node.stale_since.is_none()) {
             tracing::warn!("node {name} is stale: its lease has expired. Its pods stay reachable");
             node.stale_since = Some(Instant::now());
         }
@@ -294,21 +369,19 @@ impl Daemon {
     pub(super) async fn renew(&mut self) -> Result<(), DaemonError> {
         let key = Key::new(Collection::Alive, &self.config.node);
         // What could not be taken in was not seen, and nothing after it counts.
-        let alive = AliveRecord {
-            seen: if self.missed.is_empty() {
-                self.seen
-            } else {
-                self.told.unwrap_or(0)
-            },
+        let alive = if self.missed.is_empty() {
+            self.seen
+        } else {
+            self.told.unwrap_or_default()
         };
         let ttl = self.config.lease.ttl();
-        if self.told == Some(alive.seen) && self.renewed.elapsed() < ttl / 3 {
+        if self.told == Some(alive) && self.renewed.elapsed() < ttl / 3 {
             return Ok(());
         }
-        if self.told != Some(alive.seen) || !self.store.keep(&key).await? {
+        if self.told != Some(alive) || !self.store.keep(&key).await? {
             let value = records::encode(&key, &alive)?;
             self.store.put_leased(&key, value, ttl).await?;
-            self.told = Some(alive.seen);
+            self.told = Some(alive);
         }
         self.renewed = Instant::now();
         Ok(())

@@ -209,6 +209,26 @@ impl Daemon {
         self.unplaced.insert(*first);
     }
 
+    /// Takes an identity from all pods that have it on either side, and gives its rows and columns back; those pods, which
+    /// nothing reaches any more.
+    pub(super) fn close_identity(&mut self, identity: Identity) -> Result<Vec<PodRecord>, DaemonError> {
+        let has_it = |address: &AddressKey| {
+            let active = self.active.generation.place(address).map(|place| place.identity);
+            active == Some(identity) || self.aside_identity(address) == Some(identity)
+        };
+        let its: Vec<AddressKey> = self.pods.keys().copied().filter(has_it).collect();
+        for address in &its {
+            self.close(address);
+            self.active.generation.remove(address);
+            if let Some(aside) = &mut self.aside {
+                aside.generation.remove(address);
+            }
+        }
+        self.release()?;
+        let records = its.iter().filter_map(|address| self.pods.get(address));
+        Ok(records.map(|pod| pod.record.clone()).collect())
+    }
+
     fn undo(&mut self, address: AddressKey, before: Option<Pod>) {
         match before {
             Some(pod) => {

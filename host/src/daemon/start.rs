@@ -27,7 +27,7 @@ use crate::{
     source,
     store::{
         self, Change, Collection, Expect, Key, Store,
-        records::{self, CLUSTER, NamespaceRecord, NodeRecord, Phase, PodRecord},
+        records::{self, AliveRecord, CLUSTER, NamespaceRecord, NodeRecord, Phase, PodRecord},
     },
     wasm::Compiler,
 };
@@ -70,12 +70,16 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let server = Server::bind(&config.socket).with_context(|| format!("control socket {}", config.socket.display()))?;
     let store = store::open(&config.store, &config.etcd)?;
     let mut terminate = signal(SignalKind::terminate())?;
-    tokio::select! {
-        result = until_it_answers(&server, &store) => result?,
-        _ = terminate.recv() => return Ok(()),
-    }
     let names = Arc::new(RwLock::new(Names::default()));
-    let started = start(config.clone(), Arc::clone(&store), Arc::clone(&names)).await?;
+    let starting = async {
+        until_it_answers(&store).await;
+        start(config.clone(), Arc::clone(&store), Arc::clone(&names)).await
+    };
+    let started = tokio::select! {
+        started = starting => started?,
+        result = refuse(&server, &store) => return result.context("control socket"),
+        _ = terminate.recv() => return Ok(()),
+    };
     let Started {
         daemon,
         events,
@@ -116,27 +120,23 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Waits until the store answers, whatever it says; whoever asks hostd meanwhile is told so. The datapath goes on as an
-/// earlier hostd has left it.
-async fn until_it_answers(server: &Server, store: &Arc<dyn Store>) -> anyhow::Result<()> {
+/// Waits until the store answers, whatever it says. The datapath goes on as an earlier hostd has left it.
+async fn until_it_answers(store: &Arc<dyn Store>) {
     let key = Key::new(Collection::Cluster, CLUSTER);
-    let answers = async {
-        while store.get(&key).await.is_err_and(|error| error.is_unavailable()) {
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-    };
-    let asked = Arc::clone(store);
-    let refusing = api::serve(server, move |_, mut stream| {
-        let problem = asked
-            .problem()
-            .unwrap_or_else(|| "the store has not answered yet".to_owned());
-        let refusal = Response::Error(format!("hostd is starting: {problem}"));
-        async move { codec::write(&mut stream, &refusal).await.map_err(io::Error::other) }
-    });
-    tokio::select! {
-        () = answers => Ok(()),
-        result = refusing => result.context("control socket"),
+    while store.get(&key).await.is_err_and(|error| error.is_unavailable()) {
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
+}
+
+/// Tells whoever asks that hostd is not ready yet, and why, where the store is the reason.
+async fn refuse(server: &Server, store: &Arc<dyn Store>) -> io::Result<()> {
+    let store = Arc::clone(store);
+    api::serve(server, move |_, mut stream| {
+        let problem = store.problem().map_or(String::new(), |problem| format!(": {problem}"));
+        let refusal = Response::Error(format!("hostd is starting{problem}"));
+        async move { codec::write(&mut stream, &refusal).await.map_err(io::Error::other) }
+    })
+    .await
 }
 
 /// One hostd for one state folder.
@@ -203,7 +203,7 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
         modules,
         registry: Registry::new(layout),
         unused: Unused::default(),
-        seen: 0,
+        seen: AliveRecord::default(),
         told: None,
         renewed: Instant::now(),
         withdrawn: BTreeSet::new(),
@@ -309,7 +309,7 @@ impl Daemon {
                     self.note_service(records::decode(&key, &value.value)?);
                 }
                 Change::Put(key, value) if key.collection == Collection::Identities => {
-                    self.seen = self.seen.max(value.revision);
+                    self.note_revision(key.collection, value.revision);
                     if let Ok(number) = key.name.parse() {
                         self.note_identity(Identity(number), records::decode(&key, &value.value)?);
                     }

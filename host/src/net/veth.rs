@@ -4,16 +4,18 @@ use super::{
     NetError, Netns, in_netns,
     netlink::{NODE_SIDE, delete_link, disable_ipv6, find, get, mac, netlink, netlink_here, set_ipv6},
 };
+use crate::random;
 use futures::{FutureExt, TryStreamExt};
 use rtnetlink::{
-    Handle, LinkUnspec, LinkVeth, RouteMessageBuilder,
+    Handle, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
     packet_route::{
-        link::{LinkAttribute, LinkMessage},
+        link::{InfoData, InfoKind, InfoVeth, LinkAttribute, LinkMessage},
         neighbour::NeighbourState,
         route::{RouteAttribute, RouteMetric, RouteScope},
     },
 };
 use std::{
+    io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::AsRawFd,
 };
@@ -67,102 +69,110 @@ pub struct PairNames<'a> {
     pub pod: &'a str,
 }
 
-/// Makes a pod's veth pair and moves one end into its namespace, with its addresses and routes. Everything
-/// is down until [`prepare_node`] says otherwise. On an error nothing is left.
+/// Makes a pod's veth pair, one end of it in the pod's namespace, with its addresses and routes. The node's end is down
+/// until [`prepare_node`] says otherwise. On an error nothing is left.
 ///
 /// # Errors
 ///
 /// Where the namespace has such an interface, or the kernel refuses.
 pub fn make_pod_link(called: PairNames<'_>, netns: &Netns, addresses: &[IpAddr], mtu: u32) -> Result<Veth, NetError> {
     let (name, interface) = (called.node, called.pod.to_owned());
-    let wanted = interface.clone();
-    if in_netns(netns, || {
-        netlink(|handle| async move { find(&handle, &wanted).await }.boxed())
-    })??
-    .is_some()
-    {
-        return Err(NetError::Occupied {
-            netns: netns.path().to_owned(),
-            interface,
-        });
-    }
     let ipv6 = addresses.iter().any(IpAddr::is_ipv6);
     let made = make_pair(called, netns, mtu, ipv6).and_then(|veth| {
-        let names = (peer_name(name), interface);
-        let addresses = addresses.to_vec();
+        let (interface, addresses) = (interface.clone(), addresses.to_vec());
         in_netns(netns, || {
-            netlink(move |handle| configure_pod(handle, names, addresses, veth.host_mac).boxed())
+            netlink(move |handle| configure_pod(handle, interface, addresses, veth.host_mac).boxed())
         })??;
         Ok(veth)
     });
-    if made.is_err()
-        && let Err(error) = delete_link(name)
-    {
-        tracing::error!("undoing: {error}");
+    match made {
+        Ok(veth) => Ok(veth),
+        Err(Failed::Exists(_)) if is_occupied(netns, &interface)? => Err(NetError::Occupied {
+            netns: netns.path().to_owned(),
+            interface,
+        }),
+        Err(Failed::Exists(error) | Failed::Other(error)) => {
+            if let Err(error) = delete_link(name) {
+                tracing::error!("undoing: {error}");
+            }
+            Err(error)
+        }
     }
-    made
 }
 
-/// Name of the pod's end while it is still in the node's namespace.
-fn peer_name(name: &str) -> String {
-    name.replacen("wg-", "wp-", 1)
+/// Why there is no pair.
+enum Failed {
+    /// One of the names is taken.
+    Exists(NetError),
+    Other(NetError),
 }
 
-fn make_pair(called: PairNames<'_>, netns: &Netns, mtu: u32, ipv6: bool) -> Result<Veth, NetError> {
+impl From<NetError> for Failed {
+    fn from(error: NetError) -> Self {
+        Self::Other(error)
+    }
+}
+
+fn is_occupied(netns: &Netns, interface: &str) -> Result<bool, NetError> {
+    let wanted = interface.to_owned();
+    let found = in_netns(netns, || {
+        netlink(|handle| async move { find(&handle, &wanted).await }.boxed())
+    })??;
+    Ok(found.is_some())
+}
+
+/// A MAC address of nobody's: locally administered, unicast (IEEE 802-2014, section 8.2), as `eth_random_addr` in
+/// `include/linux/etherdevice.h` has it.
+fn random_mac() -> Result<[u8; 6], NetError> {
+    let mut mac: [u8; 6] = random::bytes().map_err(NetError::kernel("choosing a MAC address"))?;
+    mac[0] = (mac[0] & !1) | 2;
+    Ok(mac)
+}
+
+/// The kernel makes the pod's end where it belongs (`veth_newlink` in `drivers/net/veth.c`, Linux 6.1): to move it there
+/// would take it several grace periods. MAC addresses are given, for one that nobody has set udev may change at any time,
+/// and the programs know pods by theirs.
+fn make_pair(called: PairNames<'_>, netns: &Netns, mtu: u32, ipv6: bool) -> Result<Veth, Failed> {
     let (name, alias) = (called.node.to_owned(), called.alias.to_owned());
-    let (peer, netns) = (peer_name(&name), netns.file().as_raw_fd());
-    netlink_here(move |handle| {
+    let (pod_mac, host_mac) = (random_mac()?, random_mac()?);
+    let pod = LinkMessageBuilder::<LinkUnspec>::new()
+        .name(called.pod)
+        .address(pod_mac.to_vec())
+        .mtu(mtu)
+        .setns_by_fd(netns.file().as_raw_fd())
+        .build();
+    let pair = LinkMessageBuilder::<LinkVeth>::new_with_info_kind(InfoKind::Veth)
+        .name(name.clone())
+        .address(host_mac.to_vec())
+        .set_info_data(InfoData::Veth(InfoVeth::Peer(pod)))
+        .build();
+    let made = netlink_here(move |handle| {
         async move {
-            handle
-                .link()
-                .add(LinkVeth::new(&name, &peer).build())
-                .execute()
-                .await
-                .map_err(NetError::kernel(format!("making the veth pair {name}")))?;
-            let (host, pod) = (get(&handle, &name).await?, get(&handle, &peer).await?);
-            // Set, if only to what the kernel chose: an address that nobody has set udev may change at any time, and
-            // the programs know pods by theirs.
-            for link in [&host, &pod] {
-                let message = LinkUnspec::new_with_index(link.header.index)
-                    .address(mac(link).to_vec())
-                    .build();
-                handle
-                    .link()
-                    .set(message)
-                    .execute()
-                    .await
-                    .map_err(NetError::kernel(format!("setting the MAC addresses of {name}")))?;
+            let what = NetError::kernel(format!("making the veth pair {name}"));
+            match handle.link().add(pair).execute().await {
+                Err(rtnetlink::Error::NetlinkError(error)) if error.to_io().kind() == io::ErrorKind::AlreadyExists => {
+                    return Ok(Err(what(rtnetlink::Error::NetlinkError(error))));
+                }
+                made => made.map_err(what)?,
             }
             let named = LinkUnspec::new_with_name(&name).append_extra_attribute(LinkAttribute::IfAlias(alias));
             let named = handle.link().set(named.build()).execute().await;
             named.map_err(NetError::kernel(format!("setting the alias of {name}")))?;
-            let (host, pod) = (get(&handle, &name).await?, get(&handle, &peer).await?);
-            let veth = Veth {
-                ifindex: host.header.index,
-                pod_mac: mac(&pod),
-                host_mac: mac(&host),
-            };
+            let ifindex = get(&handle, &name).await?.header.index;
             if ipv6 {
                 set_ipv6(&name, &NODE_SIDE)?;
             } else {
                 disable_ipv6(&name)?;
             }
-            handle
-                .link()
-                .set(LinkUnspec::new_with_index(pod.header.index).mtu(mtu).build())
-                .execute()
-                .await
-                .map_err(NetError::kernel(format!("setting the MTU of {peer} to {mtu}")))?;
-            handle
-                .link()
-                .set(LinkUnspec::new_with_index(pod.header.index).setns_by_fd(netns).build())
-                .execute()
-                .await
-                .map_err(NetError::kernel(format!("moving {peer} into the pod's namespace")))?;
-            Ok(veth)
+            Ok(Ok(Veth {
+                ifindex,
+                pod_mac,
+                host_mac,
+            }))
         }
         .boxed()
-    })
+    });
+    made?.map_err(Failed::Exists)
 }
 
 /// The pod's end: hostd has chosen its address, which nobody else has, and its routes.
@@ -186,20 +196,20 @@ const fn whole(address: IpAddr) -> u8 {
     if address.is_ipv4() { 32 } else { 128 }
 }
 
-/// Inside the pod: its name, its addresses, and everything by way of the link-local gateway.
+/// Inside the pod: its addresses, and everything by way of the link-local gateway.
 async fn configure_pod(
     handle: Handle,
-    (peer, interface): (String, String),
+    interface: String,
     addresses: Vec<IpAddr>,
     gateway_mac: [u8; 6],
 ) -> Result<(), NetError> {
-    let index = get(&handle, &peer).await?.header.index;
+    let index = get(&handle, &interface).await?.header.index;
     if addresses.iter().any(IpAddr::is_ipv6) {
-        set_ipv6(&peer, &POD_SIDE)?;
+        set_ipv6(&interface, &POD_SIDE)?;
     } else {
-        disable_ipv6(&peer)?;
+        disable_ipv6(&interface)?;
     }
-    let link = LinkUnspec::new_with_index(index).name(interface.clone()).up().build();
+    let link = LinkUnspec::new_with_index(index).up().build();
     handle
         .link()
         .set(link)

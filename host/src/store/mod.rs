@@ -10,7 +10,7 @@ pub mod records;
 pub use etcd::{EtcdConfig, EtcdStore, SCHEME as ETCD};
 pub use file::{Durability, FileStore, remove_asides, replace as replace_file};
 
-use futures::future::BoxFuture;
+use futures::{FutureExt, future::BoxFuture};
 use std::{fmt, sync::Arc, time::Duration};
 use tokio::sync::mpsc;
 
@@ -148,6 +148,8 @@ pub enum Change {
     Put(Key, Versioned),
     /// A value is gone.
     Delete(Key),
+    /// A value was there before the store was made anew, and nobody has entered it since.
+    Missing(Key),
     /// All that was there when the watch began has been reported.
     Synced,
     /// The store was made anew, or is one of an earlier time: what it holds is reported again, and may have lower revisions
@@ -225,6 +227,11 @@ pub type Answer<'a, T> = BoxFuture<'a, Result<T, StoreError>>;
 pub trait Store: Send + Sync {
     /// A value, if there is one.
     fn get<'a>(&'a self, key: &'a Key) -> Answer<'a, Option<Versioned>>;
+
+    /// Whether there is a value, which may be large.
+    fn has<'a>(&'a self, key: &'a Key) -> Answer<'a, bool> {
+        async move { Ok(self.get(key).await?.is_some()) }.boxed()
+    }
 
     /// All values of a collection.
     fn list(&self, collection: Collection) -> Answer<'_, Vec<(Key, Versioned)>>;

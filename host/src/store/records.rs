@@ -3,18 +3,36 @@
 use crate::{
     codec,
     identity::{IdentityKey, Labels, Layout},
+    random,
     store::{Collection, Expect, Key, Store, StoreError},
     wasm::{Overrides, Placement},
 };
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+use std::{collections::BTreeMap, io, net::IpAddr, sync::Arc};
 
 /// What all nodes must agree on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ClusterRecord {
     /// Layout of the identities.
     pub layout: Layout,
+    /// Another number for every time that the store was made anew, or went back to an earlier state: what was known of it
+    /// then need not be so any more.
+    pub life: u64,
+}
+
+impl ClusterRecord {
+    /// A record with a number of its own.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel gives no random number.
+    pub fn new(layout: Layout) -> io::Result<Self> {
+        Ok(Self {
+            layout,
+            life: u64::from_ne_bytes(random::bytes()?),
+        })
+    }
 }
 
 /// A node.
@@ -161,8 +179,10 @@ pub struct NamespaceRecord {
 /// What a lease says of the node that holds it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AliveRecord {
-    /// The node has taken in all changes of the store up to this revision.
-    pub seen: u64,
+    /// The node has taken in all changes of identities up to this revision of the store.
+    pub identities: u64,
+    /// The same of tenants.
+    pub tenants: u64,
 }
 
 /// A policy module with its configuration.

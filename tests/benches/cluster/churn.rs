@@ -82,9 +82,9 @@ pub fn run(cluster: &Cluster, size: Size, rate: u32, stop: &AtomicBool) -> anyho
             drop(sender);
             Ok(())
         });
-        let watched = watcher.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        let seen = watcher.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         written?;
-        watched
+        seen
     })
 }
 

@@ -106,7 +106,9 @@ pub fn relabel(cluster: &Cluster, probers: &[Prober], pod: &str, times: usize) -
             set: BTreeMap::from([("app".to_owned(), app.to_owned())]),
             remove: Vec::new(),
         });
-        probers.iter().for_each(|prober| prober.answers().clear());
+        for prober in probers {
+            prober.answers().clear();
+        }
         let began = Instant::now();
         runtime.block_on(api::call(&socket, &request))?;
         let mut held = began;

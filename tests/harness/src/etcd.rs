@@ -9,6 +9,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    thread,
     time::Duration,
 };
 
@@ -30,7 +31,7 @@ pub struct EtcdOptions {
     pub arguments: Vec<String>,
 }
 
-/// An etcd of one member; ended when dropped.
+/// A member of etcd, mostly the only one; ended when dropped.
 #[derive(Debug)]
 pub struct Etcd {
     options: EtcdOptions,
@@ -51,6 +52,37 @@ impl Etcd {
         let [client, peer] = [free_port()?, free_port()?];
         let at = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
         Self::begin(None, at(client), at(peer), options)
+    }
+
+    /// Starts one of several members on the loopback interface.
+    ///
+    /// # Errors
+    ///
+    /// Where a member can't be started.
+    pub fn members(count: usize) -> anyhow::Result<Vec<Self>> {
+        let at = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        let ports = (0..count).map(|_| Ok([free_port()?, free_port()?]));
+        let ports = ports.collect::<anyhow::Result<Vec<_>>>()?;
+        let named = ports.iter().enumerate();
+        let all: Vec<String> = named
+            .map(|(number, [_, peer])| format!("{number}=http://{}", at(*peer)))
+            .collect();
+        let all = all.join(",");
+        // Each answers only when most are there.
+        let start = |(number, [client, peer]): (usize, [u16; 2])| {
+            let arguments = ["--name", &number.to_string(), "--initial-cluster", &all].map(str::to_owned);
+            let options = EtcdOptions {
+                arguments: arguments.to_vec(),
+                ..EtcdOptions::default()
+            };
+            thread::spawn(move || Self::begin(None, at(client), at(peer), options))
+        };
+        let begun: Vec<_> = ports.into_iter().enumerate().map(start).collect();
+        let ended = begun.into_iter().map(|member| {
+            let member = member.join();
+            member.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        });
+        ended.collect()
     }
 
     /// Starts one in a namespace, at one of its addresses.
@@ -201,6 +233,22 @@ impl Etcd {
     pub fn wipe(&mut self) -> anyhow::Result<()> {
         self.kill()?;
         Ok(fs::remove_dir_all(self.file("data"))?)
+    }
+
+    /// Ends it, and starts it again with what a backup has.
+    ///
+    /// # Errors
+    ///
+    /// Where etcd takes no such backup, or does not answer.
+    pub fn restore(&mut self, backup: &Path) -> anyhow::Result<()> {
+        self.wipe()?;
+        let (data, peer) = (self.file("data"), format!("http://{}", self.peer));
+        let (backup, data) = (backup.display().to_string(), data.display().to_string());
+        let cluster = format!("default={peer}");
+        let arguments = ["snapshot", "restore", &backup, "--data-dir", &data];
+        let member = ["--initial-cluster", &cluster, "--initial-advertise-peer-urls", &peer];
+        self.ctl(&[&arguments[..], &member].concat())?;
+        self.run()
     }
 
     /// Keeps it from running, as a disk that hangs does, until [`resume`](Self::resume).

@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests, which fail as a whole")]
 
 mod etcd;
+mod members;
 mod suite;
 
 use harness::{Etcd, EtcdOptions};

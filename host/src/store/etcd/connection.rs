@@ -1,9 +1,8 @@
 //! Asking etcd, which may be away: what is tried again, for how long, and when it is not even asked.
 
 use super::config::{EtcdConfig, endpoints};
-use crate::store::StoreError;
+use crate::{random, store::StoreError};
 use etcd_client::{Client, ConnectOptions, Error, GetOptions, GetResponse, WatchOptions, WatchStream};
-use rustix::rand::{GetRandomFlags, getrandom};
 use std::{
     error::Error as _,
     sync::{Mutex, MutexGuard, PoisonError},
@@ -14,7 +13,8 @@ use tokio::time::timeout;
 /// An answer may take so long, and so much longer for each mebibyte that is sent or asked for.
 const ANSWER: Duration = Duration::from_secs(2);
 const FOR_A_MEBIBYTE: Duration = Duration::from_millis(500);
-/// A request is tried so often, with a pause that doubles, unless it has taken longer than that already.
+/// A request is tried so often, and once more for each further member, with a pause that doubles; not again where it has taken
+/// so long already that every member could have answered.
 const TRIES: u32 = 3;
 const PAUSE: Duration = Duration::from_millis(50);
 /// While etcd is away it is asked after such a pause, which doubles up to the second.
@@ -25,6 +25,7 @@ const MESSAGE: usize = 256 << 20;
 /// A way to one cluster of etcd.
 pub struct Connection {
     store: String,
+    members: u32,
     options: ConnectOptions,
     /// What may be the reason where nobody answers.
     hint: &'static str,
@@ -47,16 +48,16 @@ struct Away {
 
 /// A pause of this length or up to a half less: so that not all nodes do the same at the same time.
 pub fn jitter(pause: Duration) -> Duration {
-    let mut random = [0_u8; 2];
     // Without a random number all that is lost is that.
-    let _ = getrandom(&mut random, GetRandomFlags::empty());
-    pause.mul_f64(1.0 - f64::from(u16::from_ne_bytes(random)) / f64::from(u16::MAX) / 2.0)
+    let part = random::bytes().map_or(0, u16::from_ne_bytes);
+    pause.mul_f64(1.0 - f64::from(part) / f64::from(u16::MAX) / 2.0)
 }
 
 impl Connection {
     pub fn new(store: &str, config: &EtcdConfig) -> Result<Self, StoreError> {
         Ok(Self {
             store: store.to_owned(),
+            members: u32::try_from(endpoints(store).len()).unwrap_or(u32::MAX),
             options: config.options()?,
             // Members that ask for a certificate end the connection of whoever has none.
             hint: if config.ca.is_some() && config.certificate.is_none() {
@@ -103,7 +104,8 @@ impl Connection {
                 },
                 Err(_) => format!("no answer within {} ms", limit.as_millis()),
             };
-            if tries == TRIES || away || began.elapsed() > limit {
+            let last = tries >= TRIES + self.members - 1;
+            if last || (away && tries >= self.members) || began.elapsed() > limit * self.members {
                 return Err(self.gone(problem));
             }
             tokio::time::sleep(jitter(pause)).await;
@@ -213,6 +215,7 @@ fn explain(error: &Error) -> Problem {
                     "{said}: the user in `etcd.user` needs a role with readwrite on all keys that begin with `etcd.prefix`"
                 )),
                 // ResourceExhausted
+                8 if said.contains("too many requests") => Problem::Away(said.to_owned()),
                 8 if said.contains("space") => Problem::Refused(format!(
                     "{said}: compact and defragment it, or raise its `--quota-backend-bytes`, then `etcdctl alarm disarm`"
                 )),

@@ -212,6 +212,17 @@ impl Store for EtcdStore {
         self.read(key).boxed()
     }
 
+    fn has<'a>(&'a self, key: &'a Key) -> Answer<'a, bool> {
+        async move {
+            let place = &self.place(key)?;
+            let asked = self.0.connection.ask(0, |client, _| async move {
+                get(&client, place.as_bytes(), GetOptions::new().with_count_only()).await
+            });
+            Ok(asked.await?.count() > 0)
+        }
+        .boxed()
+    }
+
     fn list(&self, collection: Collection) -> Answer<'_, Vec<(Key, Versioned)>> {
         self.list_collection(collection)
             .map(|listed| Ok(listed?.values))

@@ -9,7 +9,10 @@ use super::{
     connection::{get, jitter, watch},
     name_in, parts,
 };
-use crate::store::{Change, Collection, Key, StoreError, Versioned, records::CLUSTER};
+use crate::store::{
+    Change, Collection, Expect, Key, StoreError, Versioned,
+    records::{self, CLUSTER, ClusterRecord},
+};
 use etcd_client::{EventType, GetOptions, KeyValue, WatchOptions, WatchResponse, WatchStream};
 use std::{
     collections::{HashMap, HashSet},
@@ -19,8 +22,11 @@ use tokio::sync::mpsc;
 
 /// Pause before a stream is begun anew, which doubles up to the second.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
-/// What is missing after etcd was made anew is believed to be gone after such a time: all nodes have entered theirs by then.
-const HOLD: Duration = Duration::from_mins(1);
+/// What is missing after etcd was made anew is believed to be gone after such a time, or up to a half less: all nodes that
+/// reach it have entered theirs by then.
+const HOLD: Duration = Duration::from_secs(90);
+/// So long nodes wait, or up to a half less, before they enter all that they know: not all do so at the same time.
+const ANEW: Duration = Duration::from_secs(2);
 
 /// Follows some collections.
 pub struct Watcher {
@@ -33,13 +39,13 @@ pub struct Watcher {
     sender: mpsc::Sender<Change>,
 }
 
-/// What tells an etcd from one that was made anew.
+/// What tells an etcd from one that was made anew, or that was restored from a backup.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 struct Origin {
     /// Its number, which it has from its members' URLs.
     cluster: u64,
-    /// The revision by which the cluster's nodes had their first record entered; zero before that.
-    agreed: i64,
+    /// The number that nodes have given it; `None` before that.
+    life: Option<u64>,
 }
 
 struct Followed {
@@ -132,6 +138,10 @@ impl Watcher {
             self.synced = true;
         }
         let mut stream = self.open().await?;
+        // While it was away again nobody could enter anything.
+        if self.missing.is_some() {
+            self.missing = Some(Instant::now() + jitter(HOLD));
+        }
         loop {
             let hold = self.missing.unwrap_or_else(|| Instant::now() + HOLD);
             tokio::select! {
@@ -148,33 +158,59 @@ impl Watcher {
 
     /// Whether it is still the same etcd. Also renews what a user needs to begin a watch.
     async fn check_origin(&mut self) -> Result<(), Stop> {
-        let place = &self.store.place(&Key::new(Collection::Cluster, CLUSTER))?;
+        let key = Key::new(Collection::Cluster, CLUSTER);
+        let place = &self.store.place(&key)?;
         let asked = self.store.0.connection.ask(0, |client, _| async move {
-            get(&client, place.as_bytes(), GetOptions::new().with_keys_only()).await
+            get(&client, place.as_bytes(), GetOptions::new()).await
         });
-        let answer = asked.await?;
+        let mut answer = asked.await?;
         let (cluster, revision) = answer
             .header()
             .map_or((0, 0), |header| (header.cluster_id(), header.revision()));
-        let origin = Origin {
+        let record = match answer.take_kvs().into_iter().next() {
+            Some(found) => self.store.unpack(&key, found).await?,
+            None => None,
+        };
+        let record = match record {
+            Some(found) => Some((records::decode::<ClusterRecord>(&key, &found.value)?, found.revision)),
+            None => None,
+        };
+        let mut origin = Origin {
             cluster,
-            agreed: answer.kvs().first().map_or(0, KeyValue::create_revision),
+            life: record.as_ref().map(|(record, _)| record.life),
         };
         let known = self.origin;
-        let went_back = self.followed.iter().any(|followed| followed.next > revision + 1);
-        let other = known.cluster != cluster || (known.agreed != 0 && known.agreed != origin.agreed);
-        if known.cluster != 0 && (other || went_back) {
+        let went_back = known.cluster != cluster || self.followed.iter().any(|followed| followed.next > revision + 1);
+        let another_life = known.life.is_some() && known.life != origin.life;
+        if known.cluster != 0 && (went_back || another_life) {
             tracing::error!("the store is not what it was: etcd was made anew, or restored from a backup");
+            if let Some((record, revision)) = record.filter(|_| !another_life) {
+                origin.life = Some(self.begin_life(&key, &record, revision).await?);
+            }
             for followed in &mut self.followed {
                 followed.next = 0;
                 // Its revisions say nothing of those before.
                 followed.reported.values_mut().for_each(|revision| *revision = 0);
             }
-            self.missing = Some(Instant::now() + HOLD);
+            self.missing = Some(Instant::now() + jitter(HOLD));
+            self.origin = origin;
+            tokio::time::sleep(ANEW.saturating_sub(jitter(ANEW))).await;
             self.send(Change::Anew).await?;
         }
         self.origin = origin;
         Ok(())
+    }
+
+    /// Tells all others, who may look at a restored etcd only when it has as many revisions again as they know of.
+    async fn begin_life(&self, key: &Key, record: &ClusterRecord, revision: u64) -> Result<u64, Stop> {
+        let failed = |error: std::io::Error| self.store.0.connection.refused(error.to_string());
+        let next = ClusterRecord::new(record.layout).map_err(failed)?;
+        match records::put(&self.store, key, &next, Expect::Revision(revision)).await {
+            Ok(_) => Ok(next.life),
+            // Another node has; it is looked at again.
+            Err(StoreError::Conflict { .. }) => Err(Stop::Again(None)),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Reports how a collection differs from what was reported, in the order in which it was changed: who has seen one change
@@ -186,10 +222,12 @@ impl Watcher {
         for (key, value) in values {
             self.put(index, key.name, value).await?;
         }
-        if self.missing.is_none() {
-            let reported = self.followed[index].reported.keys();
-            let gone: Vec<String> = reported.filter(|name| !there.contains(*name)).cloned().collect();
-            for name in gone {
+        let reported = self.followed[index].reported.keys();
+        let gone: Vec<String> = reported.filter(|name| !there.contains(*name)).cloned().collect();
+        for name in gone {
+            if self.missing.is_some() {
+                self.followed[index].reported.insert(name, 0);
+            } else {
                 self.delete(index, name).await?;
             }
         }
@@ -229,7 +267,9 @@ impl Watcher {
                 .map(|(name, _)| name.clone())
                 .collect();
             for name in missing {
-                self.delete(index, name).await?;
+                self.followed[index].reported.remove(&name);
+                let key = Key::new(self.followed[index].collection, name);
+                self.send(Change::Missing(key)).await?;
             }
         }
         Ok(())

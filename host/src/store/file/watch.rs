@@ -105,7 +105,7 @@ impl Watcher {
             if let Some(change) = self.change_of(key).await {
                 let revision = match &change {
                     Change::Put(_, value) => value.revision,
-                    Change::Delete(_) | Change::Synced | Change::Anew => 0,
+                    Change::Delete(_) | Change::Missing(_) | Change::Synced | Change::Anew => 0,
                 };
                 changes.push((collection, revision, change));
             }
