@@ -358,7 +358,15 @@ fn a_network_is_installed_and_taken_away() {
     std::fs::write(&list, r#"{"name": "wasmgate", "plugins": [{"type": "bridge"}]}"#).unwrap();
     for arguments in [&install, &uninstall] {
         let refusal = node.refusal(arguments).unwrap();
-        assert!(refusal.contains("is not ours: its plugin is \"bridge\""), "{refusal}");
+        assert!(
+            refusal.contains("is not ours: its plugins are [\"bridge\"]"),
+            "{refusal}"
+        );
     }
     assert_eq!(std::fs::read_dir(folder.path().join("bin")).unwrap().count(), 0);
+    // One that others are chained to is ours.
+    let chained = r#"{"name": "wasmgate", "plugins": [{"type": "bandwidth"}, {"type": "wasmgate-cni"}]}"#;
+    std::fs::write(&list, chained).unwrap();
+    assert!(node.hostd(&uninstall).unwrap().status.success());
+    assert!(!list.exists());
 }

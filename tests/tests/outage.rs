@@ -3,8 +3,10 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests, which fail as a whole")]
 
 use harness::{
-    Cluster, EtcdOptions, Listener, Namespace, Options, TcpOutcome, Traffic, kernel_test, tcp_exchange, wait_until,
+    Cluster, EtcdOptions, Listener, Namespace, Options, TcpOutcome, Traffic, in_netns, kernel_test, tcp_exchange,
+    wait_until,
 };
+use hostd::store::{Collection, EtcdConfig, EtcdStore, Expect, Key, Store};
 use std::{
     thread,
     time::{Duration, Instant},
@@ -272,4 +274,96 @@ fn an_etcd_that_was_made_anew_is_told_everything_again() {
     cluster.load("web-app").unwrap();
     let _listener = Listener::new(cluster.pod("red/front2").netns.name(), 8080).unwrap();
     assert!(!open(&cluster, "red/back1", "red/front2"), "the policy before it");
+}
+
+fn keys(cluster: &Cluster, folder: &str) -> usize {
+    let etcd = cluster.etcd.as_ref().unwrap();
+    let keys = etcd.ctl(&["get", "--prefix", "--keys-only", &format!("/wasmgate/{folder}/")]);
+    keys.unwrap().split_whitespace().count()
+}
+
+#[test]
+fn a_node_that_is_away_is_not_forgotten_with_what_etcd_has_lost() {
+    kernel_test!();
+    let mut cluster = cluster(EtcdOptions::default(), "tenant-isolation");
+    let talk = talk(&cluster);
+    cluster.nodes[1].stop(true).unwrap();
+    let etcd = cluster.etcd.as_mut().unwrap();
+    etcd.wipe().unwrap();
+    etcd.run().unwrap();
+    // First the others are given the time to speak for themselves.
+    let entered = || ["nodes", "alive", "pods"].map(|folder| keys(&cluster, folder));
+    assert!(wait_until(LONG, || entered() == [1, 1, 2]), "{:?}", entered());
+    assert!(wait_until(LONG * 5, || entered() == [2, 1, 4]), "{:?}", entered());
+    let status = cluster.nodes[0].json(&["status"]).unwrap();
+    assert_eq!(status["nodes"][1]["state"], "stale", "{status}");
+    cluster.nodes[1].start().unwrap();
+    cluster.agree().unwrap();
+    assert!(wait_until(LONG, || all_alive(&cluster)));
+    talk.nothing_was_lost();
+}
+
+/// What a value is in etcd, or what it becomes.
+fn raw(cluster: &Cluster, key: &Key, value: Option<Vec<u8>>) -> Option<Vec<u8>> {
+    let store = format!("etcd:{}", cluster.etcd.as_ref().unwrap().url());
+    let store = EtcdStore::open(&store, &EtcdConfig::default()).unwrap();
+    let external = cluster.external.as_ref().unwrap();
+    let asked = in_netns(external.name(), || {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        runtime.block_on(async {
+            if let Some(value) = value {
+                store.put(key, value, Expect::Any).await.unwrap();
+            }
+            store.get(key).await.unwrap().map(|found| found.value)
+        })
+    });
+    asked.unwrap()
+}
+
+#[test]
+fn what_numbers_mean_to_packets_wins_over_a_backup() {
+    kernel_test!();
+    let mut cluster = cluster(EtcdOptions::default(), "tenant-isolation");
+    cluster.add_pod(0, "blue/a", &[("app", "other")]).unwrap();
+    cluster.agree().unwrap();
+    let talk = talk(&cluster);
+    let number = |pod: &str| {
+        let endpoints = cluster.nodes[0].json(&["endpoint", "list"]).unwrap();
+        let mut all = endpoints.as_array().unwrap().iter();
+        let address = cluster.pod(pod).address.to_string();
+        let its = all.find(|endpoint| endpoint["addresses"][0] == address);
+        Key::new(Collection::Identities, its.unwrap()["identity"].as_u64().unwrap())
+    };
+    let [red, blue] = ["red/back1", "blue/a"].map(number);
+    assert_ne!(red, blue);
+    let [means_red, means_blue] = [&red, &blue].map(|key| raw(&cluster, key, None).unwrap());
+    let nft = |rules: &str| {
+        let external = cluster.external.as_ref().unwrap();
+        assert!(external.command("nft").arg(rules).status().unwrap().success());
+    };
+    nft("add table ip cut; add chain ip cut in { type filter hook input priority 0; iif != lo drop; }");
+    for node in 0..2 {
+        assert!(wait_until(LONG, || problem(&cluster, node).is_some()));
+    }
+    let etcd = cluster.etcd.as_mut().unwrap();
+    etcd.wipe().unwrap();
+    etcd.run().unwrap();
+    // As if the one number had meant the other at the time of the backup.
+    raw(&cluster, &red, Some(means_blue.clone()));
+    let external = cluster.external.as_ref().unwrap();
+    assert!(
+        external
+            .command("nft")
+            .arg("delete table ip cut")
+            .status()
+            .unwrap()
+            .success()
+    );
+    let entered = || [&red, &blue].map(|key| raw(&cluster, key, None));
+    let right = [Some(means_red), Some(means_blue)];
+    assert!(wait_until(LONG, || entered() == right), "{:?}", entered());
+    cluster.agree().unwrap();
+    assert!(open(&cluster, "red/back1", "red/back2"));
+    assert!(!open(&cluster, "blue/a", "red/back2"));
+    talk.nothing_was_lost();
 }

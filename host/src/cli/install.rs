@@ -2,7 +2,7 @@
 
 use super::args::{InstallArguments, PlaceArguments};
 use crate::{
-    cni::PLUGIN,
+    cni::{PLUGIN, check_network},
     config::Config,
     store::{Durability, replace_file},
 };
@@ -18,6 +18,7 @@ use std::{
 /// The plugin and the network's configuration, each as a whole or not at all; the configuration last, since runtimes use
 /// a network as soon as there is one.
 pub fn install(arguments: &InstallArguments, out: &mut impl Write) -> anyhow::Result<()> {
+    check_network(&arguments.places.network).map_err(anyhow::Error::msg)?;
     let config = Config::read(&arguments.config)?;
     let source = match &arguments.plugin {
         Some(path) => path.clone(),
@@ -48,6 +49,7 @@ pub fn install(arguments: &InstallArguments, out: &mut impl Write) -> anyhow::Re
 
 /// Takes both away, the configuration first; that they are not there is no error.
 pub fn uninstall(places: &PlaceArguments, out: &mut impl Write) -> anyhow::Result<()> {
+    check_network(&places.network).map_err(anyhow::Error::msg)?;
     let (binary, list) = (places.binary(), places.list());
     check_ours(&list)?;
     for file in [list, binary] {

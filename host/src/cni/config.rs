@@ -164,12 +164,13 @@ impl Network {
         if network.name.is_empty() {
             return Err(Error::new(Code::Config, "`name` is missing"));
         }
+        check_network(&network.name).map_err(|problem| Error::new(Code::Config, problem))?;
         if !network.ipam.is_empty() {
             let details = format!("\"ipam\": {}: addresses are hostd's to give", keys["ipam"]);
             return Err(Error::new(Code::Field, details));
         }
         if let Some(mac) = &network.runtime_config.mac {
-            let details = format!("\"mac\": {mac:?}: MAC addresses are the kernel's to give");
+            let details = format!("\"mac\": {mac:?}: MAC addresses are hostd's to give");
             return Err(Error::new(Code::Field, details));
         }
         Ok(network)
@@ -228,6 +229,21 @@ impl Network {
             addresses: asked.iter().map(parse).collect::<Result<_, _>>()?,
         })
     }
+}
+
+/// Checks a network's name (CNI specification 1.1.0, "Network configuration format").
+///
+/// # Errors
+///
+/// What is wrong with it.
+pub fn check_network(name: &str) -> Result<(), String> {
+    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
+    if name.starts_with(|c: char| c.is_ascii_alphanumeric()) && name.chars().all(fits) {
+        return Ok(());
+    }
+    Err(format!(
+        "network {name:?}: a name has letters, digits, `_`, `.` and `-`, and begins with a letter or digit"
+    ))
 }
 
 /// A pod's name, for a container's: names longer than a DNS label's 63 bytes, or with other characters, are cut, and

@@ -42,6 +42,16 @@ fn what_is_wrong_has_its_code_and_is_named() {
     }
     let none = Network::parse(r#"{"cniVersion": "1.0.0", "type": "x"}"#).err().unwrap();
     assert_eq!((none.code, none.details.contains("`name`")), (Code::Config, true));
+    for name in ["-x", "a/b", "a b", ".a"] {
+        let wrong = Network::parse(&format!(r#"{{"cniVersion": "1.0.0", "name": "{name}"}}"#))
+            .err()
+            .unwrap();
+        assert_eq!(
+            (wrong.code, wrong.details.contains(name)),
+            (Code::Config, true),
+            "{name}"
+        );
+    }
     for version in [r#""cniVersion": "2.0.0","#, r#""cniVersion": "0.1.0","#, ""] {
         let error = Network::parse(&format!(r#"{{{version} "name": "net"}}"#))
             .err()

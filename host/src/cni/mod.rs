@@ -11,6 +11,7 @@ use crate::{
     api::{self, CheckAttachment, ClientError, EndpointAdd, Request, Response},
     attachment::Queue,
 };
+pub use config::check_network;
 use config::{Environment, Network, version_of};
 use error::{Code, Error};
 use serde_json::Value;
