@@ -2,7 +2,7 @@
 //!
 //! Integers are in host byte order and addresses in network byte order, unless a field says otherwise. Every type that
 //! crosses the border is `repr(C)` without padding, and its size is asserted here, so that neither side can drift.
-//! [`VERSION`] is written beside the pinned maps and checked before they are used again.
+//! Maps that outlive the programs have a number for their [layout](layout), which is written beside their pins.
 #![cfg_attr(not(feature = "user"), no_std)]
 #![expect(
     clippy::inline_always,
@@ -35,8 +35,28 @@ pub use node::{NodeConfig, NodeEntry};
 pub use policy::{Direction, PortSet};
 pub use service::{AffinityEntry, AffinityKey, Service, ServiceKey};
 
-/// Version of all layouts in this crate. Raise it with every change that an older program would misread.
-pub const VERSION: u32 = 5;
+/// Number of a map's layout, for the maps that hostd uses again when it comes back, perhaps as another build. Raise it with
+/// every change of the map's key or value that an older or newer program would misread.
+#[must_use]
+pub const fn layout(kept: Kept) -> u32 {
+    match kept {
+        Kept::Conntrack => 5,
+        Kept::Affinity | Kept::Services | Kept::Generation => 1,
+    }
+}
+
+/// What is kept: maps of one layout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kept {
+    /// Flows.
+    Conntrack,
+    /// Backends of clients.
+    Affinity,
+    /// Numbers of backends.
+    Services,
+    /// The generation that flows were judged by.
+    Generation,
+}
 
 /// Names of the maps in the eBPF object: what hostd asks aya for, and the file names of the pins.
 pub mod map {

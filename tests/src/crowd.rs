@@ -134,7 +134,7 @@ fn maps(pins: &Path) -> anyhow::Result<f64> {
         // Beside the maps is one that says which version they are of.
         if pin
             .file_name()
-            .is_some_and(|name| name.to_string_lossy().starts_with("abi-version"))
+            .is_some_and(|name| name.to_string_lossy().starts_with("layout-"))
         {
             continue;
         }

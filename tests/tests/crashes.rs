@@ -3,7 +3,8 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests, which fail as a whole")]
 
 use harness::{
-    Cluster, Cni, Listener, Namespace, Node, Options, TcpOutcome, Traffic, in_netns, kernel_test, tcp_exchange,
+    Cluster, Cni, Listener, Namespace, Node, Options, Program, TcpOutcome, Traffic, in_netns, kernel_test, sent_bytes,
+    tcp_duplicates, tcp_exchange, tcp_retransmits,
 };
 use serde_json::{Value, json};
 use std::{
@@ -92,6 +93,46 @@ fn ask(from: &str, to: SocketAddr, end: &AtomicBool, wait: Duration, asked: &Ato
     .unwrap()
 }
 
+/// TCP streams from one pod, to pods of both nodes, for as long as this lives.
+struct Streams {
+    from: String,
+    _programs: Vec<Program>,
+}
+
+impl Streams {
+    fn start(cluster: &Cluster, from: &str, to: &[&str]) -> Self {
+        const PORT: u16 = 5201;
+        let from = cluster.pod(from);
+        let mut programs = Vec::new();
+        for to in to.iter().map(|to| cluster.pod(to)) {
+            programs.push(Program::listening(&to.netns, "iperf3", &["-s"], PORT).unwrap());
+            let address = to.address.to_string();
+            // The processors are also the other flows'.
+            let arguments = ["-c", &address, "-t", "3600", "-b", "20M", "-l", "1K"];
+            programs.push(Program::start(&from.netns, "iperf3", &arguments).unwrap());
+        }
+        Self {
+            from: from.netns.name().to_owned(),
+            _programs: programs,
+        }
+    }
+
+    /// What was sent again had all arrived before, and they still go on.
+    fn lost_nothing(&self) {
+        let again = tcp_retransmits(&self.from).unwrap();
+        let twice = tcp_duplicates(&self.from).unwrap();
+        assert!(
+            again <= twice,
+            "{again} segments were sent again, {twice} of them for nothing"
+        );
+        let sent = || sent_bytes(&self.from).unwrap();
+        let before = sent();
+        thread::sleep(Duration::from_secs(1));
+        let more = sent() - before;
+        assert!(more > 1 << 20, "{more} bytes in a second");
+    }
+}
+
 /// Asks a hostd that may not be there, for pods that come and go and labels that change.
 fn disturb(node: &Node, spare: &[Namespace; 2], end: &AtomicBool) {
     let mut number = 0_usize;
@@ -155,6 +196,7 @@ fn hostd_killed_at_any_moment_loses_nothing_and_leaves_nothing() {
     let (near, far) = (to("red/b"), to("red/c"));
     let (a, d) = (netns("red/a"), netns("blue/d"));
     let old = [near, far].map(|to| Traffic::paced(&a, to.ip(), 80, WAIT, Duration::from_millis(1)));
+    let streams = Streams::start(&cluster, "red/a", &["red/b", "red/c"]);
     let (end, asked, refused) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
     thread::scope(|scope| {
         let new = [near, far].map(|to| {
@@ -194,6 +236,8 @@ fn hostd_killed_at_any_moment_loses_nothing_and_leaves_nothing() {
         assert!(asked > 1000 && asked == answered, "{answered} of {asked} new flows");
         assert_eq!(leaked, 0, "of {}", refused.load(Ordering::Relaxed));
     });
+    streams.lost_nothing();
+    drop(streams);
     old.into_iter().for_each(Traffic::lost_nothing);
     cluster.nodes[0].start().unwrap();
     for name in ["spare0", "spare1"] {
@@ -207,4 +251,62 @@ fn hostd_killed_at_any_moment_loses_nothing_and_leaves_nothing() {
     cluster.agree().unwrap();
     assert_eq!(leftovers(&cluster), before);
     assert_eq!(tcp_exchange(&a, near.ip(), 80, WAIT).unwrap(), TcpOutcome::Open);
+}
+
+#[test]
+fn another_build_keeps_the_maps_that_it_can_read_and_makes_the_others_anew() {
+    kernel_test!();
+    let mut cluster = Cluster::new().unwrap();
+    for (node, name) in [(0, "red/a"), (0, "red/b"), (1, "red/c"), (0, "blue/d")] {
+        cluster.add_pod(node, name, &[]).unwrap();
+    }
+    cluster.load("tenant-isolation").unwrap();
+    cluster.settle().unwrap();
+    let netns = |name: &str| cluster.pod(name).netns.name().to_owned();
+    let _listeners = ["red/b", "red/c"].map(|name| Listener::new(&netns(name), 80).unwrap());
+    let to = ["red/b", "red/c"].map(|name| SocketAddr::new(cluster.pod(name).address, 80));
+    let (a, d) = (netns("red/a"), netns("blue/d"));
+    let old = to.map(|to| Traffic::paced(&a, to.ip(), 80, WAIT, Duration::from_millis(1)));
+    let streams = Streams::start(&cluster, "red/a", &["red/b", "red/c"]);
+    let (end, asked, refused) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
+    thread::scope(|scope| {
+        let (end, asked, refused, a, d) = (&end, &asked, &refused, &a, &d);
+        let new = to.map(|to| scope.spawn(move || ask(a, to, end, WAIT, asked)));
+        let never = to.map(|to| scope.spawn(move || ask(d, to, end, Duration::from_millis(2), refused)));
+        for (map, anew) in [
+            ("SERVICES", &[][..]),
+            ("AFFINITY", &["the map AFFINITY"]),
+            ("CONNTRACK", &["the map CONNTRACK"]),
+            ("GENERATION", &["the map CONNTRACK", "the map AFFINITY"]),
+        ] {
+            let node = &mut cluster.nodes[0];
+            node.stop(true).unwrap();
+            // As a build would leave it for which that map is something else.
+            let maps = node.bpffs().join("maps");
+            let layout = format!("layout-{map}");
+            let mut marked = 0;
+            for entry in fs::read_dir(&maps).unwrap() {
+                let entry = entry.unwrap();
+                if entry.file_name().to_str().unwrap().starts_with(&layout) {
+                    fs::rename(entry.path(), maps.join(format!("other-{marked}"))).unwrap();
+                    marked += 1;
+                }
+            }
+            assert!(marked > 0, "{map}");
+            let before = node.log().len();
+            node.start().unwrap();
+            let log = node.log().split_off(before);
+            for what in ["the map CONNTRACK", "the map AFFINITY"] {
+                assert_eq!(log.contains(what), anew.contains(&what), "{map}: {log}");
+            }
+        }
+        end.store(true, Ordering::Relaxed);
+        let answered: u64 = new.map(|one| one.join().unwrap()).iter().sum();
+        let leaked: u64 = never.map(|one| one.join().unwrap()).iter().sum();
+        let asked = asked.load(Ordering::Relaxed);
+        assert!(asked > 1000 && asked == answered, "{answered} of {asked} new flows");
+        assert_eq!(leaked, 0, "of {}", refused.load(Ordering::Relaxed));
+    });
+    streams.lost_nothing();
+    old.into_iter().for_each(Traffic::lost_nothing);
 }

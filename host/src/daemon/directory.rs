@@ -5,7 +5,7 @@ use crate::identity::Labels;
 use abi::AddressKey;
 use hashbrown::HashTable;
 use std::{
-    collections::{BTreeMap, HashSet, btree_map},
+    collections::{BTreeMap, HashSet},
     hash::{BuildHasher, RandomState},
     sync::Arc,
 };
@@ -13,7 +13,7 @@ use std::{
 /// Pods by their first address, under which generations and the store know them; and found by either.
 #[derive(Default)]
 pub struct Directory {
-    pods: BTreeMap<AddressKey, Pod>,
+    pods: BTreeMap<AddressKey, Box<Pod>>,
     /// First address of the pod that has a second one.
     seconds: BTreeMap<AddressKey, AddressKey>,
     /// First addresses of all pods, to be found by the pods' names, which are in their records alone.
@@ -26,13 +26,13 @@ pub struct Directory {
 impl Directory {
     /// The pod with this first address.
     pub fn get(&self, first: &AddressKey) -> Option<&Pod> {
-        self.pods.get(first)
+        self.pods.get(first).map(|pod| &**pod)
     }
 
     /// The pod with this address, first or second, under its first one.
     pub fn find(&self, address: &AddressKey) -> Option<(AddressKey, &Pod)> {
         let first = self.seconds.get(address).unwrap_or(address);
-        self.pods.get(first).map(|pod| (*first, pod))
+        self.pods.get(first).map(|pod| (*first, &**pod))
     }
 
     /// A pod of this name.
@@ -42,10 +42,10 @@ impl Directory {
             pod.is_some_and(|pod| pod.record.is_named(namespace, name))
         };
         let first = self.names.find(self.hasher.hash_one((namespace, name)), is_it)?;
-        self.pods.get(first).map(|pod| (*first, pod))
+        self.pods.get(first).map(|pod| (*first, &**pod))
     }
 
-    fn name_hash(pods: &BTreeMap<AddressKey, Pod>, hasher: &RandomState, first: &AddressKey) -> u64 {
+    fn name_hash(pods: &BTreeMap<AddressKey, Box<Pod>>, hasher: &RandomState, first: &AddressKey) -> u64 {
         // All that the table has is there.
         pods.get(first).map_or(0, |pod| {
             hasher.hash_one((pod.record.namespace.as_str(), pod.record.name.as_str()))
@@ -70,7 +70,7 @@ impl Directory {
         }
         let second = pod.record.second;
         self.forget_name(&first);
-        let before = self.pods.insert(first, pod);
+        let before = self.pods.insert(first, Box::new(pod)).map(|before| *before);
         let hash = |first: &AddressKey| Self::name_hash(&self.pods, &self.hasher, first);
         self.names.insert_unique(hash(&first), first, hash);
         if let Some(gone) = before.as_ref().and_then(|pod| pod.record.second) {
@@ -88,7 +88,7 @@ impl Directory {
     /// Takes out a pod.
     pub fn remove(&mut self, first: &AddressKey) -> Option<Pod> {
         self.forget_name(first);
-        let pod = self.pods.remove(first)?;
+        let pod = *self.pods.remove(first)?;
         if let Some(second) = pod.record.second {
             self.seconds.remove(&second.into());
         }
@@ -104,18 +104,18 @@ impl Directory {
     }
 
     /// All pods.
-    pub fn iter(&self) -> btree_map::Iter<'_, AddressKey, Pod> {
-        self.pods.iter()
+    pub fn iter(&self) -> impl Iterator<Item = (&AddressKey, &Pod)> {
+        self.pods.iter().map(|(first, pod)| (first, &**pod))
     }
 
     /// Their first addresses.
-    pub fn keys(&self) -> btree_map::Keys<'_, AddressKey, Pod> {
+    pub fn keys(&self) -> impl ExactSizeIterator<Item = &AddressKey> {
         self.pods.keys()
     }
 
     /// All pods, without their addresses.
-    pub fn values(&self) -> btree_map::Values<'_, AddressKey, Pod> {
-        self.pods.values()
+    pub fn values(&self) -> impl ExactSizeIterator<Item = &Pod> {
+        self.pods.values().map(|pod| &**pod)
     }
 }
 

@@ -50,9 +50,10 @@ impl Datapath {
             return Ok(());
         }
         let is_new = before.is_none();
-        let before = before.and_then(|before| before.endpoint);
-        if let Some(endpoint) = desired.endpoint
-            && before.map(|known| known.owner) != Some(endpoint.owner)
+        let before = before.and_then(|before| before.endpoint.clone());
+        let was_here = before.is_some();
+        if let Some(endpoint) = &desired.endpoint
+            && before.as_ref().map(|known| known.owner) != Some(endpoint.owner)
         {
             self.open_account(endpoint.owner)?;
         }
@@ -75,13 +76,13 @@ impl Datapath {
             endpoint: before,
         };
         self.placed.insert(address, half);
-        match desired.endpoint {
+        match &desired.endpoint {
             Some(endpoint) => {
                 let endpoint = Endpoint {
                     first_stamp: stamp,
                     slot,
                     last_stamp: stamp,
-                    ..endpoint
+                    ..**endpoint
                 };
                 let inserted = self.endpoints.insert(address, endpoint, 0);
                 if let Err(error) = inserted {
@@ -91,7 +92,7 @@ impl Datapath {
                     return Err(full(error, map::ENDPOINTS, "maps.endpoints"));
                 }
             }
-            None if before.is_some() => gone(self.endpoints.remove(&address), map::ENDPOINTS)?,
+            None if was_here => gone(self.endpoints.remove(&address), map::ENDPOINTS)?,
             None => {}
         }
         self.placed.insert(address, desired);

@@ -162,7 +162,7 @@ impl Datapath {
         let used: std::collections::HashSet<u32> = self
             .placed
             .values()
-            .filter_map(|desired| Some(desired.endpoint?.owner))
+            .filter_map(|desired| Some(desired.endpoint.as_ref()?.owner))
             .chain([OUTSIDE])
             .collect();
         for (owner, flows) in after {

@@ -5,7 +5,7 @@ use crate::{
     config::Maps,
     plan::{Numbers, Shape},
 };
-use abi::{Service, ServiceKey, map, policy::CELLS_PER_ELEMENT};
+use abi::{Kept, Service, ServiceKey, map, policy::CELLS_PER_ELEMENT};
 use aya::{
     Ebpf, EbpfLoader, include_bytes_aligned,
     maps::{Array, Map, MapData, MapError, of_maps::HashOfMaps},
@@ -113,36 +113,59 @@ pub struct Leftovers {
     pub generation: u32,
 }
 
-const VERSION_FILE: &str = "abi-version";
+/// What an earlier hostd's maps are used again, with what they hold.
+const KEPT: [(&str, Kept); 5] = [
+    (map::CONNTRACK, Kept::Conntrack),
+    (map::AFFINITY[0], Kept::Affinity),
+    (map::AFFINITY[1], Kept::Affinity),
+    (map::SERVICES, Kept::Services),
+    (map::GENERATION, Kept::Generation),
+];
 
-/// Looks at the pins of an earlier hostd. A map of another ABI version or another size is not used again: flows are then
-/// judged as if they were new.
+/// A bpffs holds folders and pins, no files: a folder's name says which layout a map has.
+fn layout_marker(name: &str, kept: Kept) -> String {
+    format!("layout-{name}-{}", abi::layout(kept))
+}
+
+/// Looks at the pins of an earlier hostd, perhaps of another build. What has another layout or size is not used again: flows
+/// are then judged as if they were new.
 pub fn leftovers(bpffs: &Path, maps: &Maps) -> Leftovers {
     let pins = bpffs.join("maps");
-    let same_abi = pins.join(format!("{VERSION_FILE}-{}", abi::VERSION)).exists();
+    let same_layout = |(name, kept): &(&'static str, Kept)| pins.join(layout_marker(name, *kept)).exists();
+    let readable: Vec<&str> = KEPT
+        .iter()
+        .filter(|map| same_layout(map))
+        .map(|(name, _)| *name)
+        .collect();
     let generation = MapData::from_pin(pins.join(map::GENERATION))
         .and_then(|data| Array::<MapData, u64>::try_from(Map::Array(data)))
         .and_then(|array| array.get(&0, 0))
-        .map(low_half);
+        .map(low_half)
+        .ok()
+        .filter(|_| readable.contains(&map::GENERATION));
     let mut reuse = Vec::new();
-    // Without the generation nobody could tell old verdicts from new ones.
-    if same_abi && generation.is_ok() {
-        for (name, size) in [
-            (map::CONNTRACK, maps.conntrack),
-            (map::AFFINITY[0], maps.affinity),
-            (map::AFFINITY[1], maps.affinity),
-        ] {
-            let pin = pins.join(name);
-            let same_size = MapData::from_pin(&pin)
-                .and_then(|data| data.info())
-                .is_ok_and(|info| info.max_entries() == size);
-            if same_size {
-                reuse.push((name, pin));
-            }
+    for (name, size, what) in [
+        (map::CONNTRACK, maps.conntrack, "flows are judged as if they were new"),
+        (map::AFFINITY[0], maps.affinity, "clients may get other backends"),
+        (map::AFFINITY[1], maps.affinity, "clients may get other backends"),
+    ] {
+        let pin = pins.join(name);
+        if !pin.exists() {
+            continue;
+        }
+        let same_size = MapData::from_pin(&pin)
+            .and_then(|data| data.info())
+            .is_ok_and(|info| info.max_entries() == size);
+        // Without the generation nobody could tell old verdicts from new ones.
+        if same_size && generation.is_some() && readable.contains(&name) {
+            reuse.push((name, pin));
+        } else {
+            let why = if same_size { "layout" } else { "size" };
+            tracing::warn!("the map {name} that was left has another {why} and is made anew: {what}");
         }
     }
     Leftovers {
-        numbers: if reuse.is_empty() {
+        numbers: if reuse.is_empty() || !readable.contains(&map::SERVICES) {
             BTreeMap::new()
         } else {
             backend_numbers(&pins.join(map::SERVICES)).unwrap_or_default()
@@ -162,12 +185,14 @@ fn backend_numbers(pin: &Path) -> Result<BTreeMap<ServiceKey, Numbers>, MapError
         .collect()
 }
 
-/// Makes an empty folder, in place of what is there.
+/// Makes a folder without pins, in place of what is there.
 pub fn remake(folder: &Path) -> Result<(), DatapathError> {
     remove_folder(folder)?;
-    let version = folder.join(format!("{VERSION_FILE}-{}", abi::VERSION));
-    // A bpffs holds folders and pins, no files: a folder's name says the version.
-    fs::create_dir_all(&version).map_err(DatapathError::io(format!("create {}", version.display())))
+    for (name, kept) in KEPT {
+        let marker = folder.join(layout_marker(name, kept));
+        fs::create_dir_all(&marker).map_err(DatapathError::io(format!("create {}", marker.display())))?;
+    }
+    Ok(())
 }
 
 /// Puts `maps-new` in the place of `maps`, so that at any moment there is one of them whole.

@@ -38,12 +38,12 @@ pub enum Stance {
 }
 
 /// What the maps should hold of an address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Desired {
     /// In the ipcache.
     pub ipcache: IpcacheEntry,
-    /// In the endpoint map, where it is a pod of this node.
-    pub endpoint: Option<Endpoint>,
+    /// In the endpoint map, where it is a pod of this node: few of a large cluster's are.
+    pub endpoint: Option<Box<Endpoint>>,
 }
 
 /// The entries of an address of the pod that is known by its address `pod`, but for their stamps, which whoever writes
@@ -107,7 +107,10 @@ pub fn entry(
         }),
         Stance::Remote(_) | Stance::Host | Stance::Nowhere => None,
     };
-    Some(Desired { ipcache, endpoint })
+    Some(Desired {
+        ipcache,
+        endpoint: endpoint.map(Box::new),
+    })
 }
 
 /// What one side makes of the networks.

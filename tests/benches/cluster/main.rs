@@ -4,6 +4,7 @@
 mod add;
 mod churn;
 mod enforce;
+mod fanout;
 mod simulated;
 
 use add::{Adds, Times};
@@ -89,18 +90,7 @@ fn main() -> anyhow::Result<()> {
     let quiet = enforce::relabel(&cluster, &probers, ASKED, RELABELS)?;
     let (busy, churned, used) = under_churn(&cluster, &probers)?;
     drop(probers);
-    println!("\nFROM THE CHANGE UNTIL IT HOLDS ON BOTH NODES, ms     TIMES    p50    p99    MOST");
-    for (name, samples) in [
-        ("a pod's label here, by packets", &quiet),
-        ("the same during 40 changes a second", &busy),
-        ("a pod of another node, in the kernel", &churned),
-    ] {
-        let (median, high, most) = (samples.median(), samples.at(0.99), samples.most());
-        println!(
-            "{name:<52} {:>5} {median:>6.1} {high:>6.1} {most:>7.1}",
-            samples.count()
-        );
-    }
+    print_enforced(&quiet, &busy, &churned);
     let churning = memory(&cluster)?;
 
     let adds = Adds::new(&cluster, PODS)?;
@@ -108,6 +98,12 @@ fn main() -> anyhow::Result<()> {
     print_adds(&times);
     let full = memory(&cluster)?;
     drop(adds);
+    let fanout = fanout::measure(&cluster)?;
+    println!(
+        "\netcd: a pod's record has {} bytes; a change takes it {:.0} us of processor time, and {:.1} us for each node that hears \
+         of it",
+        fanout.record, fanout.change, fanout.event
+    );
 
     println!("\nHOSTD, MIB RESIDENT (of it files and maps)   NODE 1          NODE 2");
     for (name, [one, other]) in [
@@ -137,11 +133,27 @@ fn main() -> anyhow::Result<()> {
         "enforced_ms": { "quiet": figures(&quiet), "changes": figures(&busy), "others": figures(&churned) },
         "memory_mib": { "first": mib(&fresh), "again": mib(&started), "changes": mib(&churning), "pods": mib(&full) },
         "processor_percent": used,
+        "etcd": { "record_bytes": fanout.record, "change_us": fanout.change, "event_us": fanout.event },
         "cni_ms": {
             "wasmgate": { "add": figures(&times.ours[0]), "del": figures(&times.ours[1]) },
             "ptp": { "add": figures(&times.theirs[0]), "del": figures(&times.theirs[1]) },
         },
     }))
+}
+
+fn print_enforced(quiet: &Samples, busy: &Samples, churned: &Samples) {
+    println!("\nFROM THE CHANGE UNTIL IT HOLDS ON BOTH NODES, ms     TIMES    p50    p99    MOST");
+    for (name, samples) in [
+        ("a pod's label here, by packets", quiet),
+        ("the same during 40 changes a second", busy),
+        ("a pod of another node, in the kernel", churned),
+    ] {
+        let (median, high, most) = (samples.median(), samples.at(0.99), samples.most());
+        println!(
+            "{name:<52} {:>5} {median:>6.1} {high:>6.1} {most:>7.1}",
+            samples.count()
+        );
+    }
 }
 
 fn figures(samples: &Samples) -> Value {
@@ -210,7 +222,7 @@ fn memory(cluster: &Cluster) -> anyhow::Result<[Memory; 2]> {
 /// percent of one processor.
 fn under_churn(cluster: &Cluster, probers: &[Prober]) -> anyhow::Result<(Samples, Samples, [f64; 2])> {
     let stop = AtomicBool::new(false);
-    let before = ticks(cluster)?;
+    let before = both_seconds(cluster)?;
     let began = Instant::now();
     let (busy, churned) = thread::scope(|scope| {
         let churn = scope.spawn(|| churn::run(cluster, SIZE, RATE, &stop));
@@ -222,21 +234,22 @@ fn under_churn(cluster: &Cluster, probers: &[Prober]) -> anyhow::Result<(Samples
         let churned = churn.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         anyhow::Ok((busy?, churned?))
     })?;
-    let (after, seconds) = (ticks(cluster)?, began.elapsed().as_secs_f64());
-    let share = |node: usize| (after[node] - before[node]) / seconds;
+    let (after, seconds) = (both_seconds(cluster)?, began.elapsed().as_secs_f64());
+    let share = |node: usize| 100.0 * (after[node] - before[node]) / seconds;
     Ok((busy, churned, [share(0), share(1)]))
 }
 
-/// Processor time of each hostd, in hundredths of a second (`proc(5)`: fields 14 and 15 of `stat`, by `USER_HZ`, which is 100).
-fn ticks(cluster: &Cluster) -> anyhow::Result<[f64; 2]> {
-    let of = |node: &Node| -> anyhow::Result<f64> {
-        let pid = node.pid().context("hostd does not run")?;
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-        let fields = stat.rsplit(')').next().context("no fields")?;
-        let field = |number: usize| -> anyhow::Result<f64> {
-            Ok(fields.split_whitespace().nth(number - 3).context("no field")?.parse()?)
-        };
-        Ok(field(14)? + field(15)?)
+/// Processor time that a process has had, in seconds (`proc(5)`: fields 14 and 15 of `stat`, by `USER_HZ`, which is 100).
+fn processor_seconds(pid: u32) -> anyhow::Result<f64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let fields = stat.rsplit(')').next().context("no fields")?;
+    let field = |number: usize| -> anyhow::Result<f64> {
+        Ok(fields.split_whitespace().nth(number - 3).context("no field")?.parse()?)
     };
+    Ok((field(14)? + field(15)?) / 100.0)
+}
+
+fn both_seconds(cluster: &Cluster) -> anyhow::Result<[f64; 2]> {
+    let of = |node: &Node| processor_seconds(node.pid().context("hostd does not run")?);
     Ok([of(&cluster.nodes[0])?, of(&cluster.nodes[1])?])
 }

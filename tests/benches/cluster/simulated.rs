@@ -4,7 +4,7 @@ use anyhow::Context;
 use futures::{StreamExt, TryStreamExt, stream};
 use harness::{Cluster, in_netns};
 use hostd::store::{
-    Collection, EtcdConfig, EtcdStore, Expect, Key, Store,
+    Change, Collection, EtcdConfig, EtcdStore, Expect, Key, Store,
     records::{self, AliveRecord, NodeRecord, PodRecord},
 };
 use std::{
@@ -13,6 +13,7 @@ use std::{
     sync::Arc,
     time::Duration,
 };
+use tokio::sync::mpsc;
 
 /// How many there are of what.
 #[derive(Clone, Copy)]
@@ -91,6 +92,37 @@ fn put<T: serde::Serialize>(key: &Key, value: &T) -> anyhow::Result<Vec<u8>> {
     records::encode(key, value).with_context(|| key.to_string())
 }
 
+/// What all keys begin with.
+const PREFIX: &str = "/wasmgate/";
+
+/// One who listens.
+pub struct Watch {
+    store: EtcdStore,
+    changes: Option<mpsc::Receiver<Change>>,
+    left: u32,
+}
+
+impl Watch {
+    /// Waits until everything that is there has been heard.
+    pub async fn synced(&mut self) -> anyhow::Result<()> {
+        let mut changes = self.store.watch(&[Collection::Answers]).await?;
+        while changes.recv().await.context("the watch has ended")? != Change::Synced {}
+        self.changes = Some(changes);
+        Ok(())
+    }
+
+    /// Hears all changes; how many.
+    pub async fn all(mut self) -> anyhow::Result<u32> {
+        let changes = self.changes.as_mut().context("not begun")?;
+        for heard in 0..self.left {
+            if !matches!(changes.recv().await, Some(Change::Put(..))) {
+                return Ok(heard);
+            }
+        }
+        Ok(self.left)
+    }
+}
+
 /// The cluster's etcd, from the host that it runs on.
 pub struct Writer(EtcdStore);
 
@@ -138,6 +170,33 @@ impl Writer {
         let key = Key::new(Collection::Pods, pod.address());
         records::put(&self.0, &key, &pod.record(), Expect::Any).await?;
         Ok(())
+    }
+
+    /// Says something of a pod where no node listens; how many bytes that is with its key.
+    pub async fn say(&self, number: u32) -> anyhow::Result<usize> {
+        let pod = Simulated {
+            node: 0,
+            pod: 0,
+            namespace: 0,
+            app: number,
+            incarnation: number,
+        };
+        let key = Key::new(Collection::Answers, pod.address());
+        let value = put(&key, &pod.record())?;
+        let length = value.len() + PREFIX.len() + key.to_string().len();
+        self.0.put(&key, value, Expect::Any).await?;
+        Ok(length)
+    }
+
+    /// Listens there, by a connection of its own.
+    pub fn watch(cluster: &Cluster, changes: u32) -> anyhow::Result<Watch> {
+        let url = cluster.etcd.as_ref().context("no etcd")?.url();
+        let store = EtcdStore::open(&format!("etcd:{url}"), &EtcdConfig::default())?;
+        Ok(Watch {
+            store,
+            changes: None,
+            left: changes,
+        })
     }
 
     /// Says that a pod is gone.

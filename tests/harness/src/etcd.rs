@@ -213,6 +213,12 @@ impl Etcd {
         open && self.ctl(&["endpoint", "status"]).is_ok()
     }
 
+    /// Process number, where it runs.
+    #[must_use]
+    pub fn pid(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
+    }
+
     /// Ends it as `kill -9` does. What it has on disk stays.
     ///
     /// # Errors

@@ -30,8 +30,8 @@ async fn one_member_of_three_may_die_or_hang() {
     let mut watch = store.watch(&[Collection::Pods]).await.unwrap();
     assert_eq!(next(&mut watch).await, Change::Synced);
     let mut reported = 0;
-    for number in 0..3_usize {
-        members[number].kill().unwrap();
+    for member in &mut members {
+        member.kill().unwrap();
         for value in 0..50 {
             // A new leader may have to be found first: until then nobody can answer.
             super::etcd::put_when_back(&store, &key("a"), &[value]).await;
@@ -40,7 +40,7 @@ async fn one_member_of_three_may_die_or_hang() {
             store.get(&key("a")).await.unwrap();
         }
         assert_eq!(store.problem(), None);
-        members[number].run().unwrap();
+        member.run().unwrap();
         reported += 50;
     }
     members[1].pause().unwrap();
