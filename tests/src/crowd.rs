@@ -51,8 +51,8 @@ pub fn cluster(identities: usize, local: usize) -> anyhow::Result<Cluster> {
             labels: Arc::new(BTreeMap::from([("app".to_owned(), format!("app-{number}"))])),
             address,
             second: None,
-            node: "elsewhere".to_owned(),
-            service_account: String::new(),
+            node: "elsewhere".into(),
+            service_account: "".into(),
             ports: Vec::new(),
             incarnation: u32::try_from(number)? + 1,
         };

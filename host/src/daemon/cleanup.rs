@@ -100,7 +100,7 @@ fn note<E: Display>(problems: &mut Vec<String>, result: Result<(), E>) {
 pub(super) async fn forget(store: &dyn Store, node: &str) -> Result<(), StoreError> {
     for (key, value) in store.list(Collection::Pods).await? {
         let pod: PodRecord = records::decode(&key, &value.value)?;
-        if pod.node == node {
+        if pod.is_on(node) {
             match store.delete(&key, Expect::Revision(value.revision)).await {
                 // Changed meanwhile: somebody else has the address now.
                 Ok(()) | Err(StoreError::Conflict { .. }) => {}
@@ -108,8 +108,10 @@ pub(super) async fn forget(store: &dyn Store, node: &str) -> Result<(), StoreErr
             }
         }
     }
-    store.delete(&Key::new(Collection::Alive, node), Expect::Any).await?;
-    store.delete(&Key::new(Collection::Nodes, node), Expect::Any).await
+    for collection in [Collection::Alive, Collection::Seen, Collection::Nodes] {
+        store.delete(&Key::new(collection, node), Expect::Any).await?;
+    }
+    Ok(())
 }
 
 fn remove(path: &Path) -> io::Result<()> {

@@ -2,18 +2,18 @@
 //! again.
 //!
 //! A number must not mean something else while any node may still hold it. So an identity is first marked as retiring:
-//! whoever uses it, or wants to, takes the mark back. It is deleted when every node is alive and has said, with its
-//! lease, that it has seen the mark, and the mark is still there. Both are changes by comparison, so one of them loses.
+//! whoever uses it, or wants to, takes the mark back. It is deleted when every node is alive and has said
+//! that it has seen the mark, and the mark is still there. Both are changes by comparison, so one of them loses.
 
 use super::{Daemon, DaemonError};
 use crate::store::{
-    Collection, Expect, Key, StoreError,
-    records::{self, AliveRecord, IdentityRecord, TenantRecord},
+    Collection, Expect, Key, StoreError, Versioned,
+    records::{self, IdentityRecord, SeenRecord, TenantRecord},
 };
 use abi::Identity;
 use serde::{Serialize, de::DeserializeOwned};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     time::{Duration, Instant},
 };
 
@@ -272,22 +272,30 @@ impl Daemon {
 
     /// Up to which revision every node has taken in the store's changes; none while a node is not alive, for its
     /// datapath may hold anything.
-    async fn seen_by_all(&self) -> Result<Option<AliveRecord>, DaemonError> {
-        let mut seen: Option<AliveRecord> = None;
+    async fn seen_by_all(&self) -> Result<Option<SeenRecord>, DaemonError> {
+        let names = |listed: Vec<(Key, Versioned)>| -> BTreeSet<String> {
+            listed.into_iter().map(|(key, _)| key.name).collect()
+        };
         // From the store: this node may not have heard of one that has just joined.
-        for (node, _) in self.store.list(Collection::Nodes).await? {
-            let key = Key::new(Collection::Alive, &node.name);
-            match records::get::<AliveRecord>(&*self.store, &key).await? {
-                Some((alive, _)) => {
-                    let before = seen.unwrap_or(alive);
-                    seen = Some(AliveRecord {
-                        identities: before.identities.min(alive.identities),
-                        tenants: before.tenants.min(alive.tenants),
-                    });
-                }
-                None => return Ok(None),
-            }
+        let nodes = names(self.store.list(Collection::Nodes).await?);
+        let alive = names(self.store.list(Collection::Alive).await?);
+        if !nodes.is_subset(&alive) {
+            return Ok(None);
         }
-        Ok(seen)
+        let mut all: Option<SeenRecord> = None;
+        let mut said = 0;
+        for (key, value) in self.store.list(Collection::Seen).await? {
+            if !nodes.contains(&key.name) {
+                continue;
+            }
+            said += 1;
+            let seen: SeenRecord = records::decode(&key, &value.value)?;
+            let before = all.unwrap_or(seen);
+            all = Some(SeenRecord {
+                identities: before.identities.min(seen.identities),
+                tenants: before.tenants.min(seen.tenants),
+            });
+        }
+        Ok(all.filter(|_| said == nodes.len()))
     }
 }

@@ -6,7 +6,7 @@ use abi::AddressKey;
 use hashbrown::HashTable;
 use std::{
     collections::{BTreeMap, HashSet},
-    hash::{BuildHasher, RandomState},
+    hash::{BuildHasher, Hash, RandomState},
     sync::Arc,
 };
 
@@ -21,6 +21,25 @@ pub struct Directory {
     hasher: RandomState,
     /// Labels of all pods, each set once.
     labels: HashSet<Arc<Labels>>,
+    /// Names of their nodes and service accounts, each once.
+    texts: HashSet<Arc<str>>,
+}
+
+/// Makes what many have the one that is known.
+fn share<T: Eq + Hash + ?Sized>(known: &mut HashSet<Arc<T>>, one: &mut Arc<T>) {
+    match known.get(one) {
+        Some(known) => *one = Arc::clone(known),
+        None => {
+            known.insert(Arc::clone(one));
+        }
+    }
+}
+
+/// Somebody is gone that had it: the last of its kind has it, as the set does.
+fn forget<T: Eq + Hash + ?Sized>(known: &mut HashSet<Arc<T>>, one: &Arc<T>) {
+    if Arc::strong_count(one) <= 2 {
+        known.remove(one);
+    }
 }
 
 impl Directory {
@@ -62,12 +81,9 @@ impl Directory {
 
     /// Takes in a pod, in place of the one with the same first address.
     pub fn insert(&mut self, first: AddressKey, mut pod: Pod) -> Option<Pod> {
-        match self.labels.get(&pod.record.labels) {
-            Some(known) => pod.record.labels = Arc::clone(known),
-            None => {
-                self.labels.insert(Arc::clone(&pod.record.labels));
-            }
-        }
+        share(&mut self.labels, &mut pod.record.labels);
+        share(&mut self.texts, &mut pod.record.node);
+        share(&mut self.texts, &mut pod.record.service_account);
         let second = pod.record.second;
         self.forget_name(&first);
         let before = self.pods.insert(first, Box::new(pod)).map(|before| *before);
@@ -80,7 +96,7 @@ impl Directory {
             self.seconds.insert(second.into(), first);
         }
         if let Some(before) = &before {
-            self.forget_labels(&before.record.labels);
+            self.forget_shared(before);
         }
         before
     }
@@ -92,14 +108,15 @@ impl Directory {
         if let Some(second) = pod.record.second {
             self.seconds.remove(&second.into());
         }
-        self.forget_labels(&pod.record.labels);
+        self.forget_shared(&pod);
         Some(pod)
     }
 
-    /// A pod is gone that had these: the last of its kind has them, as the set here does.
-    fn forget_labels(&mut self, labels: &Arc<Labels>) {
-        if Arc::strong_count(labels) <= 2 {
-            self.labels.remove(labels);
+    /// A pod is gone that had these.
+    fn forget_shared(&mut self, pod: &Pod) {
+        forget(&mut self.labels, &pod.record.labels);
+        for text in [&pod.record.node, &pod.record.service_account] {
+            forget(&mut self.texts, text);
         }
     }
 
@@ -134,8 +151,8 @@ mod tests {
             labels: Arc::new(labels),
             address: "10.0.0.1".parse().unwrap(),
             second: second.map(|address| address.parse().unwrap()),
-            node: "one".to_owned(),
-            service_account: String::new(),
+            node: "one".into(),
+            service_account: "".into(),
             ports: Vec::new(),
             incarnation: 1,
         };

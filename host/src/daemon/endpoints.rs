@@ -71,11 +71,11 @@ impl Daemon {
                 namespace: pod.namespace.clone(),
                 name: pod.name.clone(),
                 labels: Arc::new(labels),
-                service_account,
+                service_account: service_account.into(),
                 ports,
                 address,
                 second,
-                node: self.config.node.clone(),
+                node: self.config.node.as_str().into(),
                 incarnation: incarnation()?,
             },
         };
@@ -97,7 +97,7 @@ impl Daemon {
             return Ok(());
         };
         let node = known.record.node.clone();
-        if node != self.config.node && self.store.get(&pod_key(address.ip())).await?.is_none() {
+        if *node != *self.config.node && self.store.get(&pod_key(address.ip())).await?.is_none() {
             return self.remove_pod(&address);
         }
         Err(DaemonError::Request(format!(
@@ -140,7 +140,7 @@ impl Daemon {
                 found: Some(found),
             }) => {
                 let left: PodRecord = records::decode(&key, &found.value)?;
-                if left.node != self.config.node {
+                if !left.is_on(&self.config.node) {
                     return Err(StoreError::Conflict {
                         key,
                         found: Some(found),
@@ -197,7 +197,7 @@ impl Daemon {
         while let Some(&address) = self.withdrawn.first() {
             let found = records::get::<PodRecord>(&*self.store, &pod_key(address)).await?;
             if let Some((record, revision)) = found
-                && record.node == self.config.node
+                && record.is_on(&self.config.node)
                 && !self.has_incarnation(record.incarnation)
             {
                 match self.store.delete(&pod_key(address), Expect::Revision(revision)).await {

@@ -147,7 +147,7 @@ impl Daemon {
                 members.push((
                     address,
                     identity,
-                    pod.is_some_and(|pod| pod.record.node == self.config.node),
+                    pod.is_some_and(|pod| pod.record.is_on(&self.config.node)),
                 ));
             }
             let mut numbers = Vec::with_capacity(networks.len());

@@ -191,7 +191,7 @@ impl Daemon {
         let key = AddressKey::from(address);
         if let Some((first, pod)) = self.pods.find(&key) {
             let name = format!("{} ({address})", pod.record.full_name());
-            return Ok(self.asked(name, self.active_identity(&first), Some(pod.record.node.clone())));
+            return Ok(self.asked(name, self.active_identity(&first), Some(pod.record.node.to_string())));
         }
         if let Some((service, backends)) = self.service_at(address, port) {
             let backends: Vec<String> = backends.iter().map(ToString::to_string).collect();

@@ -42,7 +42,7 @@ use crate::{
     stack::StackError,
     store::{
         Change, Store, StoreError,
-        records::{AliveRecord, NodeRecord, PodRecord, PolicyRecord, ServiceRecord},
+        records::{NodeRecord, PodRecord, PolicyRecord, SeenRecord, ServiceRecord},
     },
     wasm::{Compiled, Compiler, WasmError},
 };
@@ -182,12 +182,12 @@ struct Daemon {
     compiled: HashMap<String, Compiled>,
     modules: ModuleFolder,
     registry: Registry,
-    /// Identities that nobody uses, and the last revision of the store that was taken in, and told to others.
+    /// Identities that nobody uses, and up to which mark on one the store's changes were taken in, and others were told so.
     unused: Unused,
-    seen: AliveRecord,
-    told: Option<AliveRecord>,
-    /// When the lease was renewed last.
-    renewed: Instant,
+    seen: SeenRecord,
+    told: Option<SeenRecord>,
+    /// When the lease was renewed last; none where it has to be taken.
+    renewed: Option<Instant>,
     /// Addresses of pods that are gone, of which the store may not have heard.
     withdrawn: BTreeSet<IpAddr>,
     /// Attachments that were ended while hostd was not there.

@@ -6,8 +6,8 @@ use crate::{
     store::{
         Change, Collection, Expect, Key, StoreError,
         records::{
-            self, AliveRecord, IdentityRecord, NamespaceRecord, NodeRecord, PodRecord, PolicyRecord, ServiceRecord,
-            TenantRecord,
+            self, AliveRecord, IdentityRecord, NamespaceRecord, NodeRecord, PodRecord, PolicyRecord, SeenRecord,
+            ServiceRecord, TenantRecord,
         },
     },
 };
@@ -35,28 +35,22 @@ impl Daemon {
             Change::Synced | Change::Anew => false,
         };
         self.missed.retain(|missed| !is_older(missed));
-        let revision = match &change {
-            Change::Put(_, value) => value.revision,
-            _ => 0,
-        };
         if let Err(error) = self.try_follow(change.clone()).await {
             error.complain(&format!("{key}, tried again"));
             self.missed.push(change);
-        } else {
-            self.note_revision(key.collection, revision);
         }
     }
 
-    /// A change was taken in. Only marks on identities and tenants wait for all nodes to have seen them; each collection has
-    /// its own order.
-    pub(super) const fn note_revision(&mut self, collection: Collection, revision: u64) {
-        let seen = match collection {
+    /// A record was taken in. Where it is marked, all nodes have to see that before it may go; each collection has its own
+    /// order.
+    pub(super) fn note_mark(&mut self, key: &Key, retiring: bool, revision: u64) {
+        let seen = match key.collection {
             Collection::Identities => &mut self.seen.identities,
             Collection::Tenants => &mut self.seen.tenants,
             _ => return,
         };
-        if *seen < revision {
-            *seen = revision;
+        if retiring {
+            *seen = revision.max(*seen);
         }
     }
 
@@ -78,13 +72,17 @@ impl Daemon {
                 Collection::Tenants => {
                     if let Ok(number) = key.name.parse() {
                         let tenant: TenantRecord = records::decode(&key, &value.value)?;
+                        let retiring = tenant.retiring;
                         self.tenant_seen(number, tenant).await?;
+                        self.note_mark(&key, retiring, value.revision);
                     }
                 }
                 Collection::Identities => {
                     if let Ok(number) = key.name.parse() {
                         let identity: IdentityRecord = records::decode(&key, &value.value)?;
+                        let retiring = identity.retiring;
                         self.identity_seen(Identity(number), identity).await?;
+                        self.note_mark(&key, retiring, value.revision);
                     }
                 }
                 Collection::Namespaces => {
@@ -96,7 +94,7 @@ impl Daemon {
                     let record: PolicyRecord = records::decode(&key, &value.value)?;
                     self.policy_seen(record, value.revision).await?;
                 }
-                Collection::Cluster | Collection::Modules | Collection::Answers => {}
+                Collection::Cluster | Collection::Seen | Collection::Modules | Collection::Answers => {}
             },
             Change::Delete(key) => match key.collection {
                 Collection::Nodes if key.name == self.config.node => self.register().await?,
@@ -138,12 +136,12 @@ impl Daemon {
             }
             _ => return Ok(false),
         };
-        let name = pod.as_ref().map_or(&key.name, |pod| &pod.node);
+        let name = pod.as_ref().map_or(key.name.as_str(), |pod| &pod.node);
         let Some(node) = self.nodes.get(name).map(|node| node.record.clone()) else {
             return Ok(false);
         };
         let alive = Key::new(Collection::Alive, name);
-        if *name == self.config.node || self.store.get(&alive).await?.is_some() {
+        if name == self.config.node || self.store.get(&alive).await?.is_some() {
             return Ok(false);
         }
         self.lease_expired(&node.name).await?;
@@ -157,8 +155,9 @@ impl Daemon {
     /// The store has forgotten, perhaps: it is told anew of this node and its pods, and what was seen of its revisions
     /// counts no longer.
     async fn start_over(&mut self) {
-        self.seen = AliveRecord::default();
+        self.seen = SeenRecord::default();
         self.told = None;
+        self.renewed = None;
         let rejoined = match join::agree(&*self.store, self.registry.layout()).await {
             Ok(()) => self.enter_all().await,
             Err(error) => Err(error),
@@ -256,9 +255,12 @@ impl Daemon {
     }
 
     /// The node's own way to the pods of other nodes.
-    pub(super) fn route_to_nodes(&self) -> Result<(), DaemonError> {
-        let own = self.config.underlay;
-        Ok(block_in_place(|| net::set_tunnel_routes(&self.tunnel_routes(), own))?)
+    pub(super) fn route_to_nodes(&mut self) -> Result<(), DaemonError> {
+        let wanted = self.tunnel_routes();
+        let known = std::mem::take(&mut self.watch.routes);
+        block_in_place(|| net::set_tunnel_routes(&wanted, &known, self.config.underlay))?;
+        self.watch.routes = wanted;
+        Ok(())
     }
 
     /// CIDRs of the other nodes' pods, of the underlay's family, each with its node.
@@ -277,7 +279,7 @@ impl Daemon {
     }
 
     fn pods_of(&self, node: &str) -> Vec<AddressKey> {
-        let its = self.pods.iter().filter(|(_, pod)| pod.record.node == node);
+        let its = self.pods.iter().filter(|(_, pod)| pod.record.is_on(node));
         its.map(|(address, _)| *address).collect()
     }
 
@@ -299,7 +301,7 @@ impl Daemon {
     async fn lease_expired(&mut self, name: &str) -> Result<(), DaemonError> {
         if name == self.config.node {
             // Somebody's clock ran ahead, or this node slept. It is alive.
-            self.told = None;
+            self.renewed = None;
             return self.renew().await;
         }
         if let Some(node) = self.nodes.get_mut(name).filter(|node| node.stale_since.is_none()) {
@@ -310,12 +312,12 @@ impl Daemon {
     }
 
     pub(super) async fn pod_seen(&mut self, record: PodRecord) -> Result<(), DaemonError> {
-        if record.node == self.config.node {
+        if record.is_on(&self.config.node) {
             return self.own_words(&record).await;
         }
         for address in record.addresses() {
             if let Some((_, known)) = self.pods.find(&address.into())
-                && known.record.node == self.config.node
+                && known.record.is_on(&self.config.node)
             {
                 return Err(DaemonError::Request(format!(
                     "node {} says that {address} is {}'s, but it is {}'s here",
@@ -357,7 +359,7 @@ impl Daemon {
         let remote = self
             .pods
             .get(&address)
-            .is_some_and(|pod| pod.record.node != self.config.node);
+            .is_some_and(|pod| !pod.record.is_on(&self.config.node));
         if remote {
             self.remove_pod(&address)
         } else {
@@ -365,25 +367,29 @@ impl Daemon {
         }
     }
 
-    /// Renews this node's lease, and says with it what this node has seen.
+    /// Renews this node's lease, and says what this node has seen.
     pub(super) async fn renew(&mut self) -> Result<(), DaemonError> {
-        let key = Key::new(Collection::Alive, &self.config.node);
         // What could not be taken in was not seen, and nothing after it counts.
-        let alive = if self.missed.is_empty() {
+        let seen = if self.missed.is_empty() {
             self.seen
         } else {
             self.told.unwrap_or_default()
         };
+        if self.told != Some(seen) {
+            let key = Key::new(Collection::Seen, &self.config.node);
+            records::put(&*self.store, &key, &seen, Expect::Any).await?;
+            self.told = Some(seen);
+        }
         let ttl = self.config.lease.ttl();
-        if self.told == Some(alive) && self.renewed.elapsed() < ttl / 3 {
+        if self.renewed.is_some_and(|renewed| renewed.elapsed() < ttl / 3) {
             return Ok(());
         }
-        if self.told != Some(alive) || !self.store.keep(&key).await? {
-            let value = records::encode(&key, &alive)?;
+        let key = Key::new(Collection::Alive, &self.config.node);
+        if self.renewed.is_none() || !self.store.keep(&key).await? {
+            let value = records::encode(&key, &AliveRecord)?;
             self.store.put_leased(&key, value, ttl).await?;
-            self.told = Some(alive);
         }
-        self.renewed = Instant::now();
+        self.renewed = Some(Instant::now());
         Ok(())
     }
 

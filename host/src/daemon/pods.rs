@@ -44,7 +44,7 @@ impl Daemon {
 
     /// Where a pod's addresses are, as far as this node knows.
     fn stance(&self, record: &PodRecord) -> Stance {
-        if record.node == self.config.node {
+        if record.is_on(&self.config.node) {
             let its = |local: &&super::Local| local.endpoint.pod.address == record.address;
             return self
                 .locals
@@ -58,7 +58,7 @@ impl Daemon {
                     },
                 });
         }
-        let node = self.nodes.get(&record.node);
+        let node = self.nodes.get(&*record.node);
         node.map_or(Stance::Nowhere, |node| {
             Stance::Remote(AddressKey::from(node.record.underlay))
         })
@@ -67,7 +67,7 @@ impl Daemon {
     /// Takes in a pod that is new, or of which something has changed. On an error the address is as it was.
     pub(super) async fn upsert_pod(&mut self, record: PodRecord) -> Result<(), DaemonError> {
         let address = AddressKey::from(record.address);
-        let local = record.node == self.config.node;
+        let local = record.is_on(&self.config.node);
         let facts = self.facts(&record);
         let key = self.active.identify(facts)?;
         let identity = self.number(key.as_ref()).await?;

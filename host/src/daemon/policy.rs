@@ -89,7 +89,7 @@ impl Daemon {
             name: record.name.clone(),
             labels: Labels::clone(&record.labels),
             namespace_labels: self.namespace_labels(&record.namespace),
-            service_account: record.service_account.clone(),
+            service_account: record.service_account.to_string(),
             addresses: record.addresses().collect(),
             ports: record.ports.clone(),
         }

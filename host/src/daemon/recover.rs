@@ -43,7 +43,7 @@ impl Daemon {
         for (key, value) in self.store.list(Collection::Pods).await? {
             let pod: PodRecord = records::decode(&key, &value.value)?;
             let interface = endpoint::interface_name(&pod.namespace, &pod.name);
-            if pod.node == self.config.node
+            if pod.is_on(&self.config.node)
                 && let Some(found) = links.remove(&interface)
             {
                 endpoints.push(LocalEndpoint {

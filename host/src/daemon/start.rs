@@ -27,7 +27,7 @@ use crate::{
     source,
     store::{
         self, Change, Collection, Expect, Key, Store,
-        records::{self, AliveRecord, CLUSTER, NamespaceRecord, NodeRecord, Phase, PodRecord},
+        records::{self, CLUSTER, IdentityRecord, NamespaceRecord, NodeRecord, Phase, PodRecord, SeenRecord},
     },
     wasm::Compiler,
 };
@@ -203,9 +203,9 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
         modules,
         registry: Registry::new(layout),
         unused: Unused::default(),
-        seen: AliveRecord::default(),
+        seen: SeenRecord::default(),
         told: None,
-        renewed: Instant::now(),
+        renewed: None,
         withdrawn: BTreeSet::new(),
         queue,
         source: Box::new(source::Runtime),
@@ -309,9 +309,10 @@ impl Daemon {
                     self.note_service(records::decode(&key, &value.value)?);
                 }
                 Change::Put(key, value) if key.collection == Collection::Identities => {
-                    self.note_revision(key.collection, value.revision);
                     if let Ok(number) = key.name.parse() {
-                        self.note_identity(Identity(number), records::decode(&key, &value.value)?);
+                        let record: IdentityRecord = records::decode(&key, &value.value)?;
+                        self.note_mark(&key, record.retiring, value.revision);
+                        self.note_identity(Identity(number), record);
                     }
                 }
                 Change::Put(key, value) if key.collection == Collection::Policy => {
@@ -341,7 +342,7 @@ impl Daemon {
 
     async fn stock_pod(&mut self, key: &Key, record: PodRecord) -> Result<(), DaemonError> {
         let address = AddressKey::from(record.address);
-        if record.node == self.config.node {
+        if record.is_on(&self.config.node) {
             if self.pods.get(&address).is_none() {
                 // A pod of this node that is not here any more.
                 self.store.delete(key, Expect::Any).await?;

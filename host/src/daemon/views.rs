@@ -98,7 +98,7 @@ impl Daemon {
             name: name.clone(),
             underlay: node.record.underlay,
             pod_cidrs: node.record.pod_cidrs.iter().map(ToString::to_string).collect(),
-            pods: self.pods.values().filter(|pod| pod.record.node == *name).count(),
+            pods: self.pods.values().filter(|pod| pod.record.is_on(name)).count(),
             state: if node.stale_since.is_some() { "stale" } else { "alive" }.to_owned(),
             stale_seconds: node.stale_since.map_or(0, |since| since.elapsed().as_secs()),
         };
@@ -121,7 +121,7 @@ impl Daemon {
             pod: pod.clone(),
             addresses: record.addresses().collect(),
             labels: Labels::clone(&record.labels),
-            service_account: record.service_account.clone(),
+            service_account: record.service_account.to_string(),
             ports: record
                 .ports
                 .iter()

@@ -4,7 +4,12 @@
 use super::{Daemon, DaemonError};
 use crate::net::{self, VXLAN_DEVICE};
 use abi::Hook;
-use std::time::{Duration, Instant};
+use ipnet::IpNet;
+use std::{
+    collections::BTreeMap,
+    net::IpAddr,
+    time::{Duration, Instant},
+};
 use tokio::task::block_in_place;
 
 /// How often the hooks are looked at.
@@ -16,6 +21,8 @@ const WATCH_STACK: Duration = Duration::from_secs(5);
 pub struct Watch {
     looked: Instant,
     looked_at_stack: Instant,
+    /// Routes into the tunnel as they were set.
+    pub routes: BTreeMap<IpNet, IpAddr>,
     /// The table of nftables as it was shown when it was set.
     table: Option<String>,
     /// Times that something was put right.
@@ -29,6 +36,7 @@ impl Watch {
         Self {
             looked: Instant::now(),
             looked_at_stack: Instant::now(),
+            routes: BTreeMap::new(),
             table: None,
             repairs: 0,
             said: Vec::new(),

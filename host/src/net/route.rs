@@ -15,7 +15,7 @@ use rtnetlink::{
     },
 };
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
@@ -77,23 +77,31 @@ const NO_SUCH_PROCESS: i32 = 3;
 const TUNNEL_TTL: u8 = 64;
 
 /// Makes the node reach the pods of other nodes through the tunnel, as the remote node that it is to them: CIDRs, each
-/// with the underlay address of its node, all of the family of this node's own address. Other routes into the tunnel go.
+/// with the underlay address of its node, all of the family of this node's own address. Other routes into the tunnel go; those
+/// that are there as they are `known` to have been set stay.
 ///
 /// # Errors
 ///
 /// Where the kernel refuses.
-pub fn set_tunnel_routes(wanted: &BTreeMap<IpNet, IpAddr>, own: IpAddr) -> Result<(), NetError> {
-    let wanted = wanted.clone();
+pub fn set_tunnel_routes(
+    wanted: &BTreeMap<IpNet, IpAddr>,
+    known: &BTreeMap<IpNet, IpAddr>,
+    own: IpAddr,
+) -> Result<(), NetError> {
+    let (wanted, known) = (wanted.clone(), known.clone());
     netlink_here(move |handle| {
         async move {
             let device = get(&handle, VXLAN_DEVICE).await?.header.index;
+            let mut there = BTreeSet::new();
             for (cidr, route) in tunnel_routes(&handle, device, own).await? {
+                there.insert(cidr);
                 if !wanted.contains_key(&cidr) {
                     let deleted = handle.route().del(route).execute().await;
                     deleted.map_err(NetError::kernel(format!("removing the node's route to {cidr}")))?;
                 }
             }
-            for (cidr, node) in wanted {
+            let is_set = |cidr: &IpNet, node: &IpAddr| there.contains(cidr) && known.get(cidr) == Some(node);
+            for (cidr, node) in wanted.into_iter().filter(|(cidr, node)| !is_set(cidr, node)) {
                 let what = format!("setting the node's route to {cidr}");
                 let route = RouteMessageBuilder::<IpAddr>::new()
                     .destination_prefix(cidr.network(), cidr.prefix_len())
@@ -115,12 +123,12 @@ pub fn set_tunnel_routes(wanted: &BTreeMap<IpNet, IpAddr>, own: IpAddr) -> Resul
 ///
 /// Where the kernel refuses.
 pub fn has_tunnel_routes(wanted: &BTreeMap<IpNet, IpAddr>, own: IpAddr) -> Result<bool, NetError> {
-    let wanted: Vec<IpNet> = wanted.keys().copied().collect();
+    let wanted: BTreeSet<IpNet> = wanted.keys().copied().collect();
     netlink_here(move |handle| {
         async move {
             let device = get(&handle, VXLAN_DEVICE).await?.header.index;
             let there = tunnel_routes(&handle, device, own).await?;
-            Ok(wanted.iter().all(|cidr| there.iter().any(|(known, _)| known == cidr)))
+            Ok(wanted.is_subset(&there.iter().map(|(cidr, _)| *cidr).collect()))
         }
         .boxed()
     })

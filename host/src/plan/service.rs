@@ -198,8 +198,8 @@ mod tests {
             labels: BTreeMap::from([("app".to_owned(), app.to_owned())]).into(),
             address: addresses[0].parse().unwrap(),
             second: Some(addresses[1].parse().unwrap()),
-            node: "a".to_owned(),
-            service_account: String::new(),
+            node: "a".into(),
+            service_account: "".into(),
             ports: vec![("http".to_owned(), TCP, http)],
             incarnation: 1,
         }

@@ -23,6 +23,8 @@ pub enum Collection {
     Nodes,
     /// Leases of the nodes whose hostd is alive, by name.
     Alive,
+    /// What nodes have seen, by name.
+    Seen,
     /// Pods, by address.
     Pods,
     /// Namespaces, by name.
@@ -43,10 +45,11 @@ pub enum Collection {
 
 impl Collection {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Cluster,
         Self::Nodes,
         Self::Alive,
+        Self::Seen,
         Self::Pods,
         Self::Namespaces,
         Self::Services,
@@ -64,6 +67,7 @@ impl Collection {
             Self::Cluster => "cluster",
             Self::Nodes => "nodes",
             Self::Alive => "alive",
+            Self::Seen => "seen",
             Self::Pods => "pods",
             Self::Namespaces => "namespaces",
             Self::Services => "services",

@@ -60,9 +60,9 @@ pub struct PodRecord {
     /// Its address of the other family, where it has one.
     pub second: Option<IpAddr>,
     /// The node that it is on.
-    pub node: String,
+    pub node: Arc<str>,
     /// Its service account; empty where it has none.
-    pub service_account: String,
+    pub service_account: Arc<str>,
     /// Names of its ports, with IP protocol number and port.
     pub ports: Vec<(String, u8, u16)>,
     /// Another number for every pod that is ever connected, also for one of the same name at the same address.
@@ -81,6 +81,12 @@ impl PodRecord {
     pub fn is_named(&self, namespace: &str, name: &str) -> bool {
         // Names differ sooner than namespaces.
         self.name == name && self.namespace == namespace
+    }
+
+    /// Whether it is on this node.
+    #[must_use]
+    pub fn is_on(&self, node: &str) -> bool {
+        *self.node == *node
     }
 
     /// One address, or one of each family.
@@ -176,10 +182,14 @@ pub struct NamespaceRecord {
     pub labels: BTreeMap<String, String>,
 }
 
-/// What a lease says of the node that holds it.
+/// What a lease says of the node that holds it: that it is alive.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct AliveRecord {
-    /// The node has taken in all changes of identities up to this revision of the store.
+pub struct AliveRecord;
+
+/// What a node has seen of what all nodes have to see. No node watches this: each new value would be news for all of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SeenRecord {
+    /// The node has taken in all changes of identities up to this revision of the store, that of a mark.
     pub identities: u64,
     /// The same of tenants.
     pub tenants: u64,

@@ -12,6 +12,8 @@ const PTP: &str = "/usr/lib/cni/ptp";
 
 /// What both plugins do with containers of their own.
 pub struct Adds {
+    /// Index of the node.
+    at: usize,
     ours: Vec<(Cni, Namespace)>,
     theirs: Vec<(Cni, Namespace)>,
     node: Namespace,
@@ -33,15 +35,16 @@ fn timed(cni: &Cni, command: &str) -> anyhow::Result<f64> {
 }
 
 impl Adds {
-    /// Attaches so many containers to the first node, and to a node of the other plugin's.
-    pub fn new(cluster: &Cluster, pods: usize) -> anyhow::Result<Self> {
+    /// Attaches so many containers to a node, and to one of the other plugin's.
+    pub fn new(cluster: &Cluster, at: usize, pods: usize) -> anyhow::Result<Self> {
         let mut adds = Self {
+            at,
             ours: Vec::new(),
             theirs: Vec::new(),
             node: Namespace::new("ptp")?,
         };
         for number in 0..pods {
-            let (ours, theirs) = adds.containers(cluster, &format!("filler-{number}"))?;
+            let (ours, theirs) = adds.containers(cluster, &format!("filler-{at}-{number}"))?;
             for container in [&ours, &theirs] {
                 timed(&container.0, "ADD")?;
             }
@@ -57,16 +60,16 @@ impl Adds {
             Ok((cni(netns.path().to_str().context("a path that is no text")?), netns))
         };
         let ours = |netns: &str| {
-            Cni::new(&cluster.nodes[0], name, Some(netns))
+            Cni::new(&cluster.nodes[self.at], name, Some(netns))
                 .with("namespace", json!("ns-1"))
                 .with("labels", json!({ "app": "plain-1" }))
         };
-        let data = cluster.folder().join("ptp");
+        let data = cluster.folder().join(format!("ptp{}", self.at));
         let theirs = |netns: &str| {
             let ipam = json!({
                 "type": "host-local", "dataDir": data, "ranges": [[{ "subnet": "10.9.0.0/16" }]],
             });
-            Cni::new(&cluster.nodes[0], name, Some(netns))
+            Cni::new(&cluster.nodes[self.at], name, Some(netns))
                 .of(Path::new(PTP), self.node.name())
                 .set("CNI_PATH", "/usr/lib/cni")
                 .with("cniVersion", json!("1.0.0"))
@@ -80,7 +83,7 @@ impl Adds {
     pub fn measure(&self, cluster: &Cluster, times: usize) -> anyhow::Result<Times> {
         let mut all = Times::default();
         for number in 0..times {
-            let (ours, theirs) = self.containers(cluster, &format!("one-{number}"))?;
+            let (ours, theirs) = self.containers(cluster, &format!("one-{}-{number}", self.at))?;
             for (index, command) in ["ADD", "DEL"].into_iter().enumerate() {
                 all.ours[index].push(timed(&ours.0, command)?);
                 all.theirs[index].push(timed(&theirs.0, command)?);

@@ -10,7 +10,7 @@ mod simulated;
 use add::{Adds, Times};
 use anyhow::{Context, ensure};
 use enforce::Prober;
-use harness::{Cluster, EtcdOptions, Listener, Node, Options};
+use harness::{Cluster, EtcdOptions, Listener, Node, Options, wait_until};
 use serde_json::{Value, json};
 use simulated::{Size, Writer};
 use std::{
@@ -59,6 +59,7 @@ fn main() -> anyhow::Result<()> {
         cluster.add_pod(node, name, &[("app", "other")])?;
     }
     cluster.settle()?;
+    let alone = memory(&cluster)?;
     let pods = SIZE.nodes * SIZE.pods;
     println!(
         "{} nodes, {pods} pods, {} identities in etcd, and two real nodes",
@@ -93,11 +94,10 @@ fn main() -> anyhow::Result<()> {
     print_enforced(&quiet, &busy, &churned);
     let churning = memory(&cluster)?;
 
-    let adds = Adds::new(&cluster, PODS)?;
-    let times = adds.measure(&cluster, ADDS)?;
-    print_adds(&times);
-    let full = memory(&cluster)?;
-    drop(adds);
+    println!("\nCNI, ms, {PODS} pods on the node             p50    p99    MOST");
+    let (times, full) = adds(&cluster, 0, "wasmgate-cni, tcx links")?;
+    attach_by_filters(&mut cluster.nodes[1])?;
+    let (filters, _) = adds(&cluster, 1, "wasmgate-cni, clsact filters")?;
     let fanout = fanout::measure(&cluster)?;
     println!(
         "\netcd: a pod's record has {} bytes; a change takes it {:.0} us of processor time, and {:.1} us for each node that hears \
@@ -107,7 +107,8 @@ fn main() -> anyhow::Result<()> {
 
     println!("\nHOSTD, MIB RESIDENT (of it files and maps)   NODE 1          NODE 2");
     for (name, [one, other]) in [
-        ("after its first start", &fresh),
+        ("with 3 pods in the cluster", &alone),
+        ("after its first start with all", &fresh),
         ("after a restart", &started),
         ("after the changes", &churning),
         ("with 103 pods of its own", &full),
@@ -131,13 +132,10 @@ fn main() -> anyhow::Result<()> {
         "nodes": SIZE.nodes, "pods": pods, "identities": SIZE.namespaces * SIZE.apps,
         "start_s": { "first": first, "again": again },
         "enforced_ms": { "quiet": figures(&quiet), "changes": figures(&busy), "others": figures(&churned) },
-        "memory_mib": { "first": mib(&fresh), "again": mib(&started), "changes": mib(&churning), "pods": mib(&full) },
+        "memory_mib": { "alone": mib(&alone), "first": mib(&fresh), "again": mib(&started), "changes": mib(&churning), "pods": mib(&full) },
         "processor_percent": used,
         "etcd": { "record_bytes": fanout.record, "change_us": fanout.change, "event_us": fanout.event },
-        "cni_ms": {
-            "wasmgate": { "add": figures(&times.ours[0]), "del": figures(&times.ours[1]) },
-            "ptp": { "add": figures(&times.theirs[0]), "del": figures(&times.theirs[1]) },
-        },
+        "cni_ms": { "tcx": cni_figures(&times), "clsact": cni_figures(&filters) },
     }))
 }
 
@@ -156,25 +154,45 @@ fn print_enforced(quiet: &Samples, busy: &Samples, churned: &Samples) {
     }
 }
 
+fn cni_figures(times: &Times) -> Value {
+    let of = |[add, del]: &[Samples; 2]| json!({ "add": figures(add), "del": figures(del) });
+    json!({ "wasmgate": of(&times.ours), "ptp": of(&times.theirs) })
+}
+
 fn figures(samples: &Samples) -> Value {
     json!({"count": samples.count(), "p50": samples.median(), "p99": samples.at(0.99), "most": samples.most()})
 }
 
-fn print_adds(times: &Times) {
-    println!("\nCNI, ms, {PODS} pods on the node      p50    p99    MOST");
-    for (name, samples) in [
-        ("wasmgate-cni ADD", &times.ours[0]),
-        ("ptp with host-local ADD", &times.theirs[0]),
-        ("wasmgate-cni DEL", &times.ours[1]),
-        ("ptp with host-local DEL", &times.theirs[1]),
-    ] {
-        println!(
-            "{name:<34} {:>6.1} {:>6.1} {:>7.1}",
-            samples.median(),
-            samples.at(0.99),
-            samples.most()
-        );
+/// What containers wait for on one node, and hostd's memory when it has them.
+fn adds(cluster: &Cluster, at: usize, name: &str) -> anyhow::Result<(Times, [Memory; 2])> {
+    let adds = Adds::new(cluster, at, PODS)?;
+    let times = adds.measure(cluster, ADDS)?;
+    for (index, command) in ["ADD", "DEL"].into_iter().enumerate() {
+        for (name, samples) in [
+            (name, &times.ours[index]),
+            ("ptp with host-local", &times.theirs[index]),
+        ] {
+            println!(
+                "{:<41} {:>6.1} {:>6.1} {:>7.1}",
+                format!("{name}: {command}"),
+                samples.median(),
+                samples.at(0.99),
+                samples.most()
+            );
+        }
     }
+    Ok((times, memory(cluster)?))
+}
+
+/// Makes a node attach as it does where the kernel has no tcx.
+fn attach_by_filters(node: &mut Node) -> anyhow::Result<()> {
+    node.stop(false)?;
+    let config = fs::read_to_string(node.config())?;
+    fs::write(node.config(), format!("attach = \"clsact\"\n{config}"))?;
+    node.launch()?;
+    let ready = wait_until(START, || node.json(&["status"]).is_ok());
+    ensure!(ready, "hostd does not come back");
+    Ok(())
 }
 
 /// Starts hostd on both nodes at once; seconds until each is ready.

@@ -76,8 +76,8 @@ impl Simulated {
             ])),
             address: self.address(),
             second: None,
-            node: name(self.node),
-            service_account: "default".to_owned(),
+            node: name(self.node).into(),
+            service_account: "default".into(),
             ports: Vec::new(),
             incarnation: self.incarnation * 1_000_000 + self.node * 256 + self.pod,
         }
@@ -155,9 +155,7 @@ impl Writer {
             let key = Key::new(Collection::Nodes, &record.name);
             records::put(&self.0, &key, &record, Expect::Any).await?;
             let key = Key::new(Collection::Alive, &record.name);
-            self.0
-                .put_leased(&key, put(&key, &AliveRecord::default())?, LEASE)
-                .await?;
+            self.0.put_leased(&key, put(&key, &AliveRecord)?, LEASE).await?;
             anyhow::Ok(())
         });
         nodes.buffer_unordered(AT_ONCE).try_collect::<()>().await?;

@@ -54,7 +54,7 @@ pub enum Durability {
 impl Durability {
     const fn of(collection: Collection) -> Self {
         match collection {
-            Collection::Alive | Collection::Answers => Self::Memory,
+            Collection::Alive | Collection::Seen | Collection::Answers => Self::Memory,
             _ => Self::Disk,
         }
     }
