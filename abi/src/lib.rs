@@ -2,7 +2,7 @@
 //!
 //! Integers are in host byte order and addresses in network byte order, unless a field says otherwise. Every type that
 //! crosses the border is `repr(C)` without padding, and its size is asserted here, so that neither side can drift.
-//! Maps that outlive the programs have a number for their [layout](layout), which is written beside their pins.
+//! Maps that outlive the programs have a number for their [`layout`], which is written beside their pins.
 #![cfg_attr(not(feature = "user"), no_std)]
 #![expect(
     clippy::inline_always,
