@@ -3,6 +3,7 @@
 use crate::in_netns;
 use anyhow::{Context, ensure};
 use std::{
+    collections::BTreeSet,
     io::{self, ErrorKind, Read, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     sync::{
@@ -311,7 +312,7 @@ pub struct Counts {
 }
 
 impl Traffic {
-    /// Starts sending; a datagram is lost when it is not back after `wait`.
+    /// Starts sending; after `wait` the next datagram goes out, and one is lost that has not come back until the end.
     #[must_use]
     pub fn start(namespace: &str, to: IpAddr, port: u16, wait: Duration) -> Self {
         Self::paced(namespace, to, port, wait, Duration::ZERO)
@@ -359,6 +360,7 @@ fn echo_until(stop: &AtomicBool, to: IpAddr, port: u16, wait: Duration, pause: D
     socket.set_read_timeout(Some(wait))?;
     let mut counts = Counts::default();
     let mut number = 0_u64;
+    let mut missing = BTreeSet::new();
     let mut answer = [0; 8];
     while !stop.load(Ordering::Relaxed) {
         number += 1;
@@ -374,14 +376,16 @@ fn echo_until(stop: &AtomicBool, to: IpAddr, port: u16, wait: Duration, pause: D
                     counts.slowest = counts.slowest.max(sent.elapsed());
                     break;
                 }
-                Ok(_) => {} // a late answer to one that was given up
+                // A late answer.
+                Ok(_) => counts.answered += u64::from(missing.remove(&u64::from_be_bytes(answer))),
                 Err(error) if outcome(&error).is_some() => {
-                    counts.lost += 1;
+                    missing.insert(number);
                     break;
                 }
                 Err(error) => return Err(error.into()),
             }
         }
     }
+    counts.lost = u64::try_from(missing.len())?;
     Ok(counts)
 }
