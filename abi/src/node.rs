@@ -41,6 +41,9 @@ pub struct NodeConfig {
     pub underlay_ifindex: u32,
     /// 1 while there are node ports.
     pub node_ports: u32,
+    /// Interface where a link takes over from a filter of the same program: what passes the one must not meet the other. 0 for
+    /// none.
+    pub settling_ifindex: u32,
 }
 
 /// The gateway that every pod sees. Link-local, so that every address of a pod CIDR is free for pods.
@@ -52,4 +55,4 @@ pub const GATEWAY_V6: Address = Address([0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 
 pub const TUNNEL_PORT: u16 = 8472;
 
 const _: () = assert!(size_of::<NodeEntry>() == 4);
-const _: () = assert!(size_of::<NodeConfig>() == 56);
+const _: () = assert!(size_of::<NodeConfig>() == 60);

@@ -13,7 +13,7 @@ use abi::{
     node::{REPORT_DROPS, REPORT_FLOWS},
 };
 use aya_ebpf::{
-    bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC},
+    bindings::{TC_ACT_OK, TC_ACT_SHOT, TC_ACT_UNSPEC},
     helpers::generated::{bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer},
     programs::TcContext,
 };
@@ -70,12 +70,12 @@ pub fn act(ctx: &TcContext, hook: Hook, flow: &Flow, outcome: Result<Action, Dro
 pub fn forward(ctx: &TcContext, action: &Action) -> i32 {
     count(FORWARDED.get_ptr_mut(action.path as u32), ctx.len());
     record(ctx, action);
-    carry_out(action)
+    carry_out(ctx, action)
 }
 
 /// What is for the node or comes from it goes on to whatever else is attached to the hook (`TC_ACT_UNSPEC`).
 #[inline(always)]
-fn carry_out(action: &Action) -> i32 {
+fn carry_out(ctx: &TcContext, action: &Action) -> i32 {
     // SAFETY: the helpers only note the target; they have no preconditions.
     unsafe {
         match action.path {
@@ -84,8 +84,20 @@ fn carry_out(action: &Action) -> i32 {
             }
             Path::Encap => bpf_redirect(action.ifindex, 0) as i32,
             Path::NodePortReply => bpf_redirect_neigh(action.ifindex, core::ptr::null_mut(), 0, 0) as i32,
-            Path::ToHost | Path::ToOutside | Path::FromHost | Path::FromOutside => TC_ACT_UNSPEC,
+            Path::ToHost | Path::ToOutside | Path::FromHost | Path::FromOutside => go_on(ctx),
         }
+    }
+}
+
+/// To whatever is behind on the hook, but to no filter that the link in front is about to replace: it would take a packet
+/// whose addresses are translated already for another one.
+#[inline(always)]
+fn go_on(ctx: &TcContext) -> i32 {
+    let settling = maps::config().map_or(0, |config| config.settling_ifindex);
+    if settling == lookup::ifindex(ctx) {
+        TC_ACT_OK
+    } else {
+        TC_ACT_UNSPEC
     }
 }
 

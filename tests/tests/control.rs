@@ -2,7 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests, which fail as a whole")]
 
 use aya::programs::{SchedClassifier, TcAttachType};
-use harness::{Cluster, Options, kernel_test, run};
+use harness::{Cluster, Options, kernel_test, run, wait_until};
 use std::{
     fs,
     io::{Read, Write},
@@ -10,6 +10,8 @@ use std::{
     process::Command,
     time::Duration,
 };
+
+const LONG: Duration = Duration::from_secs(20);
 
 fn one_node() -> Cluster {
     let options = Options {
@@ -162,12 +164,12 @@ fn what_hostd_says_of_itself_others_see_from_outside() {
         .to_owned();
     for (hook, program) in [(TcAttachType::Ingress, "from_pod"), (TcAttachType::Egress, "to_pod")] {
         let query = || SchedClassifier::query_tcx(&interface, hook).unwrap();
-        let (_, attached) = harness::in_netns(node.netns.name(), query).unwrap();
-        let names: Vec<_> = attached
-            .iter()
-            .map(|program| program.name_as_str().unwrap().to_owned())
-            .collect();
-        assert_eq!(names, [program]);
+        let names = || -> Vec<String> {
+            let (_, attached) = harness::in_netns(node.netns.name(), query).unwrap();
+            let names = attached.iter().map(|program| program.name_as_str().unwrap().to_owned());
+            names.collect()
+        };
+        assert!(wait_until(LONG, || names() == [program]), "{:?}", names());
     }
     let vxlan = node.netns.ip(&["-d", "link", "show", "wasmgate_vxlan"]).unwrap();
     assert!(vxlan.contains("external") && vxlan.contains("dstport 8472"), "{vxlan}");

@@ -135,13 +135,13 @@ fn a_node_that_stays_away_is_removed_after_the_grace_period() {
 #[test]
 fn killing_and_restarting_hostd_loses_no_packet() {
     kernel_test!();
-    for attach in ["tcx", "clsact"] {
+    for (attach, shown) in [("auto", "tcx"), ("tcx", "tcx"), ("clsact", "clsact")] {
         let options = Options {
             keys: format!("attach = \"{attach}\""),
             ..Options::default()
         };
         let mut cluster = Cluster::with(&options).unwrap();
-        assert_eq!(cluster.nodes[0].json(&["status"]).unwrap()["attach"], attach);
+        assert_eq!(cluster.nodes[0].json(&["status"]).unwrap()["attach"], shown);
         for (node, name) in [(0, "red/a"), (0, "red/b"), (1, "red/c"), (1, "blue/d")] {
             cluster.add_pod(node, name, &[]).unwrap();
         }

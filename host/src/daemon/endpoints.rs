@@ -116,13 +116,14 @@ impl Daemon {
             alias: &alias,
             pod: &pod_interface,
         };
+        self.watch.moved = Instant::now();
         let veth = block_in_place(|| net::make_pod_link(names, netns, &addresses, mtu))?;
         self.locals.insert(pod.clone(), Local { endpoint, veth });
         self.datapath.set_pods(self.locals.len())?;
         self.services.withheld.insert(record.full_name());
         self.upsert_pod(record.clone()).await?;
-        self.datapath.attach(Hook::FromPod, &name)?;
-        self.datapath.attach(Hook::ToPod, &name)?;
+        self.datapath.attach_pod(Hook::FromPod, &name)?;
+        self.datapath.attach_pod(Hook::ToPod, &name)?;
         let underlay = self.config.underlay;
         block_in_place(|| net::prepare_node(&name, &veth, &addresses, underlay, mtu))?;
         self.services.withheld.remove(&record.full_name());
@@ -172,10 +173,16 @@ impl Daemon {
         // A pod whose namespace was occupied has no link of ours.
         if let Some(local) = self.locals.get(pod) {
             let record = local.endpoint.pod.clone();
-            self.withdrawn.insert(record.address);
             self.services.withheld.insert(pod.to_string());
             self.services_follow(&record);
-            note(block_in_place(|| net::delete_link(&interface)).map_err(DaemonError::from));
+            self.watch.forget(&interface);
+            if let Err(error) = block_in_place(|| net::delete_link(&interface)) {
+                // What can still send must stay guarded, and known, so that it can be tried again.
+                self.services.withheld.remove(&pod.to_string());
+                self.services_follow(&record);
+                return Err(error.into());
+            }
+            self.withdrawn.insert(record.address);
             note(self.datapath.detach(&interface).map_err(DaemonError::from));
             note(self.remove_pod(&AddressKey::from(record.address)));
             self.locals.remove(pod);

@@ -38,7 +38,6 @@ use crate::{
     identity::{Exhausted, Labels, Registry},
     net::{NetError, Veth},
     plan::PlanError,
-    source::PodSource,
     stack::StackError,
     store::{
         Change, Store, StoreError,
@@ -71,9 +70,6 @@ pub enum DaemonError {
     /// The node has as many pods as its maps take.
     #[error("this node has {0} pods already: raise `maps.endpoints`")]
     Full(u32),
-    /// Who knows of pods' labels does not answer.
-    #[error("{0}")]
-    Source(String),
     /// The node takes no pods any more.
     #[error("this node is being drained: it takes no pods any more")]
     Draining,
@@ -192,8 +188,6 @@ struct Daemon {
     withdrawn: BTreeSet<IpAddr>,
     /// Attachments that were ended while hostd was not there.
     queue: Queue,
-    /// Knows what container runtimes do not say of their pods.
-    source: Box<dyn PodSource>,
     /// Labels of namespaces.
     namespaces: BTreeMap<String, Labels>,
     audit: Audit,
@@ -237,6 +231,7 @@ impl Daemon {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
+            let settling = self.settling();
             tokio::select! {
                 command = commands.recv() => match command {
                     Some(command) => self.command(command).await,
@@ -249,6 +244,7 @@ impl Daemon {
                     self.follow(change).await;
                 }
                 _ = tick.tick() => self.tick().await,
+                Some(()) = at(settling) => self.settle(),
             }
             // Not before whoever has asked for it has the answer.
             if self.drained.is_some_and(|since| since.elapsed() > TICK) {
@@ -266,9 +262,9 @@ impl Daemon {
             Command::EndpointDelete(pod, reply) => {
                 answer(reply, self.endpoint_delete(&pod).await.map(Response::Deleted));
             }
-            Command::Attach(request, reply) => {
-                answer_runtime(reply, self.attach(*request).await.map(Response::Attached));
-            }
+            // Of a runtime that has gone since nobody knows what it has done meanwhile.
+            Command::Attach(_, reply) | Command::Detach(_, reply) if reply.is_closed() => {}
+            Command::Attach(request, reply) => self.attach_for(*request, reply).await,
             Command::Detach(attachment, reply) => {
                 answer_runtime(reply, self.detach(&attachment).await.map(Response::Deleted));
             }
@@ -344,10 +340,15 @@ impl Daemon {
     }
 }
 
+/// Waits until then, or not at all.
+async fn at(then: Option<Instant>) -> Option<()> {
+    tokio::time::sleep_until(then?.into()).await;
+    Some(())
+}
+
 /// The same, with what kind of failure it was.
 fn answer_runtime(reply: oneshot::Sender<Response>, result: Result<Response, DaemonError>) {
-    let failed = |error: DaemonError| Response::Failed(error.failure(), error.to_string());
-    let _ = reply.send(result.unwrap_or_else(failed));
+    let _ = reply.send(result.unwrap_or_else(|error| error.told()));
 }
 
 fn answer(reply: oneshot::Sender<Response>, result: Result<Response, DaemonError>) {

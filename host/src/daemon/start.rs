@@ -99,6 +99,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         daemon: sender,
         events: channel,
         names,
+        source: Box::new(source::Runtime),
     });
     tracing::info!(
         "node {} is ready; control socket {}",
@@ -208,7 +209,6 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
         renewed: None,
         withdrawn: BTreeSet::new(),
         queue,
-        source: Box::new(source::Runtime),
         namespaces: BTreeMap::new(),
         audit: Audit::default(),
         unplaced: BTreeSet::new(),
@@ -385,8 +385,8 @@ impl Daemon {
             .map(|local| local.endpoint.interface.clone())
             .collect();
         for name in &names {
-            self.datapath.attach(Hook::FromPod, name)?;
-            self.datapath.attach(Hook::ToPod, name)?;
+            self.datapath.attach_pod(Hook::FromPod, name)?;
+            self.datapath.attach_pod(Hook::ToPod, name)?;
         }
         for local in self.locals.values() {
             let addresses: Vec<IpAddr> = local.endpoint.pod.addresses().collect();
@@ -432,7 +432,8 @@ impl Daemon {
     }
 }
 
-fn find_link(endpoint: &LocalEndpoint) -> Result<Option<net::Veth>, net::NetError> {
+/// A pod's veth pair, where its namespace and both ends are still there.
+pub(super) fn find_link(endpoint: &LocalEndpoint) -> Result<Option<net::Veth>, net::NetError> {
     block_in_place(|| {
         let netns = Netns::open_path(&endpoint.netns)?;
         net::find_pod_link(&endpoint.interface, &netns, endpoint.pod_interface())

@@ -6,28 +6,41 @@ use crate::net::{self, VXLAN_DEVICE};
 use abi::Hook;
 use ipnet::IpNet;
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     net::IpAddr,
     time::{Duration, Instant},
 };
 use tokio::task::block_in_place;
 
-/// How often the hooks are looked at.
+/// How often all hooks are looked at; where that takes longer than [`LOOK`], a round goes on with the next tick.
 const WATCH: Duration = Duration::from_secs(1);
-/// How often the table of nftables and the routes into the tunnel are.
+/// How long hostd looks at hooks before it does something else: a pod that comes waits for that.
+const LOOK: Duration = Duration::from_millis(10);
+/// How often the table of nftables and the routes into the tunnel are looked at.
 const WATCH_STACK: Duration = Duration::from_secs(5);
+/// How long no pod may have come or gone before a link takes over from a filter: one that comes would wait for the kernel.
+const CALM: Duration = Duration::from_millis(100);
+/// How long a filter waits at most for a link to take over.
+const SETTLED: Duration = Duration::from_secs(2);
 
 /// What is known of the attachment.
 pub struct Watch {
+    /// When the round began.
     looked: Instant,
+    /// Hooks that are still to be looked at in this round.
+    round: VecDeque<(Hook, String)>,
     looked_at_stack: Instant,
+    /// When a pod came or went last.
+    pub moved: Instant,
     /// Routes into the tunnel as they were set.
     pub routes: BTreeMap<IpNet, IpAddr>,
     /// The table of nftables as it was shown when it was set.
     table: Option<String>,
     /// Times that something was put right.
     pub repairs: u64,
-    /// What was said last of what can't be put right, so that it is said once.
+    /// What can't be put right, as found in this round.
+    problems: Vec<String>,
+    /// The same of the round before: it is said once.
     said: Vec<String>,
 }
 
@@ -35,57 +48,98 @@ impl Watch {
     pub fn new() -> Self {
         Self {
             looked: Instant::now(),
+            round: VecDeque::new(),
             looked_at_stack: Instant::now(),
+            moved: Instant::now(),
             routes: BTreeMap::new(),
             table: None,
             repairs: 0,
+            problems: Vec::new(),
             said: Vec::new(),
         }
+    }
+
+    /// A pod goes: its hooks are nobody's business any more.
+    pub fn forget(&mut self, interface: &str) {
+        self.moved = Instant::now();
+        self.round.retain(|(_, name)| name != interface);
+    }
+
+    fn complain(&mut self, problem: String) {
+        if !self.said.contains(&problem) {
+            tracing::error!("{problem}");
+        }
+        self.problems.push(problem);
     }
 }
 
 impl Daemon {
-    /// Looks at all hooks, if that is due, and puts right what is wrong.
+    /// Looks at hooks, if that is due, and puts right what is wrong. A round over all of them may take several calls.
     pub(super) fn watch_attachment(&mut self) {
-        if self.watch.looked.elapsed() < WATCH {
-            return;
+        if self.watch.round.is_empty() {
+            if self.watch.looked.elapsed() < WATCH {
+                return;
+            }
+            self.watch.looked = Instant::now();
+            self.watch.round = self.hooks();
+            self.watch.said = std::mem::take(&mut self.watch.problems);
+            self.watch_stack();
         }
-        self.watch.looked = Instant::now();
-        let pods = self.locals.values().map(|local| local.endpoint.interface.clone());
-        let mut hooks: Vec<(Hook, String)> = pods
-            .flat_map(|name| [(Hook::FromPod, name.clone()), (Hook::ToPod, name)])
-            .collect();
-        hooks.push((Hook::FromOverlay, VXLAN_DEVICE.to_owned()));
-        if self.datapath.has_node_ports() {
-            hooks.push((Hook::FromNetdev, self.underlay.clone()));
-        }
-        let mut problems = Vec::new();
-        for (hook, interface) in hooks {
+        let began = Instant::now();
+        while began.elapsed() < LOOK
+            && let Some((hook, interface)) = self.watch.round.pop_front()
+        {
             match block_in_place(|| self.datapath.keep_attached(hook, &interface)) {
                 Ok(None) => {}
                 Ok(Some(wrong)) => {
                     self.watch.repairs += 1;
                     tracing::warn!("{} on {interface}: {wrong}; it is first again", hook.name());
                 }
-                Err(error) => problems.push(error.to_string()),
+                Err(error) => self.watch.complain(error.to_string()),
             }
         }
-        if self.watch.looked_at_stack.elapsed() >= WATCH_STACK {
-            self.watch.looked_at_stack = Instant::now();
-            match self.keep_stack() {
-                Ok(wrong) => {
-                    for what in wrong {
-                        self.watch.repairs += 1;
-                        tracing::warn!("{what}; put right");
-                    }
+    }
+
+    /// All hooks that should have a program.
+    fn hooks(&self) -> VecDeque<(Hook, String)> {
+        let pods = self.locals.values().map(|local| local.endpoint.interface.clone());
+        let mut hooks: VecDeque<(Hook, String)> = pods
+            .flat_map(|name| [(Hook::FromPod, name.clone()), (Hook::ToPod, name)])
+            .collect();
+        hooks.push_back((Hook::FromOverlay, VXLAN_DEVICE.to_owned()));
+        if self.datapath.has_node_ports() {
+            hooks.push_back((Hook::FromNetdev, self.underlay.clone()));
+        }
+        hooks
+    }
+
+    fn watch_stack(&mut self) {
+        if self.watch.looked_at_stack.elapsed() < WATCH_STACK {
+            return;
+        }
+        self.watch.looked_at_stack = Instant::now();
+        match self.keep_stack() {
+            Ok(wrong) => {
+                for what in wrong {
+                    self.watch.repairs += 1;
+                    tracing::warn!("{what}; put right");
                 }
-                Err(error) => problems.push(error.to_string()),
             }
+            Err(error) => self.watch.complain(error.to_string()),
         }
-        for problem in problems.iter().filter(|problem| !self.watch.said.contains(problem)) {
-            tracing::error!("{problem}");
+    }
+
+    /// When a link is to take over from the next filter, where there is one.
+    pub(super) fn settling(&self) -> Option<Instant> {
+        let since = self.datapath.unsettled_since()?;
+        Some((self.watch.moved + CALM).min(since + SETTLED))
+    }
+
+    /// Lets a link take over from a filter.
+    pub(super) fn settle(&mut self) {
+        if let Err(error) = block_in_place(|| self.datapath.settle()) {
+            self.watch.complain(error.to_string());
         }
-        self.watch.said = problems;
     }
 
     /// Gives the node's stack its table of nftables.

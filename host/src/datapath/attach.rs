@@ -1,4 +1,8 @@
 //! Attaching the programs: tcx links where the kernel has them, filters on the clsact qdisc elsewhere.
+//!
+//! For a link the kernel waits for an RCU grace period with all network configuration locked (`tcx_entry_sync` in
+//! `include/net/tcx.h`, Linux 6.18), some 10 ms; a filter is there at once. So a pod that comes gets filters, and links take
+//! over when the node is calm: nobody can take those away by chance, and nobody's programs come in front of them.
 
 use super::{DatapathError, chain};
 use crate::{config::Attach, net};
@@ -16,7 +20,7 @@ use std::{
     collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// A clsact filter has no link that could be pinned: it is known by its priority and handle, which are always these.
@@ -39,9 +43,22 @@ const LEAVING: u32 = 500;
 pub struct Attacher {
     ebpf: Ebpf,
     tcx: bool,
+    /// Whether pods get filters first.
+    filters_first: bool,
+    /// Hooks that have a filter until a link takes over, and since when.
+    unsettled: BTreeMap<(String, Hook), Instant>,
     links: PathBuf,
     /// Hooks that nothing passes, for a program could not be put there.
     gates: BTreeMap<(String, &'static str), SchedClassifierLink>,
+}
+
+pub fn failed(hook: Hook, interface: &str) -> impl Fn(String) -> DatapathError + use<> {
+    let interface = interface.to_owned();
+    move |problem| DatapathError::Attach {
+        program: hook.name(),
+        interface: interface.clone(),
+        problem,
+    }
 }
 
 fn attach_type(hook: Hook) -> TcAttachType {
@@ -63,6 +80,8 @@ impl Attacher {
         Ok(Self {
             ebpf,
             tcx: has_tcx && attach != Attach::Clsact,
+            filters_first: has_tcx && attach == Attach::Auto,
+            unsettled: BTreeMap::new(),
             links: bpffs.join("links"),
             gates: BTreeMap::new(),
         })
@@ -77,12 +96,43 @@ impl Attacher {
     }
 
     pub fn attach(&mut self, hook: Hook, interface: &str) -> Result<(), DatapathError> {
-        self.try_attach(hook, interface)
-            .map_err(|problem| DatapathError::Attach {
-                program: hook.name(),
-                interface: interface.to_owned(),
-                problem,
-            })
+        self.unsettled.remove(&(interface.to_owned(), hook));
+        self.try_attach(hook, interface).map_err(failed(hook, interface))
+    }
+
+    /// Attaches a program to a pod's interface: in the link or the filter that is there, or by a filter, which is there at once.
+    pub fn attach_pod(&mut self, hook: Hook, interface: &str) -> Result<(), DatapathError> {
+        if !self.filters_first || self.pin(interface, hook).exists() {
+            return self.attach(hook, interface);
+        }
+        let program = self.program(hook.name()).map_err(failed(hook, interface))?;
+        if let Err(problem) = attach_clsact(program, interface, hook) {
+            tracing::warn!(
+                "{} gets a link on {interface}, for it gets no filter: {problem}",
+                hook.name()
+            );
+            return self.attach(hook, interface);
+        }
+        self.unsettled.insert((interface.to_owned(), hook), Instant::now());
+        match self.wrong(hook, interface)? {
+            // Somebody who waits for new interfaces has put a tcx program there.
+            Some(_) => self.attach(hook, interface),
+            None => Ok(()),
+        }
+    }
+
+    /// The hook that has waited longest for a link to take over from its filter, and since when.
+    pub fn unsettled(&self) -> Option<(&str, Hook, Instant)> {
+        let oldest = self.unsettled.iter().min_by_key(|(_, since)| **since);
+        oldest.map(|((interface, hook), since)| (interface.as_str(), *hook, *since))
+    }
+
+    /// Whether attaching puts a link in front of a filter, which it then removes.
+    pub fn replaces_filter(&self, hook: Hook, interface: &str) -> bool {
+        let ingress = attach_type(hook) == TcAttachType::Ingress;
+        self.tcx
+            && hook != Hook::FromNetdev
+            && net::filters(interface, ingress).is_ok_and(|filters| !filters.is_empty())
     }
 
     fn try_attach(&mut self, hook: Hook, interface: &str) -> Result<(), String> {
@@ -146,32 +196,21 @@ impl Attacher {
         program.try_into().map_err(|error: ProgramError| error.to_string())
     }
 
-    /// Looks whether a program is still first on its hook, and puts it there where it is not. The answer is what was wrong.
-    pub fn keep(&mut self, hook: Hook, interface: &str) -> Result<Option<&'static str>, DatapathError> {
-        let failed = |problem: String| DatapathError::Attach {
-            program: hook.name(),
-            interface: interface.to_owned(),
-            problem,
-        };
-        let wrong = match self.standing(hook, interface).map_err(failed)? {
-            Standing::First => return Ok(None),
+    /// What is wrong with a program on its hook, if anything is.
+    pub fn wrong(&mut self, hook: Hook, interface: &str) -> Result<Option<&'static str>, DatapathError> {
+        Ok(match self.standing(hook, interface).map_err(failed(hook, interface))? {
+            Standing::First => None,
             // It guards nothing but what it serves.
-            Standing::Behind if hook == Hook::FromNetdev => return Ok(None),
-            Standing::Behind => "another program was in front of it",
-            Standing::Missing => "it was gone",
-        };
-        self.attach(hook, interface)?;
-        match self.standing(hook, interface).map_err(failed)? {
-            Standing::First => Ok(Some(wrong)),
-            Standing::Behind if hook == Hook::FromNetdev => Ok(Some(wrong)),
-            _ => Err(failed(IN_FRONT.to_owned())),
-        }
+            Standing::Behind if hook == Hook::FromNetdev => None,
+            Standing::Behind => Some("another program was in front of it"),
+            Standing::Missing => Some("it was gone"),
+        })
     }
 
     fn standing(&mut self, hook: Hook, interface: &str) -> Result<Standing, String> {
-        let tcx = self.tcx;
+        let by_link = self.tcx && !self.unsettled.contains_key(&(interface.to_owned(), hook));
         let program = self.program(hook.name())?;
-        if tcx {
+        if by_link {
             return standing_tcx(program, interface, hook);
         }
         // Where the kernel has tcx its programs run before all filters.
@@ -195,6 +234,7 @@ impl Attacher {
 
     pub fn detach(&mut self, interface: &str) -> Result<(), DatapathError> {
         self.gates.retain(|(name, _), _| name != interface);
+        self.unsettled.retain(|(name, _), _| name != interface);
         for hook in Hook::ALL {
             remove_pin(&self.pin(interface, hook))?;
         }
@@ -312,7 +352,7 @@ fn pin_link(
     Ok(())
 }
 
-const IN_FRONT: &str = "another program is in front, which could let packets past";
+pub const IN_FRONT: &str = "another program is in front, which could let packets past";
 
 /// Swaps the program into the pinned link.
 fn swap(program: &mut SchedClassifier, pin: &Path) -> Result<(), String> {
@@ -341,11 +381,7 @@ fn remove_clsact(interface: &str, hook: Hook) -> Result<(), String> {
 }
 
 fn remove_filter(hook: Hook, interface: &str) -> Result<(), DatapathError> {
-    remove_clsact(interface, hook).map_err(|problem| DatapathError::Attach {
-        program: hook.name(),
-        interface: interface.to_owned(),
-        problem,
-    })
+    remove_clsact(interface, hook).map_err(failed(hook, interface))
 }
 
 /// Takes the filter for node ports away from the underlay's interface, which stays when hostd leaves the node.

@@ -32,6 +32,7 @@ pub use services::Placed as PlacedService;
 
 use crate::{
     config::{Attach, Maps},
+    net,
     plan::{Desired, Numbers, Shape},
 };
 use abi::{
@@ -58,6 +59,7 @@ use std::{
     collections::BTreeMap,
     net::IpAddr,
     path::{Path, PathBuf},
+    time::Instant,
 };
 
 /// What the datapath is opened with.
@@ -223,6 +225,7 @@ impl Datapath {
                 conntrack_share: 0,
                 underlay_ifindex: 0,
                 node_ports: 0,
+                settling_ifindex: 0,
             },
             bpffs: settings.bpffs.clone(),
         })
@@ -299,7 +302,14 @@ impl Datapath {
     ///
     /// Where the hook can't be looked at, or the program can't be put there.
     pub fn keep_attached(&mut self, hook: abi::Hook, interface: &str) -> Result<Option<&'static str>, DatapathError> {
-        self.attacher.keep(hook, interface)
+        let Some(wrong) = self.attacher.wrong(hook, interface)? else {
+            return Ok(None);
+        };
+        self.attach(hook, interface)?;
+        match self.attacher.wrong(hook, interface)? {
+            None => Ok(Some(wrong)),
+            Some(_) => Err(attach::failed(hook, interface)(attach::IN_FRONT.to_owned())),
+        }
     }
 
     /// Attaches a program, in front of all others, or swaps it into the link that is there.
@@ -308,7 +318,43 @@ impl Datapath {
     ///
     /// Where the kernel refuses.
     pub fn attach(&mut self, hook: abi::Hook, interface: &str) -> Result<(), DatapathError> {
-        self.attacher.attach(hook, interface)
+        if !self.attacher.replaces_filter(hook, interface) {
+            return self.attacher.attach(hook, interface);
+        }
+        let ifindex = net::ifindex(interface).map_err(|error| attach::failed(hook, interface)(error.to_string()))?;
+        self.node_config.settling_ifindex = ifindex;
+        self.write_config()?;
+        let attached = self.attacher.attach(hook, interface);
+        self.node_config.settling_ifindex = 0;
+        self.write_config()?;
+        attached
+    }
+
+    /// Attaches a program to a pod's interface as fast as the kernel can; [`Self::settle`] does the rest.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses.
+    pub fn attach_pod(&mut self, hook: abi::Hook, interface: &str) -> Result<(), DatapathError> {
+        self.attacher.attach_pod(hook, interface)
+    }
+
+    /// Since when a filter has waited for a link to take over, where one does.
+    #[must_use]
+    pub fn unsettled_since(&self) -> Option<Instant> {
+        self.attacher.unsettled().map(|(_, _, since)| since)
+    }
+
+    /// Puts a link in the place of the filter that has waited longest, where there is one.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses. The filter stays then, and [`Self::keep_attached`] tries again.
+    pub fn settle(&mut self) -> Result<(), DatapathError> {
+        match self.attacher.unsettled() {
+            Some((interface, hook, _)) => self.attach(hook, &interface.to_owned()),
+            None => Ok(()),
+        }
     }
 
     /// Forgets the links of an interface that is about to go.

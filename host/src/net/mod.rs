@@ -11,7 +11,7 @@ mod table;
 mod veth;
 mod vxlan;
 
-pub use check::check_pod_link;
+pub use check::{Made, check_pod_link};
 pub use filter::filters;
 pub use netlink::{bring_up, delete_link};
 pub use netns::{Netns, in_netns};
@@ -19,9 +19,10 @@ pub use ports::given_to_connections;
 pub use recover::{Found, find_pods};
 pub use route::{has_tunnel_routes, make_reachable, make_unreachable, set_tunnel_routes};
 pub use table::{Routed, remove_table, set_table, table};
-pub use veth::{PairNames, Veth, find_pod_link, gateway, make_pod_link, pod_links, prepare_node};
+pub use veth::{NODE_MTU, PairNames, Veth, find_pod_link, gateway, make_pod_link, pod_links, prepare_node};
 pub use vxlan::{Underlay, ensure_vxlan, pod_mtu, underlay};
 
+use rustix::net::{AddressFamily, SocketType};
 use std::{
     net::IpAddr,
     path::{Path, PathBuf},
@@ -38,6 +39,18 @@ pub const fn vxlan_overhead(underlay: IpAddr) -> u32 {
 
 /// The interface inside a pod, unless its runtime calls it something else.
 pub const POD_INTERFACE: &str = "eth0";
+
+/// Index of an interface of this thread's namespace.
+///
+/// # Errors
+///
+/// Where there is none of that name.
+pub fn ifindex(name: &str) -> Result<u32, NetError> {
+    let what = format!("looking {name} up");
+    let failed = |error| NetError::kernel(what.as_str())(std::io::Error::from(error));
+    let socket = rustix::net::socket(AddressFamily::INET, SocketType::DGRAM, None).map_err(failed)?;
+    rustix::net::netdevice::name_to_index(&socket, name).map_err(failed)
+}
 
 /// Why the network could not be changed.
 #[derive(Debug, thiserror::Error)]

@@ -284,7 +284,7 @@ async fn add_gateway(handle: &Handle, index: u32, gateway: IpAddr, mac: [u8; 6])
 
 /// MTU of the node's end, the most that a veth takes: whatever a pod sends reaches the programs, which tell it of what
 /// is too big. What goes to the pod is bounded by its route.
-const NODE_MTU: u32 = 65535;
+pub const NODE_MTU: u32 = 65535;
 
 /// The node's side: the interface up, and the node's own routes and neighbour entries for the pod, whose MTU this is.
 ///

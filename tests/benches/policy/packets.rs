@@ -59,6 +59,7 @@ impl Packets {
             conntrack_share: u32::MAX,
             underlay_ifindex: 0,
             node_ports: 0,
+            settling_ifindex: 0,
         };
         Array::<_, NodeConfig>::try_from(ebpf.map_mut(map::CONFIG).context("no map")?)?.set(0, config, 0)?;
         let own = AddressKey::v4([10, 1, 0, 2]);

@@ -174,6 +174,7 @@ impl Bench {
             conntrack_share: 4,
             underlay_ifindex: self.underlay,
             node_ports: 1,
+            settling_ifindex: 0,
         };
         self.array::<NodeConfig>(map::CONFIG).set(0, config, 0).unwrap();
         let generation = self.generation;
