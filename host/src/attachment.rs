@@ -1,7 +1,6 @@
 //! Pods as container runtimes know them: an interface of a container on a network (CNI specification 1.1.0, section 2).
 
 use crate::{
-    codec,
     store::{Durability, StoreError, replace_file},
     wasm::sha256,
 };
@@ -87,11 +86,9 @@ impl Queue {
         let made = DirBuilder::new().recursive(true).mode(0o700).create(&self.0);
         made.map_err(|source| self.failed("create", source))?;
         self.check_owner()?;
-        let bytes = codec::encode(attachment).map_err(|source| StoreError::Content {
-            file: self.0.display().to_string(),
-            source,
-        })?;
-        replace_file(&self.file(attachment), &bytes, Durability::Memory)
+        // Text, which a plugin and a hostd of different versions both understand.
+        let text = serde_json::to_vec(attachment).map_err(|error| self.failed("write", error.into()))?;
+        replace_file(&self.file(attachment), &text, Durability::Memory)
     }
 
     /// The attachments of which word was left. A file that is none of ours is removed.
@@ -115,7 +112,7 @@ impl Queue {
                 continue; // still being written, or none of ours
             }
             let bytes = fs::read(&path).map_err(|source| self.failed("read", source))?;
-            match codec::decode::<Attachment>(&bytes) {
+            match serde_json::from_slice::<Attachment>(&bytes) {
                 Ok(attachment) => ended.push(attachment),
                 Err(error) => {
                     tracing::warn!("removing {}: {error}", path.display());

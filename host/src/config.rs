@@ -73,10 +73,11 @@ pub struct Config {
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "lowercase")]
 pub enum Attach {
-    /// tcx where the kernel has it, clsact elsewhere.
+    /// tcx links where the kernel has them, clsact filters elsewhere. A pod that comes gets filters at first in any case, for the
+    /// kernel needs longer for links: these take over when no pod has come or gone for 0.1 s.
     #[default]
     Auto,
-    /// tcx links (Linux 6.6 and later).
+    /// tcx links from the start (Linux 6.6 and later).
     Tcx,
     /// Filters on the clsact qdisc.
     Clsact,
@@ -308,6 +309,10 @@ impl Config {
         }
         if self.underlay.is_unspecified() || self.underlay.is_loopback() || self.underlay.is_multicast() {
             return Err(("underlay", format!("{} is no address of a node", self.underlay)));
+        }
+        if !self.socket.is_absolute() {
+            let problem = format!("{} does not begin with `/`", self.socket.display());
+            return Err(("socket", problem));
         }
         if self.pod_cidrs.is_empty() {
             return Err(("pod_cidrs", "give at least one, such as [\"10.1.0.0/24\"]".into()));

@@ -17,10 +17,16 @@ pub struct Description {
 
 /// Knows pods that a container runtime attaches.
 pub trait PodSource: Send + Sync {
-    /// What is known of a pod, of which the runtime has said what is `given`.
+    /// What is known of a pod, of which the runtime has said what is `given`, and these arguments (`CNI_ARGS`): `K8S_POD_UID` among
+    /// them tells a pod from one before it of the same name.
     ///
-    /// The error is for people; the runtime is told to try again.
-    fn describe<'a>(&'a self, pod: &'a PodName, given: Description) -> BoxFuture<'a, Result<Description, String>>;
+    /// The error is for people; the runtime is told to try again, as it is where there is no answer within 10 s.
+    fn describe<'a>(
+        &'a self,
+        pod: &'a PodName,
+        arguments: &'a BTreeMap<String, String>,
+        given: Description,
+    ) -> BoxFuture<'a, Result<Description, String>>;
 }
 
 /// Takes the runtime's word for it.
@@ -28,7 +34,12 @@ pub trait PodSource: Send + Sync {
 pub struct Runtime;
 
 impl PodSource for Runtime {
-    fn describe<'a>(&'a self, _pod: &'a PodName, given: Description) -> BoxFuture<'a, Result<Description, String>> {
+    fn describe<'a>(
+        &'a self,
+        _pod: &'a PodName,
+        _arguments: &'a BTreeMap<String, String>,
+        given: Description,
+    ) -> BoxFuture<'a, Result<Description, String>> {
         async move { Ok(given) }.boxed()
     }
 }

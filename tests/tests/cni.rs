@@ -1,7 +1,7 @@
 //! The CNI plugin against a real hostd: results and errors as the specification wants them (1.1.0), and nothing left over.
 #![expect(clippy::unwrap_used, reason = "helpers of tests, which fail as a whole")]
 
-use harness::{Cluster, Cni, Listener, Namespace, Options, TcpOutcome, kernel_test, tcp_exchange, wait_until};
+use harness::{Cluster, Cni, Listener, Namespace, Options, TcpOutcome, kernel_test, run, tcp_exchange, wait_until};
 use serde_json::{Value, json};
 use std::{collections::BTreeSet, net::IpAddr, time::Duration};
 
@@ -67,15 +67,17 @@ fn a_container_is_attached_checked_and_ended() {
     let (frontend, backend) = (cni(&front, "frontend").set("CNI_IFNAME", "net1"), cni(&back, "backend"));
     let added = frontend.run("ADD").unwrap().unwrap();
     let interface = added["interfaces"][0]["name"].as_str().unwrap();
-    assert!(node.netns.ip(&["link", "show", interface]).is_ok());
     let mac = |which: usize| added["interfaces"][which]["mac"].as_str().unwrap().to_owned();
-    assert!(front.ip(&["link", "show", "net1"]).unwrap().contains(&mac(1)));
+    let shown = node.netns.ip(&["link", "show", interface]).unwrap();
+    assert!(shown.contains(&mac(0)) && shown.contains(" mtu 65535 "), "{shown}");
+    let shown = front.ip(&["link", "show", "net1"]).unwrap();
+    assert!(shown.contains(&mac(1)) && shown.contains(" mtu 1450 "), "{shown}");
     assert_eq!(
         added,
         json!({
             "cniVersion": "1.1.0",
             "interfaces": [
-                { "name": interface, "mac": mac(0), "mtu": 1450 },
+                { "name": interface, "mac": mac(0), "mtu": 65535 },
                 { "name": "net1", "mac": mac(1), "mtu": 1450, "sandbox": path(&front) },
             ],
             "ips": [
@@ -108,6 +110,7 @@ fn a_container_is_attached_checked_and_ended() {
     assert_eq!(check.run("CHECK").unwrap(), Ok(Value::Null));
     assert_eq!(refused(&frontend, "CHECK", "`prevResult`"), 7);
     let mac_back = format!("link set net1 address {}", mac(1));
+    let neighbour = format!("neigh add fe80::1 dev net1 lladdr {} nud permanent", mac(0));
     let routes = [
         "route add 169.254.1.1 dev net1",
         "route add default via 169.254.1.1 dev net1",
@@ -122,8 +125,13 @@ fn a_container_is_attached_checked_and_ended() {
         ("route del default", &routes[1..], "route to everything by 169.254.1.1"),
         (
             "link set net1 address 02:00:00:00:00:99",
-            &[mac_back.as_str()],
+            &[mac_back.as_str(), neighbour.as_str()],
             "another MAC address",
+        ),
+        (
+            "neigh del fe80::1 dev net1",
+            &[neighbour.as_str()],
+            "fe80::1 no longer as its neighbour",
         ),
     ] {
         let change = |what: &str| front.ip(&what.split(' ').collect::<Vec<_>>()).unwrap();
@@ -134,12 +142,45 @@ fn a_container_is_attached_checked_and_ended() {
         }
         assert_eq!(check.run("CHECK").unwrap(), Ok(Value::Null), "{mend:?}");
     }
-    let mut lied = added.clone();
-    lied["ips"][0]["address"] = json!("10.1.0.77/32");
+    let lies: [(&str, Value, &str); 4] = [
+        ("/ips/0/address", json!("10.1.0.77/32"), "10.1.0.77"),
+        ("/interfaces/1/mac", json!("02:00:00:00:00:77"), "02:00:00:00:00:77"),
+        ("/interfaces/1/name", json!("net2"), "no interface net1"),
+        ("/interfaces/1/sandbox", json!(""), "no interface net1"),
+    ];
+    for (place, lie, expected) in lies {
+        let mut lied = added.clone();
+        *lied.pointer_mut(place).unwrap() = lie;
+        assert_eq!(
+            refused(&frontend.clone().with("prevResult", lied), "CHECK", expected),
+            101
+        );
+    }
+    // A plugin that comes later may take a route away, and says so.
+    let mut fewer = added.clone();
+    fewer["routes"].as_array_mut().unwrap().remove(0);
+    front.ip(&["route", "del", "default"]).unwrap();
+    assert_eq!(refused(&check, "CHECK", "route to everything"), 101);
     assert_eq!(
-        refused(&frontend.clone().with("prevResult", lied), "CHECK", "10.1.0.77"),
-        101
+        frontend.clone().with("prevResult", fewer).run("CHECK").unwrap(),
+        Ok(Value::Null)
     );
+    front
+        .ip(&["route", "add", "default", "via", "169.254.1.1", "dev", "net1"])
+        .unwrap();
+    // What the node's own end has lost is put right.
+    let by_node = || tcp_exchange(node.netns.name(), address(&added, 0), 8080, WAIT).unwrap() == TcpOutcome::Open;
+    assert!(by_node());
+    for state in ["down", "up"] {
+        node.netns.ip(&["link", "set", interface, state]).unwrap();
+        let down = state == "down";
+        assert!(!by_node(), "{state}");
+        if down {
+            assert_eq!(refused(&check, "CHECK", "is down"), 101);
+        }
+    }
+    assert_eq!(check.run("CHECK").unwrap(), Ok(Value::Null));
+    assert!(by_node());
     front.ip(&["link", "del", "net1"]).unwrap();
     assert_eq!(refused(&check, "CHECK", "no interface net1"), 101);
 
@@ -147,8 +188,13 @@ fn a_container_is_attached_checked_and_ended() {
     for _ in 0..2 {
         assert_eq!(frontend.run("DEL").unwrap(), Ok(Value::Null));
     }
+    let elsewhere = backend
+        .clone()
+        .with("prevResult", other)
+        .set("CNI_NETNS", "/run/netns/nobody");
+    assert_eq!(refused(&elsewhere, "CHECK", "/run/netns/nobody"), 101);
     drop(back);
-    let mut gone = backend.clone();
+    let mut gone = backend.clone().with("lables", json!({})).set("CNI_ARGS", "novalue");
     gone.environment.retain(|(name, _)| *name != "CNI_NETNS");
     assert_eq!(gone.run("DEL").unwrap(), Ok(Value::Null));
     assert_eq!(refused(&check, "CHECK", "not attached"), 3);
@@ -222,6 +268,12 @@ fn what_can_not_be_attached_is_refused_with_its_code_and_leaves_nothing() {
     drop(netns);
     assert!(sandbox.run("ADD").unwrap().is_ok());
     assert_eq!(pods(&cluster), BTreeSet::from(["default/c1".to_owned()]));
+    // And the same one, whose runtime has not ended it.
+    drop(again);
+    let third = Namespace::new("third").unwrap();
+    let same = sandbox.clone().set("CNI_NETNS", &path(&third));
+    assert!(same.run("ADD").unwrap().is_ok());
+    assert_eq!(refused(&same, "ADD", "attached already"), 7);
     assert!(sandbox.run("DEL").unwrap().is_ok());
     assert_eq!((pods(&cluster).len(), links(&cluster)), (0, 0));
 }
@@ -231,6 +283,8 @@ fn older_runtimes_are_answered_in_their_version() {
     kernel_test!();
     let cluster = one_node("allow-all");
     let netns = Namespace::new("pod").unwrap();
+    let none = Cni::new(&cluster.nodes[0], "c1", None).with("cniVersion", Value::Null);
+    assert_eq!(none.run("VERSION").unwrap().unwrap()["cniVersion"], "1.1.0");
     for version in ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"] {
         let cni = Cni::new(&cluster.nodes[0], "c1", Some(&path(&netns))).with("cniVersion", json!(version));
         let versions = cni.run("VERSION").unwrap().unwrap();
@@ -243,6 +297,11 @@ fn older_runtimes_are_answered_in_their_version() {
         );
         let added = cni.run("ADD").unwrap().unwrap();
         assert_eq!(added["cniVersion"], version);
+        if version != "1.1.0" {
+            let collect = cni.clone().with("cni.dev/valid-attachments", json!([]));
+            assert_eq!(refused(&collect, "GC", "since 1.1.0"), 1);
+            assert_eq!(pods(&cluster).len(), 1);
+        }
         assert_eq!(added["ips"][0]["version"] == "4", version.starts_with('0'), "{added}");
         assert!(cni.run("DEL").unwrap().is_ok());
     }
@@ -289,6 +348,38 @@ fn while_hostd_is_not_there_containers_can_go() {
     assert_eq!(collect(valid).run("GC").unwrap(), Ok(Value::Null));
     assert_eq!(pods(&cluster), BTreeSet::from(["default/c2".to_owned()]));
     assert_eq!(collect(Value::Null).run("GC").unwrap(), Ok(Value::Null));
+    assert_eq!((pods(&cluster).len(), links(&cluster)), (0, 0));
+}
+
+#[test]
+fn what_a_runtime_that_is_gone_has_asked_for_is_not_done() {
+    kernel_test!();
+    let cluster = one_node("allow-all");
+    let node = &cluster.nodes[0];
+    let netns = Namespace::new("pod").unwrap();
+    let cni = Cni::new(node, "c1", Some(&path(&netns)));
+    let pid = node.pid().unwrap().to_string();
+    let freeze = || run("kill", &["-STOP", &pid]).unwrap();
+    let thaw = || run("kill", &["-CONT", &pid]).unwrap();
+    // Killed while hostd does not answer.
+    let give_up = |command: &str| {
+        freeze();
+        let mut plugin = cni.start(command).unwrap();
+        std::thread::sleep(Duration::from_millis(300));
+        plugin.kill().unwrap();
+        plugin.wait().unwrap();
+        thaw();
+    };
+    give_up("ADD");
+    // Whether that one was begun and undone, or never begun.
+    std::thread::sleep(Duration::from_secs(1));
+    assert_eq!((pods(&cluster).len(), links(&cluster)), (0, 0));
+    let added = cni.run("ADD").unwrap().unwrap();
+    give_up("DEL");
+    std::thread::sleep(Duration::from_secs(1));
+    let check = cni.clone().with("prevResult", added);
+    assert_eq!(check.run("CHECK").unwrap(), Ok(Value::Null));
+    assert_eq!(cni.run("DEL").unwrap(), Ok(Value::Null));
     assert_eq!((pods(&cluster).len(), links(&cluster)), (0, 0));
 }
 
@@ -364,9 +455,23 @@ fn a_network_is_installed_and_taken_away() {
         );
     }
     assert_eq!(std::fs::read_dir(folder.path().join("bin")).unwrap().count(), 0);
-    // One that others are chained to is ours.
-    let chained = r#"{"name": "wasmgate", "plugins": [{"type": "bandwidth"}, {"type": "wasmgate-cni"}]}"#;
+    // One that others are chained to is ours, and theirs stay in it.
+    let chained = r#"{"name": "wasmgate", "plugins": [{"type": "wasmgate-cni"}, {"type": "bandwidth"}]}"#;
     std::fs::write(&list, chained).unwrap();
-    assert!(node.hostd(&uninstall).unwrap().status.success());
-    assert!(!list.exists());
+    assert!(node.hostd(&install).unwrap().status.success());
+    let written: Value = serde_json::from_slice(&std::fs::read(&list).unwrap()).unwrap();
+    let plugins = written["plugins"].as_array().unwrap();
+    assert_eq!((plugins.len(), &plugins[1]["type"]), (2, &json!("bandwidth")));
+    assert_eq!(plugins[0]["namespace"], "red");
+    // The plugin stays for as long as a network has it.
+    let binary = folder.path().join("bin/wasmgate-cni");
+    let second = [&install[..], &["--network", "second"]].concat();
+    assert!(node.hostd(&second).unwrap().status.success());
+    let said = node.hostd(&uninstall).unwrap();
+    let said = String::from_utf8_lossy(&said.stdout).into_owned();
+    assert!(said.contains("10-second.conflist uses it"), "{said}");
+    assert!(!list.exists() && binary.exists());
+    let second = [&uninstall[..], &["--network", "second"]].concat();
+    assert!(node.hostd(&second).unwrap().status.success());
+    assert!(!binary.exists());
 }

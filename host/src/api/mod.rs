@@ -10,7 +10,7 @@ mod request;
 mod server;
 mod view;
 
-pub use attachment::{AttachedView, CheckAttachment, Failure};
+pub use attachment::{Attach, AttachedView, CheckAttachment, Failure};
 pub use client::{ClientError, call, monitor};
 pub use policy::{
     AuditView, ChangedPair, EndView, Explanation, FlowView, KernelView, LoadReport, ModuleView, ModulesView,

@@ -1,6 +1,6 @@
 //! What is asked.
 
-use super::CheckAttachment;
+use super::{Attach, CheckAttachment};
 use crate::{
     attachment::Attachment,
     store::records::ServiceRecord,
@@ -22,7 +22,7 @@ pub enum Request {
     /// Disconnect a pod. That it is not there is no error.
     EndpointDelete(PodName),
     /// Attach a container, for its runtime.
-    Attach(Box<EndpointAdd>),
+    Attach(Box<Attach>),
     /// End an attachment. That it is not there is no error.
     Detach(Attachment),
     /// Say what is not as it should be of an attachment.

@@ -10,8 +10,12 @@ use std::{
     path::PathBuf,
 };
 
-/// Versions of the specification that are spoken.
-pub const VERSIONS: [&str; 5] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
+/// Versions of the specification that are spoken, by their age.
+pub const VERSIONS: [&str; 5] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", NEWEST];
+const NEWEST: &str = "1.1.0";
+
+/// What is needed of the configuration to end attachments: nothing else that is wrong with it may keep containers from going.
+const ENDING: [&str; 4] = ["cniVersion", "name", "socket", "cni.dev/valid-attachments"];
 
 /// Keys that are known besides those that begin with `cni.dev/`.
 const KEYS: [&str; 17] = [
@@ -128,29 +132,29 @@ fn default_namespace() -> String {
     "default".to_owned()
 }
 
-fn decode<T: DeserializeOwned>(text: &str) -> Result<T, Error> {
+/// Decodes JSON.
+pub fn decode<T: DeserializeOwned>(text: &str) -> Result<T, Error> {
     let mut json = serde_json::Deserializer::from_str(text);
     let decoded = serde_path_to_error::deserialize(&mut json);
     decoded.map_err(|error| Error::new(Code::Decode, error.to_string()))
 }
 
-/// The version that a configuration has, as far as it can be told, to answer in.
+/// The version that a configuration has; empty where it can't be told.
 pub fn version_of(text: &str) -> String {
     let value: Value = serde_json::from_str(text).unwrap_or_default();
     let version = value["cniVersion"].as_str().unwrap_or_default();
     version.to_owned()
 }
 
+/// The version to answer in: the newest where none is asked for.
+pub fn spoken(asked: &str) -> &str {
+    if asked.is_empty() { NEWEST } else { asked }
+}
+
 impl Network {
     /// Reads and checks a configuration.
     pub fn parse(text: &str) -> Result<Self, Error> {
         let keys: Map<String, Value> = decode(text)?;
-        let version = version_of(text);
-        if !VERSIONS.contains(&version.as_str()) {
-            let spoken = VERSIONS.join(", ");
-            let details = format!("`cniVersion` is {version:?}; this plugin speaks {spoken}");
-            return Err(Error::new(Code::Version, details));
-        }
         if let Some((key, value)) = keys
             .iter()
             .find(|(key, _)| !KEYS.contains(&key.as_str()) && !key.starts_with("cni.dev/"))
@@ -161,10 +165,7 @@ impl Network {
             ));
         }
         let network: Self = decode(text)?;
-        if network.name.is_empty() {
-            return Err(Error::new(Code::Config, "`name` is missing"));
-        }
-        check_network(&network.name).map_err(|problem| Error::new(Code::Config, problem))?;
+        network.check()?;
         if !network.ipam.is_empty() {
             let details = format!("\"ipam\": {}: addresses are hostd's to give", keys["ipam"]);
             return Err(Error::new(Code::Field, details));
@@ -174,6 +175,30 @@ impl Network {
             return Err(Error::new(Code::Field, details));
         }
         Ok(network)
+    }
+
+    /// Reads and checks what is needed of a configuration to end attachments.
+    pub fn parse_to_end(text: &str) -> Result<Self, Error> {
+        let mut keys: Map<String, Value> = decode(text)?;
+        keys.retain(|key, _| ENDING.contains(&key.as_str()));
+        let network: Self = decode(&Value::Object(keys).to_string())?;
+        network.check()?;
+        Ok(network)
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        let invalid = |problem| Error::new(Code::Config, problem);
+        if self.name.is_empty() {
+            return Err(invalid("`name` is missing".to_owned()));
+        }
+        check_network(&self.name).map_err(invalid)?;
+        if !self.socket.is_absolute() {
+            let socket = self.socket.display();
+            return Err(invalid(format!(
+                "\"socket\": {socket:?}: it begins with `/`: runtimes start plugins in any folder"
+            )));
+        }
+        Ok(())
     }
 
     /// Containers and interfaces that are still attached.
@@ -277,6 +302,30 @@ pub struct Pod {
     pub addresses: Vec<IpAddr>,
 }
 
+/// Checks that the version that a configuration has is spoken, and has an operation (CNI specification 0.4.0 and 1.1.0, "Parameters").
+pub fn check_version(text: &str, command: &str) -> Result<(), Error> {
+    let version = version_of(text);
+    let wrong = |details| Error::new(Code::Version, details);
+    let age = |version: &str| VERSIONS.iter().position(|known| *known == version);
+    let Some(its) = age(&version) else {
+        let spoken = VERSIONS.join(", ");
+        return Err(wrong(format!(
+            "`cniVersion` is {version:?}; this plugin speaks {spoken}"
+        )));
+    };
+    let since = match command {
+        "CHECK" => "0.4.0",
+        "GC" | "STATUS" => "1.1.0",
+        _ => VERSIONS[0],
+    };
+    if Some(its) < age(since) {
+        return Err(wrong(format!(
+            "`cniVersion` is {version:?}: {command} is there since {since}"
+        )));
+    }
+    Ok(())
+}
+
 /// The environment, as far as an operation needs it.
 #[derive(Debug, Default)]
 pub struct Environment {
@@ -291,8 +340,13 @@ pub struct Environment {
 }
 
 impl Environment {
-    /// Reads what must be there, by `get`.
-    pub fn read(needed: &[&str], get: impl Fn(&str) -> Option<String>) -> Result<Self, Error> {
+    /// Reads what an operation needs, by `get`.
+    pub fn read(command: &str, get: impl Fn(&str) -> Option<String>) -> Result<Self, Error> {
+        let needed: &[&str] = match command {
+            "ADD" | "CHECK" => &["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"],
+            "DEL" => &["CNI_CONTAINERID", "CNI_IFNAME"],
+            _ => &[],
+        };
         let value = |name: &str| get(name).unwrap_or_default();
         let missing: Vec<&str> = needed.iter().copied().filter(|name| value(name).is_empty()).collect();
         let wrong = |problem: String| Error::new(Code::Environment, problem);
@@ -311,7 +365,15 @@ impl Environment {
         if needed.contains(&"CNI_IFNAME") {
             endpoint::check_interface(&interface).map_err(|problem| wrong(format!("CNI_IFNAME: {problem}")))?;
         }
-        let arguments = value("CNI_ARGS");
+        let netns = value("CNI_NETNS");
+        if needed.contains(&"CNI_NETNS") && !netns.starts_with('/') {
+            return Err(wrong(format!("CNI_NETNS={netns}: it begins with `/`")));
+        }
+        let arguments = if command == "ADD" {
+            value("CNI_ARGS")
+        } else {
+            String::new()
+        };
         let pairs = arguments.split(';').filter(|pair| !pair.is_empty());
         let arguments = pairs.map(|pair| {
             let (key, value) = pair
@@ -321,7 +383,7 @@ impl Environment {
         });
         Ok(Self {
             container,
-            netns: value("CNI_NETNS"),
+            netns,
             interface,
             arguments: arguments.collect::<Result<_, Error>>()?,
         })

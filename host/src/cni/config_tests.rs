@@ -1,6 +1,6 @@
 //! Tests of what a runtime says.
 
-use super::{Environment, Network, pod_name};
+use super::{Environment, Network, check_version, pod_name};
 use crate::{cni::error::Code, endpoint::check_name};
 use std::collections::BTreeMap;
 
@@ -17,10 +17,11 @@ fn environment(arguments: &str) -> Environment {
     let get = |name: &str| match name {
         "CNI_CONTAINERID" => Some("c1".to_owned()),
         "CNI_IFNAME" => Some("eth0".to_owned()),
+        "CNI_NETNS" => Some("/run/netns/c1".to_owned()),
         "CNI_ARGS" => Some(arguments.to_owned()),
         _ => None,
     };
-    Environment::read(&["CNI_CONTAINERID", "CNI_IFNAME"], get).unwrap()
+    Environment::read("ADD", get).unwrap()
 }
 
 #[test]
@@ -35,6 +36,7 @@ fn what_is_wrong_has_its_code_and_is_named() {
         ),
         (r#", "labels": {"app": 1}"#, Code::Decode, "invalid type"),
         (r#", "labels": "#, Code::Decode, "line 1"),
+        (r#", "socket": "run/hostd.sock""#, Code::Config, "run/hostd.sock"),
     ] {
         let (found, details) = parse(more).err().unwrap();
         assert_eq!(found, code, "{more}");
@@ -52,13 +54,6 @@ fn what_is_wrong_has_its_code_and_is_named() {
             "{name}"
         );
     }
-    for version in [r#""cniVersion": "2.0.0","#, r#""cniVersion": "0.1.0","#, ""] {
-        let error = Network::parse(&format!(r#"{{{version} "name": "net"}}"#))
-            .err()
-            .unwrap();
-        assert_eq!(error.code, Code::Version);
-        assert!(error.details.contains("0.4.0, 1.0.0, 1.1.0"), "{}", error.details);
-    }
     // What runtimes add, and what is there but empty.
     network(r#", "ipam": {}, "capabilities": {"ips": true}, "cni.dev/attachments": [], "disableGC": true"#);
     let pod = network(r#", "runtimeConfig": {"ips": ["10.1.0.300"]}"#).pod(&environment(""));
@@ -70,11 +65,64 @@ fn what_is_wrong_has_its_code_and_is_named() {
 }
 
 #[test]
+fn versions_that_are_not_spoken_or_have_no_such_operation_are_refused() {
+    let check = |version: &str, command: &str| {
+        let text = format!(r#"{{{version} "name": "net"}}"#);
+        let error = check_version(&text, command).err()?;
+        assert_eq!(error.code, Code::Version);
+        Some(error.details)
+    };
+    for version in [r#""cniVersion": "2.0.0","#, r#""cniVersion": "0.1.0","#, ""] {
+        let details = check(version, "DEL").unwrap();
+        assert!(details.contains("0.4.0, 1.0.0, 1.1.0"), "{details}");
+    }
+    for (command, before, since) in [
+        ("CHECK", "0.3.1", "0.4.0"),
+        ("GC", "1.0.0", "1.1.0"),
+        ("STATUS", "1.0.0", "1.1.0"),
+    ] {
+        let of = |version: &str| format!(r#""cniVersion": "{version}","#);
+        let details = check(&of(before), command).unwrap();
+        assert!(
+            details.contains(&format!("{command} is there since {since}")),
+            "{details}"
+        );
+        assert_eq!(check(&of(since), command), None);
+        assert_eq!(check(&of("0.3.0"), "DEL"), None);
+    }
+}
+
+/// What an admin has got wrong since a container came must not keep it from going.
+#[test]
+fn to_end_an_attachment_takes_no_more_than_its_name() {
+    for more in [
+        r#", "lables": {}"#,
+        r#", "ipam": {"type": "x"}"#,
+        r#", "labels": {"app": 1}"#,
+    ] {
+        assert!(parse(more).is_err());
+        let text = format!(r#"{{"cniVersion": "1.0.0", "name": "net", "socket": "/x"{more}}}"#);
+        let network = Network::parse_to_end(&text).unwrap_or_else(|error| panic!("{}", error.details));
+        assert_eq!((network.name.as_str(), network.socket.to_str()), ("net", Some("/x")));
+    }
+    assert_eq!(
+        Network::parse_to_end(r#"{"name": "a b"}"#).err().unwrap().code,
+        Code::Config
+    );
+    let get = |name: &str| match name {
+        "CNI_CONTAINERID" | "CNI_IFNAME" => Some("c1".to_owned()),
+        "CNI_ARGS" => Some("novalue".to_owned()),
+        _ => None,
+    };
+    assert!(Environment::read("DEL", get).is_ok());
+}
+
+#[test]
 fn variables_that_are_missing_or_wrong_are_named() {
     let read = |variables: &[(&str, &str)]| {
         let variables: BTreeMap<&str, &str> = variables.iter().copied().collect();
         let get = |name: &str| variables.get(name).map(|value| (*value).to_owned());
-        let error = Environment::read(&["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"], get).err()?;
+        let error = Environment::read("ADD", get).err()?;
         assert_eq!(error.code, Code::Environment);
         Some(error.details)
     };
@@ -88,6 +136,7 @@ fn variables_that_are_missing_or_wrong_are_named() {
         ("CNI_IFNAME", "longer-than-a-name"),
         ("CNI_IFNAME", "lo"),
         ("CNI_ARGS", "novalue"),
+        ("CNI_NETNS", "run/netns/x"),
     ] {
         let with = [&good[..], &[(name, value)]].concat();
         let details = read(&with).unwrap_or_else(|| panic!("{name}={value} was taken"));

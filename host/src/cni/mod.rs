@@ -8,13 +8,13 @@ mod error;
 mod result;
 
 use crate::{
-    api::{self, CheckAttachment, ClientError, EndpointAdd, Request, Response},
+    api::{self, Attach, CheckAttachment, ClientError, EndpointAdd, Request, Response},
     attachment::Queue,
 };
 pub use config::check_network;
-use config::{Environment, Network, version_of};
+use config::{Environment, Network, check_version, spoken, version_of};
 use error::{Code, Error};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use std::{
     env,
     io::{Read, Write},
@@ -46,7 +46,7 @@ pub fn main() -> ExitCode {
             ExitCode::SUCCESS,
         ),
         Ok(None) => return ExitCode::SUCCESS,
-        Err(error) => (error.print(&version_of(&text)), ExitCode::FAILURE),
+        Err(error) => (error.print(spoken(&version_of(&text))), ExitCode::FAILURE),
     };
     match writeln!(std::io::stdout(), "{printed}") {
         Ok(()) => status,
@@ -59,22 +59,20 @@ pub fn main() -> ExitCode {
 
 fn run(text: &str) -> Result<Option<Value>, Error> {
     let command = env::var("CNI_COMMAND").unwrap_or_default();
-    if command == "VERSION" {
-        let _: Value = serde_json::from_str(text).map_err(|error| Error::new(Code::Decode, error.to_string()))?;
-        return Ok(Some(result::versions(&version_of(text))));
-    }
-    let needed: &[&str] = match command.as_str() {
-        "ADD" | "CHECK" => &["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"],
-        "DEL" => &["CNI_CONTAINERID", "CNI_IFNAME"],
-        "STATUS" | "GC" => &[],
+    let parse = match command.as_str() {
+        "VERSION" => return Ok(Some(result::versions(&version_of(text)))),
+        "ADD" | "CHECK" | "STATUS" => Network::parse,
+        "DEL" | "GC" => Network::parse_to_end,
         "" => return Err(Error::new(Code::Environment, "CNI_COMMAND must be set")),
         other => {
             let details = format!("CNI_COMMAND={other}: it is ADD, DEL, CHECK, STATUS, GC or VERSION");
             return Err(Error::new(Code::Environment, details));
         }
     };
-    let network = Network::parse(text)?;
-    let environment = Environment::read(needed, |name| env::var(name).ok())?;
+    config::decode::<Map<String, Value>>(text)?;
+    check_version(text, &command)?;
+    let network = parse(text)?;
+    let environment = Environment::read(&command, |name| env::var(name).ok())?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| Error::new(Code::Failed, error.to_string()))?;
     runtime.block_on(async {
@@ -89,14 +87,17 @@ fn run(text: &str) -> Result<Option<Value>, Error> {
 }
 
 async fn ask(network: &Network, request: Request) -> Result<Response, Error> {
-    let asked = tokio::time::timeout(ANSWER, api::call(&network.socket, &request));
-    let late = |_| {
-        Error::new(
-            Code::Later,
-            format!("hostd has not answered for {} s", ANSWER.as_secs()),
-        )
-    };
-    Ok(asked.await.map_err(late)??)
+    match tokio::time::timeout(ANSWER, api::call(&network.socket, &request)).await {
+        Ok(answer) => Ok(answer?),
+        Err(_) => Err(late()),
+    }
+}
+
+fn late() -> Error {
+    Error::new(
+        Code::Later,
+        format!("hostd has not answered for {} s", ANSWER.as_secs()),
+    )
 }
 
 fn unexpected() -> Error {
@@ -116,7 +117,16 @@ async fn add(network: Network, environment: &Environment) -> Result<Value, Error
         addresses: pod.addresses,
         attachment: Some(attachment),
     };
-    match ask(&network, Request::Attach(Box::new(request))).await? {
+    let request = Request::Attach(Box::new(Attach {
+        endpoint: request,
+        arguments: environment.arguments.clone(),
+    }));
+    let answer = tokio::time::timeout(ANSWER, api::call(&network.socket, &request)).await;
+    if matches!(answer, Err(_) | Ok(Err(ClientError::Closed | ClientError::Codec(_)))) {
+        // It may be attached all the same, and its runtime may not come back to end it.
+        end_later(&network, environment).await?;
+    }
+    match answer.map_err(|_| late())?? {
         Response::Attached(attached) => {
             let (interface, netns) = (&environment.interface, &environment.netns);
             Ok(result::added(network, &attached, interface, netns))
@@ -139,24 +149,28 @@ fn check_netns(netns: &str) -> Result<(), Error> {
 
 /// Ends an attachment. Where hostd is not there it hears of it when it is.
 async fn delete(network: &Network, environment: &Environment) -> Result<(), Error> {
-    let attachment = environment.attachment(&network.name);
-    let request = || Request::Detach(attachment.clone());
+    let request = Request::Detach(environment.attachment(&network.name));
     let away = |error: &ClientError| {
         matches!(
             error,
             ClientError::Connect { .. } | ClientError::Closed | ClientError::Codec(_) | ClientError::Refused(_)
         )
     };
-    match tokio::time::timeout(ANSWER, api::call(&network.socket, &request())).await {
-        Ok(Ok(_)) => return Ok(()),
-        Ok(Err(error)) if !away(&error) => return Err(error.into()),
-        Ok(Err(_)) | Err(_) => {}
+    match tokio::time::timeout(ANSWER, api::call(&network.socket, &request)).await {
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(error)) if !away(&error) => Err(error.into()),
+        Ok(Err(_)) | Err(_) => end_later(network, environment).await,
     }
+}
+
+/// Leaves word that an attachment has ended.
+async fn end_later(network: &Network, environment: &Environment) -> Result<(), Error> {
+    let attachment = environment.attachment(&network.name);
     let queue = Queue::beside(&network.socket);
     let failed = |error: crate::store::StoreError| Error::new(Code::Later, error.to_string());
     queue.put(&attachment).map_err(failed)?;
     // hostd may have come up, and read the queue, in between.
-    let once_more = request();
+    let once_more = Request::Detach(attachment.clone());
     let again = tokio::time::timeout(ONCE_MORE, api::call(&network.socket, &once_more));
     if matches!(again.await, Ok(Ok(_))) {
         queue.remove(&attachment).map_err(failed)?;
@@ -167,10 +181,17 @@ async fn delete(network: &Network, environment: &Environment) -> Result<(), Erro
 async fn check(network: &Network, environment: &Environment) -> Result<(), Error> {
     let expected = network.prev_result.as_ref();
     let expected = expected.ok_or_else(|| Error::new(Code::Config, "`prevResult` is missing"))?;
+    let unknown = || {
+        let details = format!("`prevResult` has no interface {} of a container", environment.interface);
+        Error::new(Code::Tampered, details)
+    };
+    let told = result::told(expected, &environment.interface).ok_or_else(unknown)?;
     let request = CheckAttachment {
         attachment: environment.attachment(&network.name),
         netns: environment.netns.clone().into(),
-        addresses: result::addresses(expected, &environment.interface),
+        addresses: told.addresses,
+        mac: told.mac,
+        routes: told.routes,
     };
     match ask(network, Request::CheckAttachment(request)).await? {
         Response::Problems(problems) if problems.is_empty() => Ok(()),

@@ -1,13 +1,13 @@
 //! What a runtime is answered (CNI specification 1.1.0, section 5, and those of the versions before it).
 
-use super::config::{Network, VERSIONS};
+use super::config::{Network, VERSIONS, spoken};
 use crate::api::AttachedView;
 use serde_json::{Map, Value, json};
 use std::net::IpAddr;
 
 /// The answer to `VERSION`.
 pub fn versions(asked: &str) -> Value {
-    json!({ "cniVersion": asked, "supportedVersions": VERSIONS })
+    json!({ "cniVersion": spoken(asked), "supportedVersions": VERSIONS })
 }
 
 /// The answer to `ADD`: what plugins before this one have made, and this one.
@@ -20,7 +20,7 @@ pub fn added(network: Network, attached: &AttachedView, interface: &str, netns: 
     let mut pod = json!({ "name": interface, "mac": attached.pod_mac, "sandbox": netns });
     if version == "1.1.0" {
         host["mtu"] = json!(attached.mtu);
-        pod["mtu"] = json!(attached.mtu);
+        pod["mtu"] = json!(attached.pod_mtu);
     }
     interfaces.extend([host, pod]);
     let index = interfaces.len() - 1;
@@ -54,18 +54,41 @@ fn list<'a>(result: &'a mut Map<String, Value>, key: &str) -> &'a mut Vec<Value>
     }
 }
 
-/// The addresses that a result gives to an interface of a namespace.
-pub fn addresses(result: &Map<String, Value>, interface: &str) -> Vec<IpAddr> {
+/// What a result says of a container's interface.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Told {
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Its MAC address, where it is said.
+    pub mac: Option<String>,
+    /// Gateways of the routes to everything.
+    pub routes: Vec<IpAddr>,
+}
+
+/// What a result says of an interface of a container; none where it names no such interface. One without a sandbox, or with an empty
+/// one, is the node's.
+pub fn told(result: &Map<String, Value>, interface: &str) -> Option<Told> {
     let of = |key: &str| result.get(key).and_then(Value::as_array).into_iter().flatten();
-    let index = of("interfaces").position(|one| one["name"] == interface && one["sandbox"].is_string());
-    let its = |ip: &&Value| ip["interface"].as_u64().map(usize::try_from) == index.map(Ok);
+    let sandboxed = |one: &Value| one["sandbox"].as_str().is_some_and(|sandbox| !sandbox.is_empty());
+    let (index, its) = of("interfaces")
+        .enumerate()
+        .find(|(_, one)| one["name"] == interface && sandboxed(one))?;
+    let is_on_it = |ip: &&Value| ip["interface"].as_u64().map(usize::try_from) == Some(Ok(index));
     let address = |ip: &Value| ip["address"].as_str()?.split('/').next()?.parse().ok();
-    of("ips").filter(its).filter_map(address).collect()
+    let to_everything = |route: &&Value| matches!(route["dst"].as_str(), Some("0.0.0.0/0" | "::/0"));
+    Some(Told {
+        addresses: of("ips").filter(is_on_it).filter_map(address).collect(),
+        mac: its["mac"].as_str().map(str::to_owned),
+        routes: of("routes")
+            .filter(to_everything)
+            .filter_map(|route| route["gw"].as_str()?.parse().ok())
+            .collect(),
+    })
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{added, addresses, versions};
+    use super::{added, told, versions};
     use crate::{api::AttachedView, cni::config::Network};
     use serde_json::{Value, json};
 
@@ -75,7 +98,8 @@ mod tests {
             interface: "wg-0123456789ab".to_owned(),
             mac: "02:00:00:00:00:01".to_owned(),
             pod_mac: "02:00:00:00:00:02".to_owned(),
-            mtu: 1450,
+            mtu: 65535,
+            pod_mtu: 1450,
             addresses: vec![
                 ("10.1.0.5".parse().unwrap(), "169.254.1.1".parse().unwrap()),
                 ("fd00::5".parse().unwrap(), "fe80::1".parse().unwrap()),
@@ -92,7 +116,7 @@ mod tests {
             json!({
                 "cniVersion": "1.1.0",
                 "interfaces": [
-                    { "name": "wg-0123456789ab", "mac": "02:00:00:00:00:01", "mtu": 1450 },
+                    { "name": "wg-0123456789ab", "mac": "02:00:00:00:00:01", "mtu": 65535 },
                     { "name": "eth0", "mac": "02:00:00:00:00:02", "mtu": 1450, "sandbox": "/run/netns/x" },
                 ],
                 "ips": [
@@ -128,12 +152,34 @@ mod tests {
         assert_eq!(result["ips"][0]["address"], "127.0.0.1/8");
         assert_eq!(result["ips"][1]["interface"], 2);
         let result = result.as_object().unwrap();
-        let its: Vec<String> = addresses(result, "eth0").iter().map(ToString::to_string).collect();
-        assert_eq!(its, ["10.1.0.5", "fd00::5"]);
+        let its = told(result, "eth0").unwrap();
+        assert_eq!(
+            its.addresses.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            ["10.1.0.5", "fd00::5"]
+        );
+        assert_eq!(its.mac.as_deref(), Some("02:00:00:00:00:02"));
+        assert_eq!(
+            its.routes.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            ["169.254.1.1", "fe80::1"]
+        );
+        assert_eq!(told(result, "net1"), None);
+    }
+
+    #[test]
+    fn the_nodes_interface_of_the_same_name_is_not_the_containers() {
+        let result = json!({
+            "interfaces": [{"name": "eth0", "sandbox": ""}, {"name": "eth0", "sandbox": "/run/netns/x"}],
+            "ips": [{"address": "192.0.2.1/24", "interface": 0}, {"address": "10.1.0.5/32", "interface": 1},
+                    {"address": "192.0.2.9/24"}],
+        });
+        let its = told(result.as_object().unwrap(), "eth0").unwrap();
+        assert_eq!(its.addresses, ["10.1.0.5".parse::<std::net::IpAddr>().unwrap()]);
+        assert_eq!((its.mac, its.routes), (None, vec![]));
     }
 
     #[test]
     fn versions_are_told_in_the_version_that_was_asked_in() {
+        assert_eq!(versions("")["cniVersion"], "1.1.0");
         assert_eq!(versions("0.2.0")["cniVersion"], "0.2.0");
         assert!(
             versions("0.2.0")["supportedVersions"]

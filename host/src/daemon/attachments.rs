@@ -1,31 +1,30 @@
 //! Pods that container runtimes attach and end, by way of a CNI plugin.
 
-use super::{Daemon, DaemonError};
+use super::{Daemon, DaemonError, start::find_link};
 use crate::{
-    api::{AttachedView, CheckAttachment, EndpointAdd, Failure, PodName},
+    api::{AttachedView, CheckAttachment, EndpointAdd, Failure, PodName, Response},
     attachment::Attachment,
     endpoint::{AddressError, choose_addresses},
     net::{self, NetError, Netns},
-    source::Description,
     store::StoreError,
 };
 use abi::Hook;
 use std::collections::BTreeSet;
-use tokio::task::block_in_place;
+use tokio::{sync::oneshot, task::block_in_place};
 
 impl DaemonError {
-    /// What kind of failure that is to a container runtime.
-    pub(super) const fn failure(&self) -> Failure {
-        match self {
+    /// As a container runtime is told of it.
+    pub(super) fn told(&self) -> Response {
+        let failure = match self {
             Self::Store(StoreError::Unavailable { .. })
             | Self::Address(AddressError::Full { .. })
             | Self::Full(_)
-            | Self::Source(_)
             | Self::Draining => Failure::Transient,
             Self::Net(NetError::Netns { .. }) => Failure::NoContainer,
             Self::Request(_) | Self::Net(NetError::Occupied { .. }) | Self::Address(_) => Failure::Invalid,
             _ => Failure::Internal,
-        }
+        };
+        Response::Failed(failure, self.to_string())
     }
 }
 
@@ -37,34 +36,19 @@ impl Daemon {
     }
 
     /// Attaches a container; traffic can flow when this returns. On an error nothing is left.
-    pub(super) async fn attach(&mut self, mut request: EndpointAdd) -> Result<AttachedView, DaemonError> {
-        if let Some(attachment) = &request.attachment
-            && self.attached(attachment).is_some()
-        {
-            return Err(DaemonError::Request(format!("{attachment} is attached already")));
-        }
-        // Word of an earlier one of that name is not about this one.
-        if let Some(attachment) = &request.attachment {
-            self.queue.remove(attachment)?;
-        }
-        // Another container of the same pod, as a runtime makes one when the pod's sandbox has died.
-        if let Some(local) = self.locals.get(&request.pod)
-            && local.endpoint.attachment.is_some()
-            && Netns::open_path(&local.endpoint.netns).is_err()
-        {
-            tracing::info!("{}: its container before this one is gone", request.pod);
-            self.disconnect(&request.pod.clone()).await?;
-        }
-        let given = Description {
-            labels: std::mem::take(&mut request.labels),
-            service_account: std::mem::take(&mut request.service_account),
-            ports: std::mem::take(&mut request.ports),
-        };
+    pub(super) async fn attach(&mut self, request: EndpointAdd) -> Result<AttachedView, DaemonError> {
         let pod = request.pod.clone();
-        let described = self.source.describe(&pod, given).await.map_err(DaemonError::Source)?;
-        request.labels = described.labels;
-        request.service_account = described.service_account;
-        request.ports = described.ports;
+        if let Some(attachment) = &request.attachment {
+            // Word of an earlier one of that name is not about this one.
+            self.queue.remove(attachment)?;
+            let before = self.attached(attachment);
+            for earlier in before.iter().chain([&pod]) {
+                self.forget_gone(earlier).await?;
+            }
+            if self.attached(attachment).is_some() {
+                return Err(DaemonError::Request(format!("{attachment} is attached already")));
+            }
+        }
         self.endpoint_add(request).await?;
         let gone = || DaemonError::Request(format!("pod {pod} is gone again"));
         let local = self.locals.get(&pod).ok_or_else(gone)?;
@@ -72,7 +56,8 @@ impl Daemon {
             interface: local.endpoint.interface.clone(),
             mac: super::views::mac_text(local.veth.host_mac),
             pod_mac: super::views::mac_text(local.veth.pod_mac),
-            mtu: self.pod_mtu,
+            mtu: net::NODE_MTU,
+            pod_mtu: self.pod_mtu,
             addresses: local
                 .endpoint
                 .pod
@@ -80,6 +65,34 @@ impl Daemon {
                 .map(|address| (address, net::gateway(address)))
                 .collect(),
         })
+    }
+
+    /// The same for a runtime: one that has gone before it had the answer has no container that it would end.
+    pub(super) async fn attach_for(&mut self, request: EndpointAdd, reply: oneshot::Sender<Response>) {
+        let attachment = request.attachment.clone();
+        let attached = self.attach(request).await.map(Response::Attached);
+        let done = attached.is_ok();
+        let unheard = reply.send(attached.unwrap_or_else(|error| error.told())).is_err();
+        if let Some(attachment) = attachment.filter(|_| done && unheard)
+            && let Err(error) = self.detach(&attachment).await
+        {
+            error.complain(&format!("ending {attachment}, of which its runtime has not heard"));
+        }
+    }
+
+    /// A container whose namespace is gone was not ended: another one of the same pod comes when its sandbox has died, or the same
+    /// one again.
+    async fn forget_gone(&mut self, pod: &PodName) -> Result<(), DaemonError> {
+        let Some(local) = self.locals.get(pod) else {
+            return Ok(());
+        };
+        if local.endpoint.attachment.is_some()
+            && matches!(find_link(&local.endpoint), Ok(None) | Err(NetError::Netns { .. }))
+        {
+            tracing::info!("{pod}: its container before this one is gone");
+            self.disconnect(pod).await?;
+        }
+        Ok(())
     }
 
     /// Ends an attachment; false where there is none.
@@ -101,17 +114,35 @@ impl Daemon {
         let pod = self.attached(&asked.attachment).ok_or_else(unknown)?;
         let local = self.locals.get(&pod).ok_or_else(unknown)?;
         let (endpoint, veth) = (local.endpoint.clone(), local.veth);
-        let netns = Netns::open_path(&asked.netns)?;
+        let netns = match Netns::open_path(&asked.netns) {
+            // Its address and all else are still here: the runtime has to end it.
+            Err(error @ NetError::Netns { .. }) => return Ok(vec![error.to_string()]),
+            other => other?,
+        };
         let addresses: Vec<_> = endpoint.pod.addresses().collect();
-        let pod_interface = endpoint.pod_interface();
-        let mut problems =
-            block_in_place(|| net::check_pod_link(&endpoint.interface, &netns, pod_interface, &veth, &addresses))?;
+        let made = net::Made {
+            node: &endpoint.interface,
+            pod: endpoint.pod_interface(),
+            veth: &veth,
+            addresses: &addresses,
+            routes: &asked.routes,
+        };
+        let mut problems = block_in_place(|| net::check_pod_link(made, &netns))?;
+        let mac = super::views::mac_text(veth.pod_mac);
+        if let Some(other) = asked.mac.as_ref().filter(|other| !other.eq_ignore_ascii_case(&mac)) {
+            problems.push(format!(
+                "{other} is not the MAC address of pod {pod}'s interface: that is {mac}"
+            ));
+        }
         for address in asked.addresses.iter().filter(|address| !addresses.contains(address)) {
             problems.push(format!("{address} is not an address of pod {pod}"));
         }
         if !problems.is_empty() {
             return Ok(problems);
         }
+        // The node's own routes and neighbours go when somebody takes its end of the pair down.
+        let (underlay, mtu) = (self.config.underlay, self.pod_mtu);
+        block_in_place(|| net::prepare_node(&endpoint.interface, &veth, &addresses, underlay, mtu))?;
         for hook in [Hook::FromPod, Hook::ToPod] {
             if let Some(wrong) = block_in_place(|| self.datapath.keep_attached(hook, &endpoint.interface))? {
                 self.watch.repairs += 1;

@@ -9,30 +9,46 @@ use futures::{FutureExt, TryStreamExt};
 use rtnetlink::{
     Handle, RouteMessageBuilder,
     packet_route::{
+        AddressFamily,
         address::AddressAttribute,
         link::{LinkFlags, LinkMessage},
+        neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourState},
         route::{RouteAddress, RouteAttribute},
     },
 };
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
-/// What is not as it should be of a pod's veth pair: interfaces, MAC addresses, addresses, routes.
+/// A pod's veth pair as it was made.
+#[derive(Clone, Copy, Debug)]
+pub struct Made<'a> {
+    /// Name of the node's end.
+    pub node: &'a str,
+    /// Name of the pod's end.
+    pub pod: &'a str,
+    /// Both ends.
+    pub veth: &'a Veth,
+    /// The pod's addresses.
+    pub addresses: &'a [IpAddr],
+    /// Gateways of the routes to everything that should still be there.
+    pub routes: &'a [IpAddr],
+}
+
+/// What is not as it should be of a pod's veth pair: interfaces, MAC addresses, addresses, routes, neighbours.
 ///
 /// # Errors
 ///
 /// Where netlink fails.
-pub fn check_pod_link(
-    name: &str,
-    netns: &Netns,
-    interface: &str,
-    veth: &Veth,
-    addresses: &[IpAddr],
-) -> Result<Vec<String>, NetError> {
-    let (host, pod) = (name.to_owned(), interface.to_owned());
-    let (known, all) = (*veth, addresses.to_vec());
-    let mut problems = netlink_here(move |handle| check_host(handle, host, known).boxed())?;
+pub fn check_pod_link(made: Made<'_>, netns: &Netns) -> Result<Vec<String>, NetError> {
+    let (host, pod, veth) = (made.node.to_owned(), made.pod.to_owned(), *made.veth);
+    let addresses = made.addresses.to_vec();
+    let gateways: BTreeSet<IpAddr> = addresses.iter().copied().map(gateway).collect();
+    let routes = gateways.into_iter().filter(|by| made.routes.contains(by)).collect();
+    let mut problems = netlink_here(move |handle| check_host(handle, host, veth).boxed())?;
     problems.extend(in_netns(netns, || {
-        netlink(move |handle| check_pod(handle, pod, known, all).boxed())
+        netlink(move |handle| check_pod(handle, pod, veth, addresses, routes).boxed())
     })??);
     Ok(problems)
 }
@@ -63,6 +79,7 @@ async fn check_pod(
     interface: String,
     veth: Veth,
     addresses: Vec<IpAddr>,
+    routes: Vec<IpAddr>,
 ) -> Result<Vec<String>, NetError> {
     let Some(link) = find(&handle, &interface).await? else {
         return Ok(vec![format!("the container has no interface {interface}")]);
@@ -89,12 +106,40 @@ async fn check_pod(
                 "the container's {interface} has no longer the address {address}"
             ));
         }
-        if !has_default_route(&handle, index, gateway(address)).await? {
-            let by = gateway(address);
+    }
+    for by in routes {
+        if !has_default_route(&handle, index, by).await? {
             problems.push(format!("the container has no longer its route to everything by {by}"));
+        }
+        if by.is_ipv6() && !knows(&handle, index, by).await? {
+            problems.push(format!("the container knows {by} no longer as its neighbour"));
         }
     }
     Ok(problems)
+}
+
+/// Whether an address is a neighbour that stays (`NUD_PERMANENT`).
+async fn knows(handle: &Handle, index: u32, address: IpAddr) -> Result<bool, NetError> {
+    let mut listed = handle
+        .neighbours()
+        .get()
+        .set_address_family(AddressFamily::Inet6)
+        .execute();
+    let mut found = false;
+    while let Some(one) = listed
+        .try_next()
+        .await
+        .map_err(NetError::kernel("listing neighbours"))?
+    {
+        let is_its = |attribute: &NeighbourAttribute| match attribute {
+            NeighbourAttribute::Destination(NeighbourAddress::Inet6(known)) => IpAddr::V6(*known) == address,
+            _ => false,
+        };
+        found |= one.header.ifindex == index
+            && one.header.state == NeighbourState::Permanent
+            && one.attributes.iter().any(is_its);
+    }
+    Ok(found)
 }
 
 async fn has_default_route(handle: &Handle, index: u32, by: IpAddr) -> Result<bool, NetError> {

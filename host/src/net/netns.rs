@@ -3,6 +3,7 @@
 use super::NetError;
 use rustix::{
     fs::OFlags,
+    io::Errno,
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
 use std::{
@@ -49,7 +50,13 @@ impl Netns {
             .read(true)
             .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
             .open(path)
-            .map_err(|error| failed(error.to_string()))?;
+            .map_err(|error| match Errno::from_io_error(&error) {
+                // That says nothing of the namespace.
+                Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM) => {
+                    NetError::kernel(format!("opening {}", path.display()))(error)
+                }
+                _ => failed(error.to_string()),
+            })?;
         let netns = Self {
             file,
             path: path.to_owned(),

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use std::{
     io::Write,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
 };
 
 /// What a runtime tells the plugin for one container.
@@ -70,6 +70,20 @@ impl Cni {
     ///
     /// Where the plugin can't be run, or prints what is no JSON.
     pub fn run(&self, command: &str) -> anyhow::Result<Result<Value, Value>> {
+        let output = self.start(command)?.wait_with_output()?;
+        let said = match output.stdout.as_slice() {
+            [] => Value::Null,
+            text => serde_json::from_slice(text).context("the plugin prints no JSON")?,
+        };
+        Ok(if output.status.success() { Ok(said) } else { Err(said) })
+    }
+
+    /// Starts an operation.
+    ///
+    /// # Errors
+    ///
+    /// Where the plugin can't be run.
+    pub fn start(&self, command: &str) -> anyhow::Result<Child> {
         let mut plugin = Command::new(match &self.other {
             Some((plugin, _)) => plugin.clone(),
             None => artifacts::plugin()?,
@@ -87,11 +101,6 @@ impl Cni {
         };
         let text = self.network.to_string();
         child.stdin.take().context("no stdin")?.write_all(text.as_bytes())?;
-        let output = child.wait_with_output()?;
-        let said = match output.stdout.as_slice() {
-            [] => Value::Null,
-            text => serde_json::from_slice(text).context("the plugin prints no JSON")?,
-        };
-        Ok(if output.status.success() { Ok(said) } else { Err(said) })
+        Ok(child)
     }
 }
