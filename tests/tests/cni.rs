@@ -53,7 +53,7 @@ fn address(result: &Value, index: usize) -> IpAddr {
 }
 
 #[test]
-fn a_container_is_attached_checked_and_ended() {
+fn a_container_is_attached_and_ended() {
     kernel_test!();
     let cluster = one_node("web-app");
     let node = &cluster.nodes[0];
@@ -109,6 +109,38 @@ fn a_container_is_attached_checked_and_ended() {
     let check = frontend.clone().with("prevResult", added.clone());
     assert_eq!(check.run("CHECK").unwrap(), Ok(Value::Null));
     assert_eq!(refused(&frontend, "CHECK", "`prevResult`"), 7);
+    front.ip(&["link", "del", "net1"]).unwrap();
+    assert_eq!(refused(&check, "CHECK", "no interface net1"), 101);
+
+    // Ended, as often as one likes, and without its namespace.
+    for _ in 0..2 {
+        assert_eq!(frontend.run("DEL").unwrap(), Ok(Value::Null));
+    }
+    let elsewhere = backend
+        .clone()
+        .with("prevResult", other)
+        .set("CNI_NETNS", "/run/netns/nobody");
+    assert_eq!(refused(&elsewhere, "CHECK", "/run/netns/nobody"), 101);
+    drop(back);
+    let mut gone = backend.clone().with("lables", json!({})).set("CNI_ARGS", "novalue");
+    gone.environment.retain(|(name, _)| *name != "CNI_NETNS");
+    assert_eq!(gone.run("DEL").unwrap(), Ok(Value::Null));
+    assert_eq!(refused(&check, "CHECK", "not attached"), 3);
+    assert_eq!((pods(&cluster).len(), links(&cluster)), (0, 0));
+}
+
+#[test]
+fn what_is_not_as_it_was_made_is_noticed_and_what_the_node_has_lost_is_put_right() {
+    kernel_test!();
+    let cluster = one_node("allow-all");
+    let node = &cluster.nodes[0];
+    let front = Namespace::new("front").unwrap();
+    let frontend = Cni::new(node, "c1", Some(&path(&front))).set("CNI_IFNAME", "net1");
+    let added = frontend.run("ADD").unwrap().unwrap();
+    let interface = added["interfaces"][0]["name"].as_str().unwrap();
+    let mac = |which: usize| added["interfaces"][which]["mac"].as_str().unwrap().to_owned();
+    let _listener = Listener::new(front.name(), 8080).unwrap();
+    let check = frontend.clone().with("prevResult", added.clone());
     let mac_back = format!("link set net1 address {}", mac(1));
     let neighbour = format!("neigh add fe80::1 dev net1 lladdr {} nud permanent", mac(0));
     let routes = [
@@ -149,10 +181,10 @@ fn a_container_is_attached_checked_and_ended() {
         ("/interfaces/1/sandbox", json!(""), "no interface net1"),
     ];
     for (place, lie, expected) in lies {
-        let mut lied = added.clone();
-        *lied.pointer_mut(place).unwrap() = lie;
+        let mut other = added.clone();
+        *other.pointer_mut(place).unwrap() = lie;
         assert_eq!(
-            refused(&frontend.clone().with("prevResult", lied), "CHECK", expected),
+            refused(&frontend.clone().with("prevResult", other), "CHECK", expected),
             101
         );
     }
@@ -181,24 +213,6 @@ fn a_container_is_attached_checked_and_ended() {
     }
     assert_eq!(check.run("CHECK").unwrap(), Ok(Value::Null));
     assert!(by_node());
-    front.ip(&["link", "del", "net1"]).unwrap();
-    assert_eq!(refused(&check, "CHECK", "no interface net1"), 101);
-
-    // Ended, as often as one likes, and without its namespace.
-    for _ in 0..2 {
-        assert_eq!(frontend.run("DEL").unwrap(), Ok(Value::Null));
-    }
-    let elsewhere = backend
-        .clone()
-        .with("prevResult", other)
-        .set("CNI_NETNS", "/run/netns/nobody");
-    assert_eq!(refused(&elsewhere, "CHECK", "/run/netns/nobody"), 101);
-    drop(back);
-    let mut gone = backend.clone().with("lables", json!({})).set("CNI_ARGS", "novalue");
-    gone.environment.retain(|(name, _)| *name != "CNI_NETNS");
-    assert_eq!(gone.run("DEL").unwrap(), Ok(Value::Null));
-    assert_eq!(refused(&check, "CHECK", "not attached"), 3);
-    assert_eq!((pods(&cluster).len(), links(&cluster)), (0, 0));
 }
 
 #[test]

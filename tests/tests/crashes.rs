@@ -4,7 +4,7 @@
 
 use harness::{
     Cluster, Cni, Listener, Namespace, Node, Options, Program, TcpOutcome, Traffic, in_netns, kernel_test, sent_bytes,
-    tcp_duplicates, tcp_exchange, tcp_retransmits,
+    tcp_duplicates, tcp_exchange, tcp_retransmits, wait_until,
 };
 use serde_json::{Value, json};
 use std::{
@@ -100,6 +100,49 @@ fn ask(from: &str, to: SocketAddr, end: &AtomicBool, wait: Duration, asked: &Ato
     .unwrap()
 }
 
+/// Sends flows that nothing may come of, until it is told to end; how many.
+fn send(from: &str, to: SocketAddr, end: &AtomicBool) -> u64 {
+    in_netns(from, || {
+        let mut sent = 0;
+        while !end.load(Ordering::Relaxed) {
+            let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+            socket.send_to(b"new", to).unwrap();
+            sent += 1;
+            thread::sleep(BETWEEN_FLOWS);
+        }
+        sent
+    })
+    .unwrap()
+}
+
+/// The port where nothing may arrive.
+const DENIED: u16 = 81;
+
+/// Counts what arrives all the same, however late, until it is told to end.
+fn arrived(at: &str, end: &AtomicBool) -> u64 {
+    in_netns(at, || {
+        let socket = UdpSocket::bind(("0.0.0.0", DENIED)).unwrap();
+        socket.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+        let mut count = 0;
+        while !end.load(Ordering::Relaxed) {
+            count += u64::from(socket.recv(&mut [0; 8]).is_ok());
+        }
+        count
+    })
+    .unwrap()
+}
+
+/// Puts a policy that says the same in force again and again, as far as it can, on two nodes of which one is killed meanwhile.
+fn reload(node: &Node, end: &AtomicBool) -> u64 {
+    let policy = harness::policy("tenant-isolation").unwrap();
+    let mut loaded = 0;
+    while !end.load(Ordering::Relaxed) {
+        let done = node.hostd(&["load-policy", policy.to_str().unwrap()]).unwrap();
+        loaded += u64::from(done.status.success());
+    }
+    loaded
+}
+
 /// TCP streams from one pod, to pods of both nodes, for as long as this lives.
 struct Streams {
     from: String,
@@ -151,6 +194,9 @@ fn disturb(node: &Node, spare: &[Namespace; 2], end: &AtomicBool) {
         // Whether hostd is there when it is asked is what this is about.
         let _ = node.hostd(&add);
         let _ = node.hostd(&["namespace", "label", "red", &format!("round=r{number}")]);
+        if let Ok(policy) = harness::policy("tenant-isolation") {
+            let _ = node.hostd(&["load-policy", &policy.display().to_string()]);
+        }
         let _ = node.hostd(&[&["endpoint", "delete"][..], &pod].concat());
     }
 }
@@ -201,10 +247,14 @@ fn hostd_killed_at_any_moment_loses_nothing_and_leaves_nothing() {
     let _listeners = ["red/b", "red/c"].map(|name| Listener::new(&netns(name), 80).unwrap());
     let to = |name: &str| SocketAddr::new(cluster.pod(name).address, 80);
     let (near, far) = (to("red/b"), to("red/c"));
-    let (a, d) = (netns("red/a"), netns("blue/d"));
+    let [a, b, c, d] = ["red/a", "red/b", "red/c", "blue/d"].map(netns);
     let old = [near, far].map(|to| Traffic::paced(&a, to.ip(), 80, WAIT, Duration::from_millis(1)));
     let streams = Streams::start(&cluster, "red/a", &["red/b", "red/c"]);
-    let (end, asked, refused) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
+    let (end, asked) = (AtomicBool::new(false), AtomicU64::new(0));
+    let [killed, other] = &mut cluster.nodes[..] else {
+        panic!()
+    };
+    let other = &*other;
     thread::scope(|scope| {
         let new = [near, far].map(|to| {
             scope.spawn({
@@ -213,19 +263,21 @@ fn hostd_killed_at_any_moment_loses_nothing_and_leaves_nothing() {
             })
         });
         let never = [near, far].map(|to| {
-            let (d, end, refused) = (&d, &end, &refused);
-            scope.spawn(move || ask(d, to, end, Duration::from_millis(2), refused))
+            let (d, end, to) = (&d, &end, SocketAddr::new(to.ip(), DENIED));
+            scope.spawn(move || send(d, to, end))
         });
+        let leaks = [&b, &c].map(|at| scope.spawn(|| arrived(at, &end)));
+        let loads = scope.spawn(|| reload(other, &end));
         let mut random = 0x9e37_79b9_7f4a_7c15_u64;
         for _ in 0..kills() {
             // A xorshift: how far hostd comes differs each time, from its first instructions to some time after its start.
             random ^= random << 13;
             random ^= random >> 7;
             random ^= random << 17;
-            cluster.nodes[0].launch().unwrap();
+            killed.launch().unwrap();
             let stop = AtomicBool::new(false);
             thread::scope(|inner| {
-                let (node, stop) = (&cluster.nodes[0], &stop);
+                let (node, stop) = (&*killed, &stop);
                 let spare = &spare;
                 inner.spawn(move || disturb(node, spare, stop));
                 thread::sleep(Duration::from_millis(random % 1200));
@@ -233,15 +285,17 @@ fn hostd_killed_at_any_moment_loses_nothing_and_leaves_nothing() {
                 assert!(Command::new("kill").args(["-9", &pid]).status().unwrap().success());
                 stop.store(true, Ordering::Relaxed);
             });
-            cluster.nodes[0].stop(true).unwrap();
+            killed.stop(true).unwrap();
         }
         end.store(true, Ordering::Relaxed);
         let answered: u64 = new.map(|one| one.join().unwrap()).iter().sum();
-        let leaked: u64 = never.map(|one| one.join().unwrap()).iter().sum();
+        let leaked: u64 = leaks.map(|one| one.join().unwrap()).iter().sum();
+        let denied: u64 = never.map(|one| one.join().unwrap()).iter().sum();
         let asked = asked.load(Ordering::Relaxed);
-        eprintln!("{answered} of {asked} new flows were answered");
+        let loaded = loads.join().unwrap();
+        eprintln!("{answered} of {asked} new flows were answered, {loaded} policies were put in force meanwhile");
         assert!(asked > 1000 && asked == answered, "{answered} of {asked} new flows");
-        assert_eq!(leaked, 0, "of {}", refused.load(Ordering::Relaxed));
+        assert!(denied > 1000 && leaked == 0, "{leaked} of {denied}");
     });
     streams.lost_nothing();
     drop(streams);
@@ -256,6 +310,13 @@ fn hostd_killed_at_any_moment_loses_nothing_and_leaves_nothing() {
         .json(&["namespace", "label", "red", "round=last"])
         .unwrap();
     cluster.agree().unwrap();
+    // Others finish a load whose coordinator was killed, after a while.
+    let policy = harness::policy("tenant-isolation").unwrap();
+    let load = || {
+        let done = cluster.nodes[0].hostd(&["load-policy", policy.to_str().unwrap()]);
+        done.unwrap().status.success()
+    };
+    assert!(wait_until(Duration::from_mins(1), load));
     assert_eq!(leftovers(&cluster), before);
     assert_eq!(tcp_exchange(&a, near.ip(), 80, WAIT).unwrap(), TcpOutcome::Open);
 }
@@ -272,14 +333,15 @@ fn another_build_keeps_the_maps_that_it_can_read_and_makes_the_others_anew() {
     let netns = |name: &str| cluster.pod(name).netns.name().to_owned();
     let _listeners = ["red/b", "red/c"].map(|name| Listener::new(&netns(name), 80).unwrap());
     let to = ["red/b", "red/c"].map(|name| SocketAddr::new(cluster.pod(name).address, 80));
-    let (a, d) = (netns("red/a"), netns("blue/d"));
+    let [a, b, c, d] = ["red/a", "red/b", "red/c", "blue/d"].map(netns);
     let old = to.map(|to| Traffic::paced(&a, to.ip(), 80, WAIT, Duration::from_millis(1)));
     let streams = Streams::start(&cluster, "red/a", &["red/b", "red/c"]);
-    let (end, asked, refused) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
+    let (end, asked) = (AtomicBool::new(false), AtomicU64::new(0));
     thread::scope(|scope| {
-        let (end, asked, refused, a, d) = (&end, &asked, &refused, &a, &d);
+        let (end, asked, a, b, c, d) = (&end, &asked, &a, &b, &c, &d);
         let new = to.map(|to| scope.spawn(move || ask(a, to, end, WAIT, asked)));
-        let never = to.map(|to| scope.spawn(move || ask(d, to, end, Duration::from_millis(2), refused)));
+        let never = to.map(|to| scope.spawn(move || send(d, SocketAddr::new(to.ip(), DENIED), end)));
+        let leaks = [b, c].map(|at| scope.spawn(move || arrived(at, end)));
         for (map, anew) in [
             ("SERVICES", &[][..]),
             ("AFFINITY", &["the map AFFINITY"]),
@@ -309,10 +371,11 @@ fn another_build_keeps_the_maps_that_it_can_read_and_makes_the_others_anew() {
         }
         end.store(true, Ordering::Relaxed);
         let answered: u64 = new.map(|one| one.join().unwrap()).iter().sum();
-        let leaked: u64 = never.map(|one| one.join().unwrap()).iter().sum();
+        let leaked: u64 = leaks.map(|one| one.join().unwrap()).iter().sum();
+        let denied: u64 = never.map(|one| one.join().unwrap()).iter().sum();
         let asked = asked.load(Ordering::Relaxed);
         assert!(asked > 1000 && asked == answered, "{answered} of {asked} new flows");
-        assert_eq!(leaked, 0, "of {}", refused.load(Ordering::Relaxed));
+        assert!(denied > 1000 && leaked == 0, "{leaked} of {denied}");
     });
     streams.lost_nothing();
     old.into_iter().for_each(Traffic::lost_nothing);

@@ -6,7 +6,10 @@ use harness::{
     Cluster, EtcdOptions, Listener, Namespace, Options, TcpOutcome, Traffic, in_netns, kernel_test, tcp_exchange,
     wait_until,
 };
-use hostd::store::{Collection, EtcdConfig, EtcdStore, Expect, Key, Store};
+use hostd::store::{
+    Collection, EtcdConfig, EtcdStore, Expect, Key, Store,
+    records::{self, NodeRecord},
+};
 use std::{
     thread,
     time::{Duration, Instant},
@@ -320,6 +323,114 @@ fn raw(cluster: &Cluster, key: &Key, value: Option<Vec<u8>>) -> Option<Vec<u8>> 
     asked.unwrap()
 }
 
+/// Ends what is between the nodes and etcd, or begins it again.
+fn cut(cluster: &Cluster, rules: &str) {
+    let external = cluster.external.as_ref().unwrap();
+    assert!(external.command("nft").arg(rules).status().unwrap().success());
+}
+
+const CUT: &str = "add table ip cut; add chain ip cut in { type filter hook input priority 0; iif != lo drop; }";
+const MEND: &str = "delete table ip cut";
+
+#[test]
+fn a_backup_does_not_bring_back_what_a_later_policy_has_revoked() {
+    kernel_test!();
+    let mut cluster = cluster(EtcdOptions::default(), "tenant-isolation");
+    let policy = Key::new(Collection::Policy, records::POLICY);
+    let before = raw(&cluster, &policy, None).unwrap();
+    cluster.load("web-app").unwrap();
+    let in_force = raw(&cluster, &policy, None).unwrap();
+    let _listener = Listener::new(cluster.pod("red/front2").netns.name(), 8080).unwrap();
+    let revoked = |cluster: &Cluster| !open(cluster, "red/back1", "red/front2");
+    assert!(revoked(&cluster));
+    let talk = talk(&cluster);
+    cut(&cluster, CUT);
+    for node in 0..2 {
+        assert!(wait_until(LONG, || problem(&cluster, node).is_some()));
+    }
+    let etcd = cluster.etcd.as_mut().unwrap();
+    etcd.wipe().unwrap();
+    etcd.run().unwrap();
+    raw(&cluster, &policy, Some(before.clone()));
+    cut(&cluster, MEND);
+    let entered = || raw(&cluster, &policy, None).unwrap() == in_force;
+    assert!(wait_until(LONG, || {
+        assert!(revoked(&cluster));
+        entered()
+    }));
+    assert!(
+        wait_until(LONG, || keys(&cluster, "modules") == 2),
+        "those that can be gone back to"
+    );
+    assert!(wait_until(LONG, || all_alive(&cluster)));
+
+    // Nor does it where nobody was there when it was restored.
+    for node in &mut cluster.nodes {
+        node.stop(true).unwrap();
+    }
+    raw(&cluster, &policy, Some(before));
+    for node in &mut cluster.nodes {
+        node.start().unwrap();
+    }
+    assert!(revoked(&cluster));
+    let entered = || raw(&cluster, &policy, None).unwrap() == in_force;
+    assert!(wait_until(LONG, || entered() && all_alive(&cluster)));
+    assert!(revoked(&cluster));
+    talk.nothing_was_lost();
+    cluster.load("tenant-isolation").unwrap();
+    assert!(open(&cluster, "red/back1", "red/front2"), "what comes later counts");
+}
+
+#[test]
+fn a_node_that_starts_when_etcd_has_lost_everything_goes_on_with_its_policy() {
+    kernel_test!();
+    let mut cluster = cluster(EtcdOptions::default(), "tenant-isolation");
+    let talk = talk(&cluster);
+    for node in &mut cluster.nodes {
+        node.stop(true).unwrap();
+    }
+    let etcd = cluster.etcd.as_mut().unwrap();
+    etcd.wipe().unwrap();
+    etcd.run().unwrap();
+    for node in &mut cluster.nodes {
+        node.start().unwrap();
+    }
+    cluster.agree().unwrap();
+    assert!(wait_until(LONG, || keys(&cluster, "policy") == 1 && keys(&cluster, "modules") == 1));
+    assert!(open(&cluster, "red/front1", "red/back2"));
+    assert!(wait_until(LONG, || all_alive(&cluster)));
+    talk.nothing_was_lost();
+}
+
+#[test]
+fn a_node_that_has_never_had_a_lease_is_stale_and_can_be_deleted() {
+    kernel_test!();
+    let cluster = cluster(EtcdOptions::default(), "tenant-isolation");
+    let record = NodeRecord {
+        name: "ghost".to_owned(),
+        underlay: "192.0.2.77".parse().unwrap(),
+        pod_cidrs: vec!["10.77.0.0/24".parse().unwrap()],
+    };
+    let key = Key::new(Collection::Nodes, "ghost");
+    raw(&cluster, &key, Some(records::encode(&key, &record).unwrap()));
+    let node = &cluster.nodes[0];
+    let state = || {
+        let status = node.json(&["status"]).unwrap();
+        let nodes = status["nodes"].as_array().unwrap().clone();
+        nodes
+            .into_iter()
+            .find(|one| one["node"] == "ghost" || one["name"] == "ghost")
+    };
+    assert!(
+        wait_until(LONG, || state().is_some_and(|its| its["state"] == "stale")),
+        "{:?}",
+        state()
+    );
+    node.json(&["node", "delete", "ghost"]).unwrap();
+    assert!(wait_until(LONG, || state().is_none()));
+    assert!(node.refusal(&["node", "delete", "node2"]).unwrap().contains("is alive"));
+}
+
 #[test]
 fn what_numbers_mean_to_packets_wins_over_a_backup() {
     kernel_test!();
@@ -337,11 +448,7 @@ fn what_numbers_mean_to_packets_wins_over_a_backup() {
     let [red, blue] = ["red/back1", "blue/a"].map(number);
     assert_ne!(red, blue);
     let [means_red, means_blue] = [&red, &blue].map(|key| raw(&cluster, key, None).unwrap());
-    let nft = |rules: &str| {
-        let external = cluster.external.as_ref().unwrap();
-        assert!(external.command("nft").arg(rules).status().unwrap().success());
-    };
-    nft("add table ip cut; add chain ip cut in { type filter hook input priority 0; iif != lo drop; }");
+    cut(&cluster, CUT);
     for node in 0..2 {
         assert!(wait_until(LONG, || problem(&cluster, node).is_some()));
     }
@@ -350,15 +457,7 @@ fn what_numbers_mean_to_packets_wins_over_a_backup() {
     etcd.run().unwrap();
     // As if the one number had meant the other at the time of the backup.
     raw(&cluster, &red, Some(means_blue.clone()));
-    let external = cluster.external.as_ref().unwrap();
-    assert!(
-        external
-            .command("nft")
-            .arg("delete table ip cut")
-            .status()
-            .unwrap()
-            .success()
-    );
+    cut(&cluster, MEND);
     let entered = || [&red, &blue].map(|key| raw(&cluster, key, None));
     let right = [Some(means_red), Some(means_blue)];
     assert!(wait_until(LONG, || entered() == right), "{:?}", entered());

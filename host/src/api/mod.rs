@@ -19,7 +19,7 @@ pub use policy::{
 pub use request::{
     Change, EndpointAdd, EndpointLabel, Explain, LoadModule, Monitor, NamespaceLabel, PodName, PolicyChange, Request,
 };
-pub use server::{Server, serve};
+pub use server::{Server, remove_socket, serve};
 pub use view::{
     BackendView, CounterView, EndpointView, IdentityView, IpcacheView, NamespaceView, NodeView, PacketView, Response,
     ServicePortView, ServiceView, Status, Usage,

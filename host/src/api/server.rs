@@ -42,12 +42,10 @@ impl Server {
         if let Some(folder) = path.parent() {
             fs::create_dir_all(folder)?;
         }
-        match fs::remove_file(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
+        remove(path)?;
         // Under a name that nobody knows until its mode is right.
-        let aside = path.with_extension(format!("{}.new", std::process::id()));
+        let aside = aside(path);
+        remove(&aside)?;
         let listener = UnixListener::bind(&aside)?;
         fs::set_permissions(&aside, fs::Permissions::from_mode(0o600))?;
         fs::rename(&aside, path)?;
@@ -56,6 +54,29 @@ impl Server {
             path: path.to_owned(),
         })
     }
+}
+
+fn aside(path: &Path) -> PathBuf {
+    let mut aside = path.as_os_str().to_owned();
+    aside.push(".new");
+    aside.into()
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Removes what a hostd that was killed has left of its socket.
+///
+/// # Errors
+///
+/// Where it can't be removed.
+pub fn remove_socket(path: &Path) -> io::Result<()> {
+    remove(&aside(path))?;
+    remove(path)
 }
 
 impl Drop for Server {

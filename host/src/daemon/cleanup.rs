@@ -2,6 +2,7 @@
 
 use super::start::lock;
 use crate::{
+    api::remove_socket,
     attachment::Queue,
     config::Config,
     datapath,
@@ -20,7 +21,14 @@ use std::{
 };
 
 /// What a node keeps across restarts, in its state folder. Others may keep theirs there, too.
-const STATE: [&str; 5] = ["endpoints", "endpoints.damaged", "modules", "compiled", "lock"];
+const STATE: [&str; 6] = [
+    "endpoints",
+    "endpoints.damaged",
+    "policy",
+    "modules",
+    "compiled",
+    "lock",
+];
 
 /// hostd stops within this time, once it has said so.
 const STOPPING: Duration = Duration::from_secs(30);
@@ -73,6 +81,8 @@ pub async fn cleanup(config: &Config) -> anyhow::Result<()> {
     };
     note(&mut problems, forgotten);
     note(&mut problems, Queue::beside(&config.socket).clear());
+    let removed = remove_socket(&config.socket).map_err(|error| format!("{}: {error}", config.socket.display()));
+    note(&mut problems, removed);
     for name in STATE {
         let path = config.state_dir.join(name);
         let removed = remove(&path);

@@ -135,6 +135,7 @@ impl Daemon {
         if self.uses(identity) {
             // A network's: the policy as a whole has to be compiled anew.
             self.out_of_step = Some(format!("identity {} means something else by now", identity.0));
+            self.recompile = true;
         }
         for pod in moved {
             let address = pod.address.into();

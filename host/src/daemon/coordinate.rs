@@ -21,7 +21,7 @@ use std::{
 use tokio::sync::{mpsc, oneshot};
 
 /// Nodes have to answer a phase within this time.
-const PHASE_TIME: Duration = Duration::from_secs(10);
+pub const PHASE_TIME: Duration = Duration::from_secs(10);
 
 /// Runs a load. Not on the daemon's task: that one has to prepare and commit as every other node's does.
 pub struct Coordinator {
@@ -51,16 +51,18 @@ impl Coordinator {
             return Ok(report);
         }
         report.dry_run = false;
+        if let Some(last) = &last {
+            check_free(last)?;
+        }
         for (sha256, module) in &candidate.modules {
             let key = Key::new(Collection::Modules, sha256);
-            if self.store.get(&key).await?.is_none() {
+            if !self.store.has(&key).await? {
                 self.store.put(&key, module.to_vec(), Expect::Any).await?;
             }
         }
-        let before = last.as_ref().map(modules_of).unwrap_or_default();
         let mut load = self.propose(last, expect, candidate.revision).await?;
         let result = self.run(&mut load, request.skip_unreachable, &mut report).await;
-        self.tidy(&load.record, &before).await;
+        self.tidy(&load.record).await;
         result.map(|()| report)
     }
 
@@ -78,17 +80,6 @@ impl Coordinator {
         expect: Expect,
         mut next: Revision,
     ) -> Result<Load, DaemonError> {
-        let busy = |coordinator: &str| {
-            DaemonError::Request(format!(
-                "node {coordinator} is changing the policy; try again when it is done"
-            ))
-        };
-        if let Some(last) = &last
-            && matches!(last.phase, Phase::Prepare | Phase::Commit)
-            && now_ms() < last.deadline_ms
-        {
-            return Err(busy(&last.coordinator));
-        }
         let answers = self.store.watch(&[Collection::Answers]).await?;
         next.serial = last.as_ref().map_or(0, PolicyRecord::serial) + 1;
         if next.origin == 0 {
@@ -215,9 +206,10 @@ impl Coordinator {
         Ok(Nodes { all, alive })
     }
 
-    /// Deletes answers that nobody needs any more, and those of the modules `before` this change. Left behind, they would
-    /// only take space.
-    async fn tidy(&self, record: &PolicyRecord, before: &BTreeSet<String>) {
+    /// Deletes answers that nobody needs any more, and modules: those of before this change, and those of one that was never
+    /// proposed. Left behind, they would only take space. Where that takes one from another node that is about to propose it, its change
+    /// is refused.
+    async fn tidy(&self, record: &PolicyRecord) {
         let tidied = async {
             for (key, value) in self.store.list(Collection::Answers).await? {
                 let answer: AnswerRecord = records::decode(&key, &value.value)?;
@@ -226,10 +218,10 @@ impl Coordinator {
                 }
             }
             let needed = modules_of(record);
-            for sha256 in before.difference(&needed) {
-                self.store
-                    .delete(&Key::new(Collection::Modules, sha256), Expect::Any)
-                    .await?;
+            for key in self.store.keys(Collection::Modules).await? {
+                if !needed.contains(&key.name) {
+                    self.store.delete(&key, Expect::Any).await?;
+                }
             }
             Ok::<(), StoreError>(())
         };
@@ -237,6 +229,20 @@ impl Coordinator {
             tracing::warn!("tidying up after a policy change: {error}");
         }
     }
+}
+
+fn busy(coordinator: &str) -> DaemonError {
+    DaemonError::Request(format!(
+        "node {coordinator} is changing the policy; try again when it is done"
+    ))
+}
+
+/// There must be no other change under way.
+fn check_free(last: &PolicyRecord) -> Result<(), DaemonError> {
+    if matches!(last.phase, Phase::Prepare | Phase::Commit) && now_ms() < last.deadline_ms {
+        return Err(busy(&last.coordinator));
+    }
+    Ok(())
 }
 
 /// SHA-256 of all modules that a record speaks of.

@@ -90,7 +90,7 @@ impl Directory {
         let hash = |first: &AddressKey| Self::name_hash(&self.pods, &self.hasher, first);
         self.names.insert_unique(hash(&first), first, hash);
         if let Some(gone) = before.as_ref().and_then(|pod| pod.record.second) {
-            self.seconds.remove(&gone.into());
+            self.forget_second(&gone.into(), &first);
         }
         if let Some(second) = second {
             self.seconds.insert(second.into(), first);
@@ -106,10 +106,17 @@ impl Directory {
         self.forget_name(first);
         let pod = *self.pods.remove(first)?;
         if let Some(second) = pod.record.second {
-            self.seconds.remove(&second.into());
+            self.forget_second(&second.into(), first);
         }
         self.forget_shared(&pod);
         Some(pod)
+    }
+
+    /// Another pod may have the address by now.
+    fn forget_second(&mut self, second: &AddressKey, first: &AddressKey) {
+        if self.seconds.get(second) == Some(first) {
+            self.seconds.remove(second);
+        }
     }
 
     /// A pod is gone that had these.
@@ -173,6 +180,20 @@ mod tests {
         directory.remove(&first);
         assert!(directory.find(&key("fd00::2")).is_none());
         assert!(directory.find(&first).is_none());
+    }
+
+    #[test]
+    fn a_second_address_that_another_pod_has_by_now_stays_its() {
+        let key = |text: &str| AddressKey::from(text.parse::<IpAddr>().unwrap());
+        let mut directory = Directory::default();
+        directory.insert(key("10.0.0.1"), pod(Some("fd00::1"), "web"));
+        // It is heard of before that the first one is gone.
+        directory.insert(key("10.0.0.2"), pod(Some("fd00::1"), "web"));
+        directory.remove(&key("10.0.0.1"));
+        assert_eq!(
+            directory.find(&key("fd00::1")).map(|(first, _)| first),
+            Some(key("10.0.0.2"))
+        );
     }
 
     #[test]

@@ -12,6 +12,7 @@
 
 use super::{
     Daemon, DaemonError,
+    coordinate::PHASE_TIME,
     evaluate::{Candidate, micros},
     policy::Side,
 };
@@ -30,6 +31,8 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
+/// A load that has been in one phase for so long has no coordinator any more.
+const ABANDONED: Duration = PHASE_TIME.saturating_mul(2).saturating_add(Duration::from_secs(5));
 /// How often what could not be done is tried again.
 const MAKE_UP: Duration = Duration::from_secs(5);
 
@@ -47,6 +50,18 @@ pub fn now_ms() -> u64 {
 impl Daemon {
     /// Follows the policy record.
     pub(super) async fn policy_seen(&mut self, record: PolicyRecord, revision: u64) -> Result<(), DaemonError> {
+        if record.in_force().is_before(&self.active.revision) {
+            // What was revoked since a backup must not be allowed again by it.
+            tracing::error!(
+                "the store has a policy of before the one in force: {}",
+                record.in_force().what
+            );
+            return self.enter_policy().await;
+        }
+        let at = |record: &PolicyRecord| (record.serial(), record.phase);
+        if self.policy.as_ref().is_none_or(|(known, _)| at(known) != at(&record)) {
+            self.policy_since = Instant::now();
+        }
         self.policy = Some((record.clone(), revision));
         if matches!(record.phase, Phase::Prepare | Phase::Aborted) {
             // A node that can't do even that may still be able to do what comes now.
@@ -64,7 +79,7 @@ impl Daemon {
                 self.answer(&record, result).await?;
             }
             Phase::Retired => {
-                if self.active.revision != record.next {
+                if self.active.revision != record.next || self.recompile {
                     // This node was skipped, or came back late.
                     let result = self.commit(&record.next).await;
                     self.answer(&record, result).await?;
@@ -79,7 +94,7 @@ impl Daemon {
     /// A watch may skip all but the last state of the record: a node that was busy enforces what came before this
     /// change first.
     async fn catch_up(&mut self, record: &PolicyRecord) -> Result<(), DaemonError> {
-        if self.active.revision.modules == record.previous.modules {
+        if self.active.revision.modules == record.previous.modules && !self.recompile {
             return Ok(());
         }
         self.commit(&record.previous).await?;
@@ -186,7 +201,7 @@ impl Daemon {
     pub(super) async fn commit(&mut self, revision: &Revision) -> Result<Prepared, DaemonError> {
         let began = Instant::now();
         // Not by serial alone: a store that was made anew gives them out again.
-        if self.active.revision == *revision {
+        if self.active.revision == *revision && !self.recompile {
             return Ok(Prepared::default());
         }
         let prepared = self.aside.as_ref().is_some_and(|aside| aside.revision == *revision);
@@ -203,6 +218,7 @@ impl Daemon {
             self.datapath.flip()?;
         }
         self.out_of_step = None;
+        self.recompile = false;
         let needed = &self.active.revision.modules;
         self.compiled
             .retain(|sha256, _| needed.iter().any(|module| module.sha256 == *sha256));
@@ -285,10 +301,16 @@ impl Daemon {
         self.made_up = Instant::now();
         if self.out_of_step.is_some()
             && let Some((record, revision)) = self.policy.clone()
-            && matches!(record.phase, Phase::Commit | Phase::Retired)
-            && let Err(error) = self.policy_seen(record, revision).await
         {
-            error.complain("catching up with the cluster's policy");
+            let caught_up = match record.phase {
+                Phase::Commit | Phase::Retired => self.policy_seen(record, revision).await,
+                Phase::Aborted => self.catch_up(&record).await,
+                // Until that is over what is prepared has the other side.
+                Phase::Prepare => Ok(()),
+            };
+            if let Err(error) = caught_up {
+                error.complain("catching up with the cluster's policy");
+            }
         }
         for address in std::mem::take(&mut self.unplaced) {
             let Some(pod) = self.pods.get(&address) else { continue };
@@ -340,9 +362,8 @@ impl Daemon {
     /// retired, since every node that is alive has switched by then.
     pub(super) async fn finish_abandoned_load(&mut self) {
         let Some((record, revision)) = &self.policy else { return };
-        // Coordinators give up at their deadline; this is later, so that they do it themselves.
-        let abandoned = Duration::from_secs(5);
-        let late = now_ms().saturating_sub(record.deadline_ms) > u64::try_from(abandoned.as_millis()).unwrap_or(0);
+        // Coordinators give up in time; this is later, so that they do it themselves. Not by their deadline: clocks differ.
+        let late = self.policy_since.elapsed() > ABANDONED;
         let phase = match record.phase {
             Phase::Prepare if late => Phase::Aborted,
             Phase::Commit if late => Phase::Retired,

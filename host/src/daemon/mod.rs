@@ -195,15 +195,20 @@ struct Daemon {
     unplaced: BTreeSet<AddressKey>,
     made_up: Instant,
     nodes: BTreeMap<String, Node>,
+    /// Nodes that have a lease, also those of which there is no record yet.
+    alive: BTreeSet<String>,
     pods: Directory,
     services: services::Services,
     locals: BTreeMap<PodName, Local>,
     active: Side,
     /// During a load: the next side until the flip, the last one from there until all nodes have flipped.
     aside: Option<Side>,
-    /// The policy of the cluster as last seen, with its revision.
+    /// The policy of the cluster as last seen, with its revision, and since when it is at that.
     policy: Option<(PolicyRecord, u64)>,
+    policy_since: Instant,
     out_of_step: Option<String>,
+    /// The policy in force has to be compiled anew, though it is the cluster's.
+    recompile: bool,
     file: EndpointFile,
     /// MTU of the pods, in bytes.
     pod_mtu: u32,

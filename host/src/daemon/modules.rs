@@ -1,11 +1,12 @@
-//! Policy modules of the cluster, kept on the node's own disk: hostd starts without asking for them, and a store that was
-//! made anew is given them again.
+//! The policy in force and its modules, kept on the node's own disk: hostd starts without asking for them, and a store that was
+//! made anew, or is of before, is given them again.
 
 use super::{Daemon, DaemonError, coordinate::modules_of, load::policy_key};
 use crate::{
+    codec,
     store::{
         Collection, Durability, Expect, Key, StoreError,
-        records::{self, ModuleRecord, Phase, Revision},
+        records::{self, ModuleRecord, Phase, PolicyRecord, Revision},
         replace_file,
     },
     wasm::sha256,
@@ -16,33 +17,85 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// A folder with a file for each module, named by its SHA-256.
-pub struct ModuleFolder(PathBuf);
+/// A folder with a file for each module, named by its SHA-256, and the record of the policy in force beside it.
+pub struct ModuleFolder {
+    folder: PathBuf,
+    policy: PathBuf,
+}
 
 impl ModuleFolder {
     /// The folder among what a node keeps across restarts; it is made where it is missing.
     pub fn open(state_dir: &Path) -> io::Result<Self> {
         let folder = state_dir.join("modules");
         fs::create_dir_all(&folder)?;
-        Ok(Self(folder))
+        Ok(Self {
+            folder,
+            policy: state_dir.join("policy"),
+        })
+    }
+
+    /// The policy that was in force last, if all of its modules are here.
+    pub fn policy(&self) -> Option<PolicyRecord> {
+        let file = self.policy.display();
+        let bytes = match fs::read(&self.policy) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
+            Err(error) => {
+                tracing::error!("{file}: {error}: the policy is the store's");
+                return None;
+            }
+        };
+        match codec::decode::<PolicyRecord>(&bytes) {
+            Ok(record) if self.has(&record.next) => Some(record),
+            Ok(record) => {
+                tracing::error!(
+                    "{file}: not all modules of {} are here: the policy is the store's",
+                    record.next.what
+                );
+                None
+            }
+            Err(error) => {
+                tracing::error!("{file}: {error}: the policy is the store's");
+                None
+            }
+        }
+    }
+
+    fn keep_policy(&self, record: &PolicyRecord) {
+        let kept = codec::encode(record)
+            .map_err(|error| error.to_string())
+            .and_then(|bytes| {
+                if fs::read(&self.policy).is_ok_and(|there| there == bytes) {
+                    return Ok(());
+                }
+                replace_file(&self.policy, &bytes, Durability::Disk).map_err(|error| error.to_string())
+            });
+        if let Err(error) = kept {
+            tracing::warn!("keeping the policy: {error}");
+        }
+    }
+
+    /// Whether all modules of a set are here.
+    fn has(&self, revision: &Revision) -> bool {
+        revision.modules.iter().all(|one| self.get(&one.sha256).is_some())
     }
 
     /// A module, unless it is missing or damaged.
     fn get(&self, name: &str) -> Option<Vec<u8>> {
-        let module = fs::read(self.0.join(name)).ok()?;
+        let module = fs::read(self.folder.join(name)).ok()?;
         (sha256(&module) == name).then_some(module)
     }
 
     /// Keeps a module. That it can't is no reason to do without it: the store has it.
     fn put(&self, name: &str, module: &[u8]) {
-        if let Err(error) = replace_file(&self.0.join(name), module, Durability::Memory) {
+        if let Err(error) = replace_file(&self.folder.join(name), module, Durability::Memory) {
             tracing::warn!("keeping a module: {error}");
         }
     }
 
     /// Removes all others.
     fn retain(&self, needed: &BTreeSet<String>) -> io::Result<()> {
-        for file in fs::read_dir(&self.0)? {
+        for file in fs::read_dir(&self.folder)? {
             let file = file?;
             if !needed.iter().any(|name| file.file_name() == name.as_str()) {
                 fs::remove_file(file.path())?;
@@ -77,30 +130,56 @@ impl Daemon {
                 error.complain("keeping a module");
             }
         }
+        if let Some(settled) = self.settled() {
+            self.modules.keep_policy(&settled);
+        }
         if let Err(error) = self.modules.retain(&modules_of(record)) {
             tracing::warn!("removing modules that are not needed: {error}");
         }
     }
 
-    /// Enters the policy that this node enforces, where the store has none: with its modules, and with what can be gone back
-    /// to as far as they are here.
-    pub(super) async fn enter_policy(&self) -> Result<(), DaemonError> {
-        let Some((mut record, _)) = self.policy.clone() else {
-            return Ok(());
+    /// The policy that this node enforces, as it is when its change is done, if it is the one that was heard of last.
+    fn settled(&self) -> Option<PolicyRecord> {
+        let (record, _) = self.policy.as_ref()?;
+        let next = record.in_force().clone();
+        (self.active.revision == next).then(|| PolicyRecord {
+            phase: Phase::Retired,
+            next,
+            ..record.clone()
+        })
+    }
+
+    /// At a start: where the store has no policy, or one of before, the policy is the one that this node has enforced last. True
+    /// where the store has to be told.
+    pub(super) fn recall_policy(&mut self) -> bool {
+        let Some(kept) = self.modules.policy() else {
+            return false;
         };
-        if self.active.revision != *record.in_force() || self.store.get(&policy_key()).await?.is_some() {
-            return Ok(());
+        let goes_back = |(record, _): &(PolicyRecord, u64)| record.in_force().is_before(&kept.next);
+        if !self.policy.as_ref().is_none_or(goes_back) {
+            return false;
         }
-        record.next = record.in_force().clone();
-        record.phase = Phase::Retired;
-        let here = |revision: &Revision| {
-            revision
-                .modules
-                .iter()
-                .all(|one| self.modules.get(&one.sha256).is_some())
+        tracing::warn!(
+            "the store has no policy, or one of before: going on with {}",
+            kept.next.what
+        );
+        self.policy = Some((kept, 0));
+        true
+    }
+
+    /// Enters the policy that this node enforces, where the store has none, or one of before: with its modules, and with what can be
+    /// gone back to as far as they are here.
+    pub(super) async fn enter_policy(&self) -> Result<(), DaemonError> {
+        let Some(mut record) = self.settled() else {
+            return Ok(());
         };
-        record.history.retain(here);
-        if !here(&record.previous) {
+        let expect = match records::get::<PolicyRecord>(&*self.store, &policy_key()).await? {
+            None => Expect::Absent,
+            Some((theirs, revision)) if theirs.in_force().is_before(&record.next) => Expect::Revision(revision),
+            Some(_) => return Ok(()),
+        };
+        record.history.retain(|revision| self.modules.has(revision));
+        if !self.modules.has(&record.previous) {
             record.previous = Revision::none();
         }
         for name in modules_of(&record) {
@@ -118,9 +197,9 @@ impl Daemon {
                 Err(error) => return Err(error.into()),
             }
         }
-        match records::put(&*self.store, &policy_key(), &record, Expect::Absent).await {
+        match records::put(&*self.store, &policy_key(), &record, expect).await {
             Ok(_) => {
-                tracing::warn!("entered the policy that is in force into a store that had none");
+                tracing::warn!("entered the policy that is in force into a store that had none, or one of before");
                 Ok(())
             }
             // Another node was faster.

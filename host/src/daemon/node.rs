@@ -67,6 +67,7 @@ impl Daemon {
                     if let Some(node) = self.nodes.get_mut(&key.name) {
                         node.stale_since = None;
                     }
+                    self.alive.insert(key.name);
                 }
                 Collection::Pods => self.pod_seen(records::decode(&key, &value.value)?).await?,
                 Collection::Tenants => {
@@ -236,11 +237,11 @@ impl Daemon {
         if let Some(before) = before
             && before != record.underlay
         {
-            self.datapath.remove_node(before)?;
+            self.forget_underlay(before, &record.name)?;
         }
         let (name, underlay) = (record.name.clone(), record.underlay);
-        // Alive until its lease is seen to be missing: the watch reports leases after nodes.
-        let stale_since = self.nodes.get(&name).and_then(|node| node.stale_since);
+        let known = self.nodes.get(&name).map(|node| node.stale_since);
+        let stale_since = known.unwrap_or_else(|| (!self.alive.contains(&name)).then(Instant::now));
         self.nodes.insert(name.clone(), Node { record, stale_since });
         let its: Vec<AddressKey> = self.pods_of(&name);
         for address in its {
@@ -285,7 +286,7 @@ impl Daemon {
 
     fn node_gone(&mut self, name: &str) -> Result<(), DaemonError> {
         if let Some(node) = self.nodes.remove(name) {
-            self.datapath.remove_node(node.record.underlay)?;
+            self.forget_underlay(node.record.underlay, name)?;
             if self.is_a_services(node.record.underlay) {
                 self.place_services();
             }
@@ -298,7 +299,17 @@ impl Daemon {
         self.place_networks()
     }
 
+    /// A node has this underlay address no longer; another one may have been heard of that has it by now.
+    fn forget_underlay(&mut self, underlay: IpAddr, name: &str) -> Result<(), DaemonError> {
+        let has_it = |node: &Node| node.record.underlay == underlay && node.record.name != name;
+        if !self.nodes.values().any(has_it) {
+            self.datapath.remove_node(underlay)?;
+        }
+        Ok(())
+    }
+
     async fn lease_expired(&mut self, name: &str) -> Result<(), DaemonError> {
+        self.alive.remove(name);
         if name == self.config.node {
             // Somebody's clock ran ahead, or this node slept. It is alive.
             self.renewed = None;
@@ -345,10 +356,11 @@ impl Daemon {
             underlay: self.config.underlay,
             pod_cidrs: self.config.pod_cidrs.clone(),
         };
+        // First the lease: a node without one is stale, also one that has died just here.
+        self.renew().await?;
         let key = Key::new(Collection::Nodes, &record.name);
         records::put(&*self.store, &key, &record, Expect::Any).await?;
-        self.announce().await?;
-        self.renew().await
+        self.announce().await
     }
 
     async fn pod_gone(&mut self, key: &Key) -> Result<(), DaemonError> {
@@ -402,6 +414,11 @@ impl Daemon {
             error.complain("taking back records of pods that are gone");
         }
         self.end_queued().await;
+        if self.store.problem().is_some() {
+            // Nobody could renew anything: all have their time to do so when it is back.
+            let stale = self.nodes.values_mut().filter_map(|node| node.stale_since.as_mut());
+            stale.for_each(|since| *since = Instant::now());
+        }
         let grace = Duration::from_secs(self.config.lease.grace_seconds);
         let gone: Vec<String> = self
             .nodes
@@ -413,12 +430,13 @@ impl Daemon {
             .map(|(name, _)| name.clone())
             .collect();
         for name in gone {
-            tracing::warn!(
-                "node {name} has been stale for {} s: removing it with its pods",
-                grace.as_secs()
-            );
-            if let Err(error) = self.forget_node(&name).await {
-                error.complain(&format!("removing node {name}"));
+            match self.forget_node(&name).await {
+                Ok(true) => {
+                    let grace = grace.as_secs();
+                    tracing::warn!("node {name} was stale for {grace} s: it is removed, with its pods");
+                }
+                Ok(false) => {}
+                Err(error) => error.complain(&format!("removing node {name}")),
             }
         }
         self.watch_attachment();
@@ -440,17 +458,26 @@ impl Daemon {
         let Some(node) = self.nodes.get(name) else {
             return Ok(false);
         };
-        if node.stale_since.is_none() {
-            return Err(DaemonError::Request(format!(
+        let is_alive = || {
+            DaemonError::Request(format!(
                 "node {name} is alive: stop its hostd first, and wait until its lease has expired"
-            )));
+            ))
+        };
+        if node.stale_since.is_none() || !self.forget_node(name).await? {
+            return Err(is_alive());
         }
-        self.forget_node(name).await?;
         Ok(true)
     }
 
-    /// The store tells the other nodes, and this one.
-    async fn forget_node(&mut self, name: &str) -> Result<(), DaemonError> {
-        Ok(forget(&*self.store, name).await?)
+    /// The store tells the other nodes, and this one. False where it is alive, of which this one may not have heard yet.
+    async fn forget_node(&mut self, name: &str) -> Result<bool, DaemonError> {
+        if self.store.has(&Key::new(Collection::Alive, name)).await? {
+            if let Some(node) = self.nodes.get_mut(name) {
+                node.stale_since = None;
+            }
+            return Ok(false);
+        }
+        forget(&*self.store, name).await?;
+        Ok(true)
     }
 }

@@ -317,8 +317,11 @@ impl Daemon {
             self.services_follow(&pod.record);
         }
         self.forget_address(*address)?;
-        if let Some(second) = pod.as_ref().and_then(|pod| pod.record.second) {
-            self.forget_address(second.into())?;
+        // Another pod may have been heard of that has it by now.
+        let its = |second: &AddressKey| self.pods.find(second).is_none();
+        let second = pod.as_ref().and_then(|pod| pod.record.second).map(AddressKey::from);
+        if let Some(second) = second.filter(its) {
+            self.forget_address(second)?;
         }
         if pod.is_some_and(|pod| pod.record.addresses().any(|address| self.is_a_services(address))) {
             self.place_services();

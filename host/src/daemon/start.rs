@@ -38,6 +38,7 @@ use std::{
     fs::{self, File},
     io,
     net::IpAddr,
+    os::unix::fs::{OpenOptionsExt, PermissionsExt},
     path::Path,
     sync::{Arc, RwLock},
     time::{Duration, Instant},
@@ -144,7 +145,15 @@ async fn refuse(server: &Server, store: &Arc<dyn Store>) -> io::Result<()> {
 pub(super) fn lock(state_dir: &Path) -> anyhow::Result<File> {
     fs::create_dir_all(state_dir).with_context(|| format!("create {}", state_dir.display()))?;
     let path = state_dir.join("lock");
-    let file = File::create(&path).with_context(|| format!("open {}", path.display()))?;
+    // Whoever may open it could hold the lock, which is nobody but its owner.
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .open(&path);
+    let file = file.with_context(|| format!("open {}", path.display()))?;
+    file.set_permissions(fs::Permissions::from_mode(0o600))?;
     file.try_lock()
         .with_context(|| format!("{} is locked: another hostd uses this `state_dir`", path.display()))?;
     Ok(file)
@@ -214,11 +223,14 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
         unplaced: BTreeSet::new(),
         made_up: Instant::now(),
         nodes: BTreeMap::new(),
+        alive: BTreeSet::new(),
         pods: Directory::default(),
         services: super::services::Services::default(),
         locals: BTreeMap::new(),
         policy: None,
+        policy_since: Instant::now(),
         out_of_step: None,
+        recompile: false,
         file,
         pod_mtu,
         underlay: underlay.name,
@@ -228,28 +240,7 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
         missed: Vec::new(),
         drained: None,
     };
-    let vxlan = block_in_place(|| net::ensure_vxlan(abi::node::TUNNEL_PORT, pod_mtu, daemon.config.underlay))?;
-    daemon.datapath.set_vxlan(vxlan, pod_mtu, daemon.config.underlay)?;
-    daemon.datapath.set_underlay(underlay.ifindex)?;
-    daemon.restore().await?;
-    let key = Key::new(Collection::Nodes, &record.name);
-    records::put(&*daemon.store, &key, &record, Expect::Any).await?;
-    daemon.renew().await?;
-    let mut changes = daemon.store.watch(&WATCHED).await?;
-    daemon.take_stock(&mut changes).await?;
-    daemon.place_host()?;
-    daemon.enforce_from_start().await.context("the policy in force")?;
-    daemon.services_from_start();
-    daemon.attach_all()?;
-    daemon.route()?;
-    daemon.announce().await?;
-    daemon.end_queued().await;
-    if let Some((record, revision)) = daemon.policy.clone()
-        && record.phase == Phase::Prepare
-    {
-        // A load that waits for this node's answer.
-        daemon.policy_seen(record, revision).await?;
-    }
+    let changes = daemon.begin(&record, underlay.ifindex).await?;
     Ok(Started {
         daemon,
         events,
@@ -258,6 +249,40 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
 }
 
 impl Daemon {
+    /// Fills the maps before anything is attached, and tells the cluster of this node.
+    async fn begin(&mut self, record: &NodeRecord, underlay: u32) -> anyhow::Result<mpsc::Receiver<Change>> {
+        let vxlan = block_in_place(|| net::ensure_vxlan(abi::node::TUNNEL_PORT, self.pod_mtu, self.config.underlay))?;
+        self.datapath.set_vxlan(vxlan, self.pod_mtu, self.config.underlay)?;
+        self.datapath.set_underlay(underlay)?;
+        self.restore().await?;
+        // First the lease: a node without one is stale, also one that has died just here.
+        self.renew().await?;
+        let key = Key::new(Collection::Nodes, &record.name);
+        records::put(&*self.store, &key, record, Expect::Any).await?;
+        let mut changes = self.store.watch(&WATCHED).await?;
+        self.take_stock(&mut changes).await?;
+        self.place_host()?;
+        let recalled = self.recall_policy();
+        self.enforce_from_start().await.context("the policy in force")?;
+        self.services_from_start();
+        self.attach_all()?;
+        self.route()?;
+        self.announce().await?;
+        self.keep_modules().await;
+        if recalled && let Err(error) = self.enter_policy().await {
+            error.complain("entering the policy, tried again");
+            self.missed.push(Change::Anew);
+        }
+        self.end_queued().await;
+        if let Some((record, revision)) = self.policy.clone()
+            && record.phase == Phase::Prepare
+        {
+            // A load that waits for this node's answer.
+            self.policy_seen(record, revision).await?;
+        }
+        Ok(changes)
+    }
+
     /// Finds the pods that an earlier hostd connected. Those whose namespace or interface is gone are forgotten.
     async fn restore(&mut self) -> anyhow::Result<()> {
         let endpoints = self.known_endpoints().await?;
@@ -294,7 +319,6 @@ impl Daemon {
 
     /// Reads what the store holds, without asking any policy yet.
     async fn take_stock(&mut self, changes: &mut mpsc::Receiver<Change>) -> Result<(), DaemonError> {
-        let mut alive = Vec::new();
         while let Some(change) = changes.recv().await {
             match change {
                 Change::Synced => break,
@@ -318,7 +342,9 @@ impl Daemon {
                 Change::Put(key, value) if key.collection == Collection::Policy => {
                     self.policy = Some((records::decode(&key, &value.value)?, value.revision));
                 }
-                Change::Put(key, _) if key.collection == Collection::Alive => alive.push(key.name),
+                Change::Put(key, _) if key.collection == Collection::Alive => {
+                    self.alive.insert(key.name);
+                }
                 Change::Put(key, value) if key.collection == Collection::Nodes => {
                     let record: NodeRecord = records::decode(&key, &value.value)?;
                     self.datapath
@@ -332,8 +358,8 @@ impl Daemon {
                 other => self.follow(other).await,
             }
         }
-        for name in alive {
-            if let Some(node) = self.nodes.get_mut(&name) {
+        for (name, node) in &mut self.nodes {
+            if self.alive.contains(name) {
                 node.stale_since = None;
             }
         }

@@ -351,10 +351,11 @@ impl Datapath {
     ///
     /// Where the kernel refuses. The filter stays then, and [`Self::keep_attached`] tries again.
     pub fn settle(&mut self) -> Result<(), DatapathError> {
-        match self.attacher.unsettled() {
-            Some((interface, hook, _)) => self.attach(hook, &interface.to_owned()),
-            None => Ok(()),
-        }
+        let Some((interface, hook, _)) = self.attacher.unsettled() else {
+            return Ok(());
+        };
+        let interface = interface.to_owned();
+        self.attach(hook, &interface)
     }
 
     /// Forgets the links of an interface that is about to go.

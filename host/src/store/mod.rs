@@ -240,6 +240,9 @@ pub trait Store: Send + Sync {
     /// All values of a collection.
     fn list(&self, collection: Collection) -> Answer<'_, Vec<(Key, Versioned)>>;
 
+    /// Keys of all values of a collection, which may be large.
+    fn keys(&self, collection: Collection) -> Answer<'_, Vec<Key>>;
+
     /// Sets a value if `expect` holds; the answer is its revision.
     fn put<'a>(&'a self, key: &'a Key, value: Vec<u8>, expect: Expect) -> Answer<'a, u64>;
 

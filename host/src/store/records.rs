@@ -283,6 +283,13 @@ impl PolicyRecord {
 }
 
 impl Revision {
+    /// Whether it is of before another one, as in a store that was restored from a backup. Not by serial alone, since a restored
+    /// store gives serials out again; not by time alone, since nodes' clocks differ.
+    #[must_use]
+    pub const fn is_before(&self, other: &Self) -> bool {
+        self.serial < other.serial && self.time_ms < other.time_ms
+    }
+
     /// Before the first change.
     #[must_use]
     pub const fn none() -> Self {

@@ -251,6 +251,13 @@ async fn a_list_is_complete(store: &dyn Store) {
     let listed = store.list(Collection::Answers).await.unwrap();
     let listed: Vec<_> = listed.into_iter().map(|(key, value)| (key, value.revision)).collect();
     assert!(listed == expected, "{} of {}", listed.len(), expected.len());
+    let keys = store.keys(Collection::Answers).await.unwrap();
+    assert!(
+        keys.iter().eq(expected.iter().map(|(key, _)| key)),
+        "{} keys",
+        keys.len()
+    );
+    assert_eq!(store.keys(Collection::Alive).await.unwrap(), []);
     // Its namesakes are none of it.
     assert_eq!(store.list(Collection::Alive).await.unwrap(), []);
 }

@@ -1,11 +1,14 @@
 //! Asking etcd, which may be away: what is tried again, for how long, and when it is not even asked.
 
 use super::config::{EtcdConfig, endpoints};
-use crate::{random, store::StoreError};
+use crate::{
+    random,
+    store::{Collection, StoreError},
+};
 use etcd_client::{Client, ConnectOptions, Error, GetOptions, GetResponse, WatchOptions, WatchStream};
 use std::{
     error::Error as _,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::{Duration, Instant},
 };
 use tokio::time::timeout;
@@ -17,7 +20,7 @@ const FOR_A_MEBIBYTE: Duration = Duration::from_millis(500);
 /// so long already that every member could have answered.
 const TRIES: u32 = 3;
 const PAUSE: Duration = Duration::from_millis(50);
-/// While etcd is away it is asked after such a pause, which doubles up to the second.
+/// While etcd is away it is asked after such a pause by a task of its own, which doubles it up to the second.
 const AWAY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
 /// Messages may be so long, in bytes: a page of records, or a part of a module.
 const MESSAGE: usize = 256 << 20;
@@ -29,7 +32,10 @@ pub struct Connection {
     options: ConnectOptions,
     /// What may be the reason where nobody answers.
     hint: &'static str,
+    /// A key that is asked for to see whether anybody does.
+    probe: String,
     state: Mutex<State>,
+    me: Weak<Self>,
 }
 
 #[derive(Default)]
@@ -41,8 +47,6 @@ struct State {
 /// Nobody has answered.
 struct Away {
     since: Instant,
-    pause: Duration,
-    again: Instant,
     problem: String,
 }
 
@@ -54,32 +58,36 @@ pub fn jitter(pause: Duration) -> Duration {
 }
 
 impl Connection {
-    pub fn new(store: &str, config: &EtcdConfig) -> Result<Self, StoreError> {
-        Ok(Self {
+    pub fn new(store: &str, config: &EtcdConfig) -> Result<Arc<Self>, StoreError> {
+        let options = config.options()?;
+        Ok(Arc::new_cyclic(|me| Self {
             store: store.to_owned(),
             members: u32::try_from(endpoints(store).len()).unwrap_or(u32::MAX),
-            options: config.options()?,
+            options,
             // Members that ask for a certificate end the connection of whoever has none.
             hint: if config.ca.is_some() && config.certificate.is_none() {
                 " (do they ask for a certificate? `etcd.certificate`)"
             } else {
                 ""
             },
+            probe: format!("{}/{}/", config.prefix, Collection::Cluster.name()),
             state: Mutex::default(),
-        })
+            me: me.clone(),
+        }))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Asks, and asks again where that can help. While etcd is away only one of those who ask waits for it, from time to
-    /// time; all others have their answer at once.
+    /// Asks, and asks again where that can help. While etcd is away whoever asks has an error at once.
     pub async fn ask<T, F>(&self, mebibytes: u32, what: impl Fn(Client, u32) -> F) -> Result<T, StoreError>
     where
         F: Future<Output = Result<T, Error>>,
     {
-        let away = self.turn()?;
+        if let Some(away) = &self.state().away {
+            return Err(self.unavailable(away));
+        }
         let limit = ANSWER + FOR_A_MEBIBYTE * mebibytes;
         let began = Instant::now();
         let mut pause = PAUSE;
@@ -104,8 +112,7 @@ impl Connection {
                 },
                 Err(_) => format!("no answer within {} ms", limit.as_millis()),
             };
-            let last = tries >= TRIES + self.members - 1;
-            if last || (away && tries >= self.members) || began.elapsed() > limit * self.members {
+            if tries >= TRIES + self.members - 1 || began.elapsed() > limit * self.members {
                 return Err(self.gone(problem));
             }
             tokio::time::sleep(jitter(pause)).await;
@@ -113,17 +120,33 @@ impl Connection {
         }
     }
 
-    /// Whether etcd was away; an error where it is not the time to ask.
-    fn turn(&self) -> Result<bool, StoreError> {
-        let mut state = self.state();
-        let Some(away) = &mut state.away else { return Ok(false) };
-        let now = Instant::now();
-        if now < away.again {
-            return Err(self.unavailable(away));
+    /// Asks whether etcd is back that has been away since then, until it is, so that nobody else has to wait for that.
+    async fn probe(connection: Weak<Self>, since: Instant) {
+        let mut pause = AWAY.0;
+        loop {
+            tokio::time::sleep(jitter(pause)).await;
+            pause = (pause * 2).min(AWAY.1);
+            let Some(this) = connection.upgrade() else { return };
+            // Each member has its turn.
+            for _ in 0..this.members {
+                let asked = timeout(ANSWER, async {
+                    get(&this.client().await?, this.probe.as_bytes(), GetOptions::new()).await
+                });
+                let problem = match asked.await {
+                    Ok(Ok(_)) => return this.answered(),
+                    Ok(Err(error)) => match explain(&error) {
+                        Problem::Away(problem) => problem,
+                        Problem::Refused(_) => return this.answered(),
+                    },
+                    Err(_) => format!("no answer within {} ms", ANSWER.as_millis()),
+                };
+                match &mut this.state().away {
+                    Some(away) if away.since == since => away.problem = problem,
+                    // Somebody else has had an answer.
+                    _ => return,
+                }
+            }
         }
-        // The others wait for what becomes of this one.
-        away.again = now + ANSWER;
-        Ok(true)
     }
 
     /// The client; it is made where there is none, which takes an answer of etcd's where there is a user.
@@ -151,18 +174,16 @@ impl Connection {
 
     fn gone(&self, problem: String) -> StoreError {
         let mut state = self.state();
-        let now = Instant::now();
-        if state.away.is_none() {
+        let away = state.away.get_or_insert_with(|| {
             tracing::warn!("{}: {problem}; pods keep talking, and changes wait", self.store);
-        }
-        let pause = state.away.as_ref().map_or(AWAY.0, |away| (away.pause * 2).min(AWAY.1));
-        let since = state.away.as_ref().map_or(now, |away| away.since);
-        let away = state.away.insert(Away {
-            since,
-            pause,
-            again: now + jitter(pause),
-            problem,
+            let since = Instant::now();
+            tokio::spawn(Self::probe(self.me.clone(), since));
+            Away {
+                since,
+                problem: String::new(),
+            }
         });
+        away.problem = problem;
         self.unavailable(away)
     }
 

@@ -30,7 +30,7 @@ const WATCH_QUEUE: usize = 1024;
 pub struct EtcdStore(Arc<Inner>);
 
 struct Inner {
-    connection: Connection,
+    connection: Arc<Connection>,
     prefix: String,
     leases: Leases,
 }
@@ -227,6 +227,20 @@ impl Store for EtcdStore {
         self.list_collection(collection)
             .map(|listed| Ok(listed?.values))
             .boxed()
+    }
+
+    fn keys(&self, collection: Collection) -> Answer<'_, Vec<Key>> {
+        async move {
+            let folder = &self.folder(collection);
+            let asked = self.0.connection.ask(1, |client, _| async move {
+                let options = GetOptions::new().with_range(parts::after(folder)).with_keys_only();
+                get(&client, folder.as_bytes(), options).await
+            });
+            let found = asked.await?.take_kvs();
+            let names = found.iter().filter_map(|found| name_in(folder, found));
+            Ok(names.map(|name| Key::new(collection, name)).collect())
+        }
+        .boxed()
     }
 
     fn put<'a>(&'a self, key: &'a Key, value: Vec<u8>, expect: Expect) -> Answer<'a, u64> {

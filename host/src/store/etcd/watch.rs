@@ -10,7 +10,7 @@ use super::{
     name_in, parts,
 };
 use crate::store::{
-    Change, Collection, Expect, Key, StoreError, Versioned,
+    Change, Collection, Expect, Key, Store as _, StoreError, Versioned,
     records::{self, CLUSTER, ClusterRecord},
 };
 use etcd_client::{EventType, GetOptions, KeyValue, WatchOptions, WatchResponse, WatchStream};
@@ -36,6 +36,9 @@ pub struct Watcher {
     synced: bool,
     /// When what is missing since etcd was made anew counts as deleted.
     missing: Option<Instant>,
+    /// A value has a lower revision than it had: etcd is one of an earlier time, though its own revision is as high as before (`etcdutl
+    /// snapshot restore --bump-revision`).
+    went_back: bool,
     sender: mpsc::Sender<Change>,
 }
 
@@ -85,6 +88,7 @@ impl Watcher {
             origin: Origin::default(),
             synced: false,
             missing: None,
+            went_back: false,
             sender,
         }
     }
@@ -180,7 +184,10 @@ impl Watcher {
             life: record.as_ref().map(|(record, _)| record.life),
         };
         let known = self.origin;
-        let went_back = known.cluster != cluster || self.followed.iter().any(|followed| followed.next > revision + 1);
+        self.check_newest().await?;
+        let went_back = self.went_back
+            || known.cluster != cluster
+            || self.followed.iter().any(|followed| followed.next > revision + 1);
         let another_life = known.life.is_some() && known.life != origin.life;
         if known.cluster != 0 && (went_back || another_life) {
             tracing::error!("the store is not what it was: etcd was made anew, or restored from a backup");
@@ -193,11 +200,28 @@ impl Watcher {
                 followed.reported.values_mut().for_each(|revision| *revision = 0);
             }
             self.missing = Some(Instant::now() + jitter(HOLD));
+            self.went_back = false;
             self.origin = origin;
             tokio::time::sleep(ANEW.saturating_sub(jitter(ANEW))).await;
             self.send(Change::Anew).await?;
         }
         self.origin = origin;
+        Ok(())
+    }
+
+    /// The value of each collection that was changed last is the first that a backup has of before.
+    async fn check_newest(&mut self) -> Result<(), Stop> {
+        for followed in &self.followed {
+            let Some((name, known)) = followed.reported.iter().max_by_key(|(_, revision)| **revision) else {
+                continue;
+            };
+            let found = self.store.get(&Key::new(followed.collection, name)).await?;
+            // One that is gone tells nothing: it may have been deleted.
+            if found.is_some_and(|found| found.revision < *known) {
+                self.went_back = true;
+                return Ok(());
+            }
+        }
         Ok(())
     }
 
@@ -219,9 +243,10 @@ impl Watcher {
         let mut values = listing.values;
         values.sort_by_key(|(_, value)| value.revision);
         let there: HashSet<String> = values.iter().map(|(key, _)| key.name.clone()).collect();
-        for (key, value) in values {
-            self.put(index, key.name, value).await?;
+        for (key, value) in &values {
+            self.check_order(index, &key.name, value.revision)?;
         }
+        // First what is gone: what is new may have its place, such as an address.
         let reported = self.followed[index].reported.keys();
         let gone: Vec<String> = reported.filter(|name| !there.contains(*name)).cloned().collect();
         for name in gone {
@@ -231,11 +256,28 @@ impl Watcher {
                 self.delete(index, name).await?;
             }
         }
+        for (key, value) in values {
+            self.put(index, key.name, value).await?;
+        }
         self.followed[index].next = listing.revision + 1;
         Ok(())
     }
 
+    /// A value's revision only rises, also where it was deleted in between.
+    fn check_order(&mut self, index: usize, name: &str, revision: u64) -> Result<(), Stop> {
+        if self.followed[index]
+            .reported
+            .get(name)
+            .is_some_and(|known| *known > revision)
+        {
+            self.went_back = true;
+            return Err(Stop::Again(None));
+        }
+        Ok(())
+    }
+
     async fn put(&mut self, index: usize, name: String, value: Versioned) -> Result<(), Stop> {
+        self.check_order(index, &name, value.revision)?;
         let followed = &mut self.followed[index];
         if followed.reported.insert(name.clone(), value.revision) == Some(value.revision) {
             return Ok(());

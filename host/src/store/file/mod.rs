@@ -10,18 +10,22 @@ mod revisions;
 mod watch;
 
 use crate::{
-    codec,
+    codec, random,
     store::{Answer, Change, Collection, Expect, Key, Store, StoreError, Versioned},
 };
 use futures::FutureExt;
 use revisions::Revisions;
 use serde::{Deserialize, Serialize};
 use std::{
-    fs::{self, File},
-    io::{self, Write},
+    fs::{self, DirBuilder, File},
+    io::{self, Read, Write},
+    os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU64, Ordering},
-    time::{Duration, SystemTime},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant, SystemTime},
 };
 use tokio::sync::mpsc;
 use watch::Watcher;
@@ -30,6 +34,10 @@ use watch::Watcher;
 #[derive(Clone, Debug)]
 pub struct FileStore {
     folder: PathBuf,
+    /// What the lock file says: it tells this store from another one, or from none, in the same place.
+    life: [u8; LIFE],
+    /// Since when the folder is not there.
+    away: Arc<Mutex<Option<Instant>>>,
 }
 
 /// Content of a file.
@@ -61,6 +69,8 @@ impl Durability {
 }
 
 const LOCK: &str = ".lock";
+/// Random bytes in it.
+const LIFE: usize = 16;
 /// What is written aside begins with this.
 const ASIDE: &str = ".new-";
 
@@ -89,12 +99,15 @@ impl FileStore {
     pub fn open(folder: &Path) -> Result<Self, StoreError> {
         for collection in Collection::ALL {
             let path = folder.join(collection.name());
-            fs::create_dir_all(&path).context("create", &path)?;
+            let made = DirBuilder::new().recursive(true).mode(0o700).create(&path);
+            made.context("create", &path)?;
         }
+        let (_lock, life) = begin(&folder.join(LOCK))?;
         let store = Self {
             folder: folder.to_owned(),
+            life,
+            away: Arc::default(),
         };
-        let _lock = store.lock()?;
         for collection in Collection::ALL {
             remove_asides(&folder.join(collection.name()))?;
         }
@@ -124,15 +137,39 @@ impl FileStore {
 
     /// Waits for the lock; it is given back when the file is dropped, also by a crash.
     fn lock(&self) -> Result<File, StoreError> {
+        self.check_there()?;
         let path = self.folder.join(LOCK);
-        let file = File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&path)
-            .context("open", &path)?;
+        let file = File::options().write(true).open(&path).context("open", &path)?;
         file.lock().context("lock", &path)?;
         Ok(file)
+    }
+
+    /// A folder that is not mounted, or another one in its place, says nothing of what the store holds.
+    fn check_there(&self) -> Result<(), StoreError> {
+        let problem = match fs::read(self.folder.join(LOCK)) {
+            Ok(life) if life == self.life => {
+                if let Some(since) = self.away().take() {
+                    tracing::info!("the store is back after {} s", since.elapsed().as_secs());
+                }
+                return Ok(());
+            }
+            Ok(_) => "it is another store by now; a hostd that is started anew joins it".to_owned(),
+            Err(error) => format!("{LOCK}: {error}"),
+        };
+        let mut away = self.away();
+        if away.is_none() {
+            let folder = self.folder.display();
+            tracing::warn!("file:{folder}: {problem}; pods keep talking, and changes wait");
+        }
+        Err(StoreError::Unavailable {
+            store: format!("file:{}", self.folder.display()),
+            seconds: away.get_or_insert_with(Instant::now).elapsed().as_secs(),
+            problem,
+        })
+    }
+
+    fn away(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.away.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn revisions(&self) -> Revisions {
@@ -178,6 +215,7 @@ impl FileStore {
     }
 
     fn names(&self, collection: Collection) -> Result<Vec<String>, StoreError> {
+        self.check_there()?;
         let path = self.folder.join(collection.name());
         let mut names = Vec::new();
         for file in fs::read_dir(&path).context("list", &path)? {
@@ -219,6 +257,30 @@ impl FileStore {
     }
 }
 
+/// Takes the lock of a folder that may be no store yet, and says which one it is. Whoever may open the file could hold the lock for
+/// ever, which is nobody but its owner.
+fn begin(path: &Path) -> Result<(File, [u8; LIFE]), StoreError> {
+    let mut options = File::options();
+    options.create(true).truncate(false).read(true).write(true).mode(0o600);
+    let mut file = options.open(path).context("open", path)?;
+    if file.metadata().context("look at", path)?.mode() & 0o077 != 0 {
+        file.set_permissions(fs::Permissions::from_mode(0o600))
+            .context("close to others", path)?;
+    }
+    file.lock().context("lock", path)?;
+    let mut known = Vec::new();
+    file.read_to_end(&mut known).context("read", path)?;
+    if let Ok(life) = known.try_into() {
+        return Ok((file, life));
+    }
+    let life = random::bytes().context("a number for", path)?;
+    file.set_len(0)
+        .and_then(|()| file.write_all_at(&life, 0))
+        .and_then(|()| file.sync_all())
+        .context("write", path)?;
+    Ok((file, life))
+}
+
 fn encode<T: Serialize>(path: &Path, value: &T) -> Result<Vec<u8>, StoreError> {
     codec::encode(value).map_err(|source| StoreError::Content {
         file: path.display().to_string(),
@@ -252,7 +314,7 @@ fn read_entry(path: &Path) -> Result<Option<(Entry, SystemTime)>, StoreError> {
     let result = File::open(path).and_then(|mut file| {
         let touched = file.metadata()?.modified()?;
         let mut bytes = Vec::new();
-        io::Read::read_to_end(&mut file, &mut bytes)?;
+        file.read_to_end(&mut bytes)?;
         Ok((bytes, touched))
     });
     match result {
@@ -321,7 +383,13 @@ fn sync_folder(path: &Path) -> Result<(), StoreError> {
 impl Store for FileStore {
     fn get<'a>(&'a self, key: &'a Key) -> Answer<'a, Option<Versioned>> {
         let key = key.clone();
-        self.blocking(move |store| read(&store.path(&key)?))
+        self.blocking(move |store| {
+            let found = read(&store.path(&key)?)?;
+            if found.is_none() {
+                store.check_there()?;
+            }
+            Ok(found)
+        })
     }
 
     fn list(&self, collection: Collection) -> Answer<'_, Vec<(Key, Versioned)>> {
@@ -335,6 +403,13 @@ impl Store for FileStore {
                 }
             }
             Ok(values)
+        })
+    }
+
+    fn keys(&self, collection: Collection) -> Answer<'_, Vec<Key>> {
+        self.blocking(move |store| {
+            let names = store.names(collection)?;
+            Ok(names.into_iter().map(|name| Key::new(collection, name)).collect())
         })
     }
 
@@ -358,7 +433,7 @@ impl Store for FileStore {
                 .and_then(|file| file.set_modified(SystemTime::now()));
             match touched {
                 Ok(()) => Ok(true),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => store.check_there().map(|()| false),
                 Err(error) => Err(error).context("touch", &path),
             }
         })
@@ -367,6 +442,10 @@ impl Store for FileStore {
     fn delete<'a>(&'a self, key: &'a Key, expect: Expect) -> Answer<'a, ()> {
         let key = key.clone();
         self.blocking(move |store| store.remove(&key, expect))
+    }
+
+    fn problem(&self) -> Option<String> {
+        self.check_there().err().map(|error| error.to_string())
     }
 
     fn watch(&self, collections: &[Collection]) -> Answer<'_, mpsc::Receiver<Change>> {
@@ -388,7 +467,9 @@ impl Store for FileStore {
 async fn sweep(store: FileStore, watch: mpsc::WeakSender<Change>) {
     while watch.upgrade().is_some() {
         let again = store.blocking(FileStore::sweep).await.unwrap_or_else(|error| {
-            tracing::warn!("sweeping leases: {error}");
+            if !error.is_unavailable() {
+                tracing::warn!("sweeping leases: {error}");
+            }
             Duration::from_secs(1)
         });
         tokio::time::sleep(again).await;

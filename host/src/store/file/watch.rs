@@ -89,11 +89,17 @@ impl Watcher {
 
     /// Reports everything that differs from what was reported last.
     async fn list(&mut self) -> Result<(), Ended> {
-        let mut seen: HashSet<Key> = self.reported.keys().cloned().collect();
+        let mut seen = HashSet::new();
         let collections: Vec<_> = self.collections.values().copied().collect();
         for collection in collections {
             match self.store.blocking(move |store| store.names(collection)).await {
-                Ok(names) => seen.extend(names.into_iter().map(|name| Key::new(collection, name))),
+                Ok(names) => {
+                    let reported = self.reported.keys().filter(|key| key.collection == collection);
+                    seen.extend(reported.cloned());
+                    seen.extend(names.into_iter().map(|name| Key::new(collection, name)));
+                }
+                // What it holds is not known: that is no news.
+                Err(error @ StoreError::Unavailable { .. }) => tracing::debug!("{error}"),
                 Err(error) => tracing::warn!("listing the store: {error}"),
             }
         }
@@ -135,6 +141,10 @@ impl Watcher {
             }
             Ok(None) if self.reported.remove(&key).is_some() => Some(Change::Delete(key)),
             Ok(None) => None,
+            Err(error @ StoreError::Unavailable { .. }) => {
+                tracing::debug!("{error}");
+                None
+            }
             Err(error) => {
                 // A torn value is no news; the last good one stays.
                 tracing::error!("{error}");
