@@ -472,7 +472,10 @@ fn a_network_is_installed_and_taken_away() {
     // One that others are chained to is ours, and theirs stay in it.
     let chained = r#"{"name": "wasmgate", "plugins": [{"type": "wasmgate-cni"}, {"type": "bandwidth"}]}"#;
     std::fs::write(&list, chained).unwrap();
-    assert!(node.hostd(&install).unwrap().status.success());
+    let said = node.hostd(&install).unwrap();
+    assert!(said.status.success());
+    let said = String::from_utf8_lossy(&said.stdout).into_owned();
+    assert!(said.contains("set `attach = \"tcx\"`"), "{said}");
     let written: Value = serde_json::from_slice(&std::fs::read(&list).unwrap()).unwrap();
     let plugins = written["plugins"].as_array().unwrap();
     assert_eq!((plugins.len(), &plugins[1]["type"]), (2, &json!("bandwidth")));

@@ -343,7 +343,6 @@ fn a_backup_does_not_bring_back_what_a_later_policy_has_revoked() {
     let _listener = Listener::new(cluster.pod("red/front2").netns.name(), 8080).unwrap();
     let revoked = |cluster: &Cluster| !open(cluster, "red/back1", "red/front2");
     assert!(revoked(&cluster));
-    let talk = talk(&cluster);
     cut(&cluster, CUT);
     for node in 0..2 {
         assert!(wait_until(LONG, || problem(&cluster, node).is_some()));
@@ -376,7 +375,6 @@ fn a_backup_does_not_bring_back_what_a_later_policy_has_revoked() {
     let entered = || raw(&cluster, &policy, None).unwrap() == in_force;
     assert!(wait_until(LONG, || entered() && all_alive(&cluster)));
     assert!(revoked(&cluster));
-    talk.nothing_was_lost();
     cluster.load("tenant-isolation").unwrap();
     assert!(open(&cluster, "red/back1", "red/front2"), "what comes later counts");
 }
@@ -385,7 +383,10 @@ fn a_backup_does_not_bring_back_what_a_later_policy_has_revoked() {
 fn a_node_that_starts_when_etcd_has_lost_everything_goes_on_with_its_policy() {
     kernel_test!();
     let mut cluster = cluster(EtcdOptions::default(), "tenant-isolation");
-    let talk = talk(&cluster);
+    // What is on other nodes is not known until they have said so.
+    let _listener = Listener::new(cluster.pod("red/back1").netns.name(), 8080).unwrap();
+    let (from, to) = (cluster.pod("red/front1"), cluster.pod("red/back1"));
+    let traffic = Traffic::paced(from.netns.name(), to.address, 8080, WAIT, Duration::from_millis(2));
     for node in &mut cluster.nodes {
         node.stop(true).unwrap();
     }
@@ -397,9 +398,10 @@ fn a_node_that_starts_when_etcd_has_lost_everything_goes_on_with_its_policy() {
     }
     cluster.agree().unwrap();
     assert!(wait_until(LONG, || keys(&cluster, "policy") == 1 && keys(&cluster, "modules") == 1));
+    let _other = Listener::new(cluster.pod("red/back2").netns.name(), 8080).unwrap();
     assert!(open(&cluster, "red/front1", "red/back2"));
     assert!(wait_until(LONG, || all_alive(&cluster)));
-    talk.nothing_was_lost();
+    traffic.lost_nothing();
 }
 
 #[test]

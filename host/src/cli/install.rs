@@ -3,7 +3,7 @@
 use super::args::{InstallArguments, PlaceArguments};
 use crate::{
     cni::{PLUGIN, check_network},
-    config::Config,
+    config::{Attach, Config},
     store::{Durability, replace_file},
 };
 use anyhow::{Context, bail};
@@ -42,6 +42,11 @@ pub fn install(arguments: &InstallArguments, out: &mut impl Write) -> anyhow::Re
         .and_then(|()| fs::rename(&aside, &binary))
         .and_then(|()| fs::File::open(&places.bin_dir)?.sync_all())
         .with_context(|| format!("write {}", binary.display()))?;
+    if others.iter().any(|plugin| plugin["type"] == "bandwidth") && config.attach != Attach::Tcx {
+        let note =
+            "`bandwidth` needs the qdisc `ingress`, whose place pods' first filters take: set `attach = \"tcx\"`";
+        writeln!(out, "{}: {note} in {}", list.display(), arguments.config.display())?;
+    }
     let text = serde_json::to_string_pretty(&network(arguments, &config, others))? + "\n";
     replace_file(&list, text.as_bytes(), Durability::Disk)?;
     writeln!(out, "installed {} and {}", binary.display(), list.display())?;

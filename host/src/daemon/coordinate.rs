@@ -62,7 +62,7 @@ impl Coordinator {
         }
         let mut load = self.propose(last, expect, candidate.revision).await?;
         let result = self.run(&mut load, request.skip_unreachable, &mut report).await;
-        self.tidy(&load.record).await;
+        self.tidy(&load).await;
         result.map(|()| report)
     }
 
@@ -85,7 +85,11 @@ impl Coordinator {
         if next.origin == 0 {
             next.origin = next.serial;
         }
-        next.time_ms = now_ms();
+        // Time goes on from change to change, whatever this node's clock says.
+        let before = last
+            .as_ref()
+            .map_or(0, |last| last.next.time_ms.max(last.previous.time_ms));
+        next.time_ms = now_ms().max(before + 1);
         let (previous, history) = match last {
             None => (Revision::none(), Vec::new()),
             Some(last) => {
@@ -209,15 +213,20 @@ impl Coordinator {
     /// Deletes answers that nobody needs any more, and modules: those of before this change, and those of one that was never
     /// proposed. Left behind, they would only take space. Where that takes one from another node that is about to propose it, its change
     /// is refused.
-    async fn tidy(&self, record: &PolicyRecord) {
+    async fn tidy(&self, load: &Load) {
         let tidied = async {
+            let found = records::get::<PolicyRecord>(&*self.store, &policy_key()).await?;
+            // Of another change, which may need what this one does not.
+            let Some((record, _)) = found.filter(|(_, revision)| *revision == load.revision) else {
+                return Ok(());
+            };
             for (key, value) in self.store.list(Collection::Answers).await? {
                 let answer: AnswerRecord = records::decode(&key, &value.value)?;
                 if answer.serial <= record.serial() {
                     self.store.delete(&key, Expect::Any).await?;
                 }
             }
-            let needed = modules_of(record);
+            let needed = modules_of(&record);
             for key in self.store.keys(Collection::Modules).await? {
                 if !needed.contains(&key.name) {
                     self.store.delete(&key, Expect::Any).await?;

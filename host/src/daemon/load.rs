@@ -204,7 +204,7 @@ impl Daemon {
         if self.active.revision == *revision && !self.recompile {
             return Ok(Prepared::default());
         }
-        let prepared = self.aside.as_ref().is_some_and(|aside| aside.revision == *revision);
+        let prepared = !self.recompile && self.aside.as_ref().is_some_and(|aside| aside.revision == *revision);
         if !prepared && let Err(error) = self.prepare(revision, true).await {
             self.out_of_step = Some(format!(
                 "change {} ({}) can't be enforced here: {error}",

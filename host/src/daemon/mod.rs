@@ -19,6 +19,7 @@ mod pods;
 mod policy;
 mod recover;
 mod revision;
+mod runtimes;
 mod serve;
 mod services;
 mod start;

@@ -11,6 +11,7 @@ use crate::{
     },
     wasm::sha256,
 };
+use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeSet,
     fs, io,
@@ -21,20 +22,30 @@ use std::{
 pub struct ModuleFolder {
     folder: PathBuf,
     policy: PathBuf,
+    /// The store whose policy it is.
+    store: String,
+}
+
+/// The policy that was in force last.
+#[derive(Serialize, Deserialize)]
+struct Kept {
+    store: String,
+    record: PolicyRecord,
 }
 
 impl ModuleFolder {
     /// The folder among what a node keeps across restarts; it is made where it is missing.
-    pub fn open(state_dir: &Path) -> io::Result<Self> {
+    pub fn open(state_dir: &Path, store: String) -> io::Result<Self> {
         let folder = state_dir.join("modules");
         fs::create_dir_all(&folder)?;
         Ok(Self {
             folder,
             policy: state_dir.join("policy"),
+            store,
         })
     }
 
-    /// The policy that was in force last, if all of its modules are here.
+    /// The policy that was in force last, if it is of the same store and all of its modules are here.
     pub fn policy(&self) -> Option<PolicyRecord> {
         let file = self.policy.display();
         let bytes = match fs::read(&self.policy) {
@@ -45,9 +56,10 @@ impl ModuleFolder {
                 return None;
             }
         };
-        match codec::decode::<PolicyRecord>(&bytes) {
-            Ok(record) if self.has(&record.next) => Some(record),
-            Ok(record) => {
+        match codec::decode::<Kept>(&bytes) {
+            Ok(kept) if kept.store != self.store => None,
+            Ok(Kept { record, .. }) if self.has(&record.next) => Some(record),
+            Ok(Kept { record, .. }) => {
                 tracing::error!(
                     "{file}: not all modules of {} are here: the policy is the store's",
                     record.next.what
@@ -62,7 +74,11 @@ impl ModuleFolder {
     }
 
     fn keep_policy(&self, record: &PolicyRecord) {
-        let kept = codec::encode(record)
+        let kept = Kept {
+            store: self.store.clone(),
+            record: record.clone(),
+        };
+        let kept = codec::encode(&kept)
             .map_err(|error| error.to_string())
             .and_then(|bytes| {
                 if fs::read(&self.policy).is_ok_and(|there| there == bytes) {
@@ -212,13 +228,57 @@ impl Daemon {
 #[cfg(test)]
 mod tests {
     use super::ModuleFolder;
-    use crate::wasm::sha256;
+    use crate::{
+        store::records::{ModuleRecord, Phase, PolicyRecord, Revision},
+        wasm::{Overrides, Placement, Tier, sha256},
+    };
     use std::collections::BTreeSet;
+
+    #[test]
+    fn a_kept_policy_is_that_of_its_store_and_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let open = |store: &str| ModuleFolder::open(folder.path(), store.to_owned()).unwrap();
+        let one = sha256(b"one");
+        let mut record = PolicyRecord {
+            phase: Phase::Retired,
+            next: Revision::none(),
+            previous: Revision::none(),
+            history: Vec::new(),
+            coordinator: "node1".to_owned(),
+            deadline_ms: 0,
+        };
+        record.next.serial = 7;
+        assert!(open("a").policy().is_none());
+        open("a").keep_policy(&record);
+        assert_eq!(open("a").policy(), Some(record.clone()));
+        assert!(open("b").policy().is_none(), "another cluster's");
+        record.next.modules.push(ModuleRecord {
+            sha256: one.clone(),
+            placement: Placement {
+                name: "default".to_owned(),
+                tier: Tier::Tenant,
+                priority: 500,
+                tenant: None,
+            },
+            file: String::new(),
+            audit: false,
+            overrides: Overrides::default(),
+            config: String::new(),
+        });
+        open("a").keep_policy(&record);
+        assert!(open("a").policy().is_none(), "a module is missing");
+        open("a").put(&one, b"one");
+        assert_eq!(open("a").policy(), Some(record));
+        let file = folder.path().join("policy");
+        let bytes = std::fs::read(&file).unwrap();
+        std::fs::write(&file, &bytes[..bytes.len() - 1]).unwrap();
+        assert!(open("a").policy().is_none(), "torn");
+    }
 
     #[test]
     fn a_damaged_module_is_none_and_what_is_not_needed_goes() {
         let folder = tempfile::tempdir().unwrap();
-        let modules = ModuleFolder::open(folder.path()).unwrap();
+        let modules = ModuleFolder::open(folder.path(), String::new()).unwrap();
         let (one, other) = (sha256(b"one"), sha256(b"other"));
         modules.put(&one, b"one");
         modules.put(&other, b"other");

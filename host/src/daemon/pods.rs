@@ -246,9 +246,18 @@ impl Daemon {
     fn replace(&mut self, first: &AddressKey, second: Option<IpAddr>) -> Result<(), DaemonError> {
         let kept = self.pods.get(first).and_then(|pod| pod.record.second);
         if let Some(gone) = second.filter(|gone| kept != Some(*gone)) {
-            self.forget_address(gone.into())?;
+            self.forget_second(gone)?;
         }
         self.place(first)
+    }
+
+    /// A pod has a second address no longer; another one may have been heard of that has it by now.
+    fn forget_second(&mut self, second: IpAddr) -> Result<(), DaemonError> {
+        let address = AddressKey::from(second);
+        match self.pods.find(&address) {
+            Some(_) => Ok(()),
+            None => self.forget_address(address),
+        }
     }
 
     /// Makes the maps say of a pod's addresses what both sides make of it.
@@ -317,11 +326,8 @@ impl Daemon {
             self.services_follow(&pod.record);
         }
         self.forget_address(*address)?;
-        // Another pod may have been heard of that has it by now.
-        let its = |second: &AddressKey| self.pods.find(second).is_none();
-        let second = pod.as_ref().and_then(|pod| pod.record.second).map(AddressKey::from);
-        if let Some(second) = second.filter(its) {
-            self.forget_address(second)?;
+        if let Some(second) = pod.as_ref().and_then(|pod| pod.record.second) {
+            self.forget_second(second)?;
         }
         if pod.is_some_and(|pod| pod.record.addresses().any(|address| self.is_a_services(address))) {
             self.place_services();

@@ -2,11 +2,11 @@
 
 use super::{Command, Names, coordinate::Coordinator};
 use crate::{
-    api::{Attach, EndpointAdd, Failure, Monitor, PacketView, Request, Response},
+    api::{Monitor, PacketView, Request, Response},
     codec,
     datapath::EventStream,
     plan::protocol_name,
-    source::{Description, PodSource},
+    source::PodSource,
 };
 use abi::{AddressKey, DropReason, Event, Family, Hook, Path, event::ALLOWED};
 use std::{
@@ -36,22 +36,12 @@ pub struct Front {
     pub source: Box<dyn PodSource>,
 }
 
-/// Whoever knows of a pod has to answer within this time.
-const DESCRIBE: Duration = Duration::from_secs(10);
-
-async fn reply(stream: &mut UnixStream, response: &Response) -> io::Result<()> {
-    codec::write(stream, response).await.map_err(io::Error::other)
+pub fn stopping() -> Response {
+    Response::Error("hostd is stopping".to_owned())
 }
 
-/// Waits for an answer as long as whoever has asked is there. Clients say nothing more: what can be read is their end.
-async fn reply_while_there(stream: &mut UnixStream, answer: impl Future<Output = Response>) -> io::Result<()> {
-    let mut nothing = [0; 1];
-    let response = tokio::select! {
-        biased;
-        _ = stream.read(&mut nothing) => return Ok(()),
-        response = answer => response,
-    };
-    reply(stream, &response).await
+pub async fn reply(stream: &mut UnixStream, response: &Response) -> io::Result<()> {
+    codec::write(stream, response).await.map_err(io::Error::other)
 }
 
 /// A channel of events that monitors subscribe to.
@@ -94,18 +84,8 @@ impl Front {
             Request::Status => self.ask(Command::Status).await,
             Request::EndpointAdd(add) => self.ask(|reply| Command::EndpointAdd(add, reply)).await,
             Request::EndpointDelete(pod) => self.ask(|reply| Command::EndpointDelete(pod, reply)).await,
-            Request::Attach(attach) => {
-                let add = match self.describe(*attach).await {
-                    Ok(add) => Box::new(add),
-                    Err(problem) => return reply(&mut stream, &Response::Failed(Failure::Transient, problem)).await,
-                };
-                let asked = self.ask(|reply| Command::Attach(add, reply));
-                return reply_while_there(&mut stream, asked).await;
-            }
-            Request::Detach(attachment) => {
-                let asked = self.ask(|reply| Command::Detach(attachment, reply));
-                return reply_while_there(&mut stream, asked).await;
-            }
+            Request::Attach(attach) => return self.attach(*attach, stream).await,
+            Request::Detach(attachment) => return self.detach(attachment, stream).await,
             Request::CheckAttachment(asked) => self.ask(|reply| Command::CheckAttachment(asked, reply)).await,
             Request::CollectAttachments { network, valid } => {
                 self.ask(|reply| Command::CollectAttachments(network, valid, reply))
@@ -133,30 +113,8 @@ impl Front {
         reply(&mut stream, &response).await
     }
 
-    /// Completes what a runtime has said of a pod.
-    async fn describe(&self, attach: Attach) -> Result<EndpointAdd, String> {
-        let Attach {
-            endpoint: mut add,
-            arguments,
-        } = attach;
-        let given = Description {
-            labels: std::mem::take(&mut add.labels),
-            service_account: std::mem::take(&mut add.service_account),
-            ports: std::mem::take(&mut add.ports),
-        };
-        let described = tokio::time::timeout(DESCRIBE, self.source.describe(&add.pod, &arguments, given));
-        let late = |_| format!("nothing is known of pod {} after {} s", add.pod, DESCRIBE.as_secs());
-        Description {
-            labels: add.labels,
-            service_account: add.service_account,
-            ports: add.ports,
-        } = described.await.map_err(late)??;
-        Ok(add)
-    }
-
-    async fn ask(&self, command: impl FnOnce(oneshot::Sender<Response>) -> Command) -> Response {
+    pub(super) async fn ask(&self, command: impl FnOnce(oneshot::Sender<Response>) -> Command) -> Response {
         let (reply, answer) = oneshot::channel();
-        let stopping = || Response::Error("hostd is stopping".to_owned());
         match self.daemon.send(command(reply)).await {
             Ok(()) => answer.await.unwrap_or_else(|_| stopping()),
             Err(_) => stopping(),

@@ -189,7 +189,7 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
             store::remove_asides(folder)?;
         }
     }
-    let modules = ModuleFolder::open(&config.state_dir)?;
+    let modules = ModuleFolder::open(&config.state_dir, format!("{} {}", config.store, config.etcd.prefix))?;
     // This very program, also after another was installed in its place.
     let cache = config.state_dir.join("compiled");
     let compiler = Compiler::new("/proc/self/exe".into(), config.wasm.into(), Some(&cache))?;

@@ -20,8 +20,10 @@ const LOOK: Duration = Duration::from_millis(10);
 const WATCH_STACK: Duration = Duration::from_secs(5);
 /// How long no pod may have come or gone before a link takes over from a filter: one that comes would wait for the kernel.
 const CALM: Duration = Duration::from_millis(100);
-/// How long a filter waits at most for a link to take over.
+/// How long a filter waits for that at most.
 const SETTLED: Duration = Duration::from_secs(2);
+/// Between two links that take over pods have their turn with the kernel.
+const BETWEEN: Duration = Duration::from_millis(50);
 
 /// What is known of the attachment.
 pub struct Watch {
@@ -32,6 +34,8 @@ pub struct Watch {
     looked_at_stack: Instant,
     /// When a pod came or went last.
     pub moved: Instant,
+    /// When a link took over from a filter last.
+    settled: Instant,
     /// Routes into the tunnel as they were set.
     pub routes: BTreeMap<IpNet, IpAddr>,
     /// The table of nftables as it was shown when it was set.
@@ -51,6 +55,7 @@ impl Watch {
             round: VecDeque::new(),
             looked_at_stack: Instant::now(),
             moved: Instant::now(),
+            settled: Instant::now(),
             routes: BTreeMap::new(),
             table: None,
             repairs: 0,
@@ -89,6 +94,9 @@ impl Daemon {
         while began.elapsed() < LOOK
             && let Some((hook, interface)) = self.watch.round.pop_front()
         {
+            if hook == Hook::FromNetdev && !self.datapath.has_node_ports() {
+                continue; // the last one has gone since this round began
+            }
             match block_in_place(|| self.datapath.keep_attached(hook, &interface)) {
                 Ok(None) => {}
                 Ok(Some(wrong)) => {
@@ -132,7 +140,8 @@ impl Daemon {
     /// When a link is to take over from the next filter, where there is one.
     pub(super) fn settling(&self) -> Option<Instant> {
         let since = self.datapath.unsettled_since()?;
-        Some((self.watch.moved + CALM).min(since + SETTLED))
+        let due = (self.watch.moved + CALM).min(since + SETTLED);
+        Some(due.max(self.watch.settled + BETWEEN))
     }
 
     /// Lets a link take over from a filter.
@@ -140,6 +149,7 @@ impl Daemon {
         if let Err(error) = block_in_place(|| self.datapath.settle()) {
             self.watch.complain(error.to_string());
         }
+        self.watch.settled = Instant::now();
     }
 
     /// Gives the node's stack its table of nftables.

@@ -96,14 +96,21 @@ impl Attacher {
     }
 
     pub fn attach(&mut self, hook: Hook, interface: &str) -> Result<(), DatapathError> {
-        self.unsettled.remove(&(interface.to_owned(), hook));
-        self.try_attach(hook, interface).map_err(failed(hook, interface))
+        let place = (interface.to_owned(), hook);
+        let waited = self.unsettled.remove(&place);
+        let attached = self.try_attach(hook, interface).map_err(failed(hook, interface));
+        if attached.is_err() && waited.is_some() {
+            // Again after a while.
+            self.unsettled.insert(place, Instant::now());
+        }
+        attached
     }
 
-    /// Attaches a program to a pod's interface: in the link or the filter that is there, or by a filter, which is there at once.
-    pub fn attach_pod(&mut self, hook: Hook, interface: &str) -> Result<(), DatapathError> {
+    /// Attaches a program to a pod's interface by a filter, until a link takes over: in place of the filter that is there, or of none.
+    /// False where it has to be a link.
+    pub fn attach_filter(&mut self, hook: Hook, interface: &str) -> Result<bool, DatapathError> {
         if !self.filters_first || self.pin(interface, hook).exists() {
-            return self.attach(hook, interface);
+            return Ok(false);
         }
         let program = self.program(hook.name()).map_err(failed(hook, interface))?;
         if let Err(problem) = attach_clsact(program, interface, hook) {
@@ -111,14 +118,11 @@ impl Attacher {
                 "{} gets a link on {interface}, for it gets no filter: {problem}",
                 hook.name()
             );
-            return self.attach(hook, interface);
+            return Ok(false);
         }
         self.unsettled.insert((interface.to_owned(), hook), Instant::now());
-        match self.wrong(hook, interface)? {
-            // Somebody who waits for new interfaces has put a tcx program there.
-            Some(_) => self.attach(hook, interface),
-            None => Ok(()),
-        }
+        // Somebody who waits for new interfaces may have put a tcx program there.
+        Ok(self.wrong(hook, interface)?.is_none())
     }
 
     /// The hook that has waited longest for a link to take over from its filter, and since when.

@@ -336,7 +336,10 @@ impl Datapath {
     ///
     /// Where the kernel refuses.
     pub fn attach_pod(&mut self, hook: abi::Hook, interface: &str) -> Result<(), DatapathError> {
-        self.attacher.attach_pod(hook, interface)
+        if self.attacher.attach_filter(hook, interface)? {
+            return Ok(());
+        }
+        self.attach(hook, interface)
     }
 
     /// Since when a filter has waited for a link to take over, where one does.

@@ -190,10 +190,9 @@ async fn a_value_of_before_gives_a_restored_backup_away() {
     put(&mut watch).await;
     put(&mut watch).await;
     assert_eq!(next(&mut watch).await, Change::Synced);
-    etcd.kill().unwrap();
+    etcd.wipe().unwrap();
     // Until the watch makes long pauses.
     tokio::time::sleep(Duration::from_secs(12)).await;
-    etcd.wipe().unwrap();
     etcd.run().unwrap();
     let other = connect(&etcd);
     other.put(&key("a"), vec![0], Expect::Any).await.unwrap();

@@ -209,7 +209,8 @@ impl Watcher {
         Ok(())
     }
 
-    /// The value of each collection that was changed last is the first that a backup has of before.
+    /// Of each collection the value that was changed last: a backup has that of before, if it has one. What was made since a backup whose own
+    /// revision was raised is not told from what was deleted.
     async fn check_newest(&mut self) -> Result<(), Stop> {
         for followed in &self.followed {
             let Some((name, known)) = followed.reported.iter().max_by_key(|(_, revision)| **revision) else {
