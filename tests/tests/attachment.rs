@@ -257,6 +257,26 @@ fn a_tcx_link_that_somebody_has_detached_is_made_again() {
     }
 }
 
+/// As with a bpffs that goes with hostd's mount namespace.
+#[test]
+fn where_all_programs_are_gone_and_hostd_too_pods_do_not_reach_each_other_by_the_stack() {
+    kernel_test!();
+    let mut stage = Stage::new("tcx");
+    assert!(stage.is_right());
+    let interface = stage.interface();
+    stage.cluster.nodes[0].stop(true).unwrap();
+    assert!(stage.is_right());
+    let links = stage.node().bpffs().join("links");
+    for link in std::fs::read_dir(&links).unwrap() {
+        std::fs::remove_file(link.unwrap().path()).unwrap();
+    }
+    let gone = || tcx(stage.node(), &interface, TcAttachType::Ingress).is_empty();
+    assert!(wait_until(LONG, gone));
+    // Whoever has resolved its gateway sends on.
+    assert!(!stage.reaches("blue/c"));
+    assert!(!stage.reaches("red/b"));
+}
+
 #[test]
 fn a_filter_that_somebody_has_removed_replaced_or_overtaken_is_put_back() {
     kernel_test!();

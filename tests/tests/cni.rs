@@ -152,7 +152,7 @@ fn what_is_not_as_it_was_made_is_noticed_and_what_the_node_has_lost_is_put_right
         (
             "addr del 10.1.0.0/32 dev net1",
             &with_address[..],
-            "no longer the address 10.1.0.0",
+            "no longer has the address 10.1.0.0",
         ),
         ("route del default", &routes[1..], "route to everything by 169.254.1.1"),
         (
@@ -163,7 +163,7 @@ fn what_is_not_as_it_was_made_is_noticed_and_what_the_node_has_lost_is_put_right
         (
             "neigh del fe80::1 dev net1",
             &[neighbour.as_str()],
-            "fe80::1 no longer as its neighbour",
+            "no longer knows fe80::1",
         ),
     ] {
         let change = |what: &str| front.ip(&what.split(' ').collect::<Vec<_>>()).unwrap();

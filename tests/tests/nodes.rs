@@ -225,6 +225,21 @@ fn cleanup_takes_everything_away() {
     assert!(!output.status.success());
     assert!(String::from_utf8_lossy(&output.stderr).contains("stop hostd first"));
     cluster.nodes[1].stop(false).unwrap();
+    // In another namespace it would only take the guard from pods that it does not find.
+    for command in ["cleanup", "drain"] {
+        let mut elsewhere = cluster.pods[0].netns.command(harness::hostd().unwrap());
+        let output = elsewhere
+            .args([command, "--config"])
+            .arg(cluster.nodes[1].config())
+            .output();
+        let output = output.unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            !output.status.success() && said.contains("the node's network namespace?"),
+            "{said}"
+        );
+    }
+    assert!(cluster.nodes[1].bpffs().join("links").exists());
     // Also without what it knows of its pods.
     std::fs::write(cluster.folder().join("node2/state/endpoints"), "torn").unwrap();
     let output = by_config(&cluster, "cleanup");

@@ -332,6 +332,17 @@ fn cut(cluster: &Cluster, rules: &str) {
 const CUT: &str = "add table ip cut; add chain ip cut in { type filter hook input priority 0; iif != lo drop; }";
 const MEND: &str = "delete table ip cut";
 
+/// Makes etcd anew, and cuts it off until it has what a test says that it has.
+fn wipe_behind_the_nodes_backs(cluster: &mut Cluster) {
+    cut(cluster, CUT);
+    for node in 0..2 {
+        assert!(wait_until(LONG, || problem(cluster, node).is_some()));
+    }
+    let etcd = cluster.etcd.as_mut().unwrap();
+    etcd.wipe().unwrap();
+    etcd.run().unwrap();
+}
+
 #[test]
 fn a_backup_does_not_bring_back_what_a_later_policy_has_revoked() {
     kernel_test!();
@@ -343,13 +354,7 @@ fn a_backup_does_not_bring_back_what_a_later_policy_has_revoked() {
     let _listener = Listener::new(cluster.pod("red/front2").netns.name(), 8080).unwrap();
     let revoked = |cluster: &Cluster| !open(cluster, "red/back1", "red/front2");
     assert!(revoked(&cluster));
-    cut(&cluster, CUT);
-    for node in 0..2 {
-        assert!(wait_until(LONG, || problem(&cluster, node).is_some()));
-    }
-    let etcd = cluster.etcd.as_mut().unwrap();
-    etcd.wipe().unwrap();
-    etcd.run().unwrap();
+    wipe_behind_the_nodes_backs(&mut cluster);
     raw(&cluster, &policy, Some(before.clone()));
     cut(&cluster, MEND);
     let entered = || raw(&cluster, &policy, None).unwrap() == in_force;
@@ -450,13 +455,7 @@ fn what_numbers_mean_to_packets_wins_over_a_backup() {
     let [red, blue] = ["red/back1", "blue/a"].map(number);
     assert_ne!(red, blue);
     let [means_red, means_blue] = [&red, &blue].map(|key| raw(&cluster, key, None).unwrap());
-    cut(&cluster, CUT);
-    for node in 0..2 {
-        assert!(wait_until(LONG, || problem(&cluster, node).is_some()));
-    }
-    let etcd = cluster.etcd.as_mut().unwrap();
-    etcd.wipe().unwrap();
-    etcd.run().unwrap();
+    wipe_behind_the_nodes_backs(&mut cluster);
     // As if the one number had meant the other at the time of the backup.
     raw(&cluster, &red, Some(means_blue.clone()));
     cut(&cluster, MEND);

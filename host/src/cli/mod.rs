@@ -120,10 +120,12 @@ async fn ask(socket: &Path, json: bool, command: Command) -> anyhow::Result<()> 
 
 /// A hostd that runs takes its pods away in its own order, and stops; what is left then is removed as by `cleanup`.
 async fn drain(config: &Config, json: bool) -> anyhow::Result<()> {
+    daemon::check_here(config)?;
     match api::call(&config.socket, &Request::Drain).await {
         Ok(response) => print_response(&response, json)?,
-        // It does not run: then there is nothing to stop.
-        Err(ClientError::Connect { .. }) => {}
+        Err(ClientError::Connect { .. }) => {
+            eprintln!("hostd does not run on this node: what it has left is removed, as by `hostd cleanup`");
+        }
         Err(error) => return Err(error.into()),
     }
     daemon::until_stopped(&config.state_dir).await?;

@@ -309,9 +309,12 @@ pub fn check_version(text: &str, command: &str) -> Result<(), Error> {
     let age = |version: &str| VERSIONS.iter().position(|known| *known == version);
     let Some(its) = age(&version) else {
         let spoken = VERSIONS.join(", ");
-        return Err(wrong(format!(
-            "`cniVersion` is {version:?}; this plugin speaks {spoken}"
-        )));
+        let version = if version.is_empty() {
+            "missing".to_owned()
+        } else {
+            format!("{version:?}")
+        };
+        return Err(wrong(format!("`cniVersion` is {version}; this plugin speaks {spoken}")));
     };
     let since = match command {
         "CHECK" => "0.4.0",

@@ -20,7 +20,7 @@ impl DaemonError {
             | Self::Address(AddressError::Full { .. })
             | Self::Full(_)
             | Self::Draining => Failure::Transient,
-            Self::Net(NetError::Netns { .. }) => Failure::NoContainer,
+            Self::NotAttached(_) | Self::Net(NetError::Netns { .. }) => Failure::NoContainer,
             Self::Request(_) | Self::Net(NetError::Occupied { .. }) | Self::Address(_) => Failure::Invalid,
             _ => Failure::Internal,
         };
@@ -105,12 +105,7 @@ impl Daemon {
 
     /// What is not as it should be of an attachment.
     pub(super) fn check_attachment(&mut self, asked: &CheckAttachment) -> Result<Vec<String>, DaemonError> {
-        let unknown = || {
-            DaemonError::Net(NetError::Netns {
-                path: asked.netns.clone(),
-                problem: format!("{} is not attached", asked.attachment),
-            })
-        };
+        let unknown = || DaemonError::NotAttached(asked.attachment.clone());
         let pod = self.attached(&asked.attachment).ok_or_else(unknown)?;
         let local = self.locals.get(&pod).ok_or_else(unknown)?;
         let (endpoint, veth) = (local.endpoint.clone(), local.veth);

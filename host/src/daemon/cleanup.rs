@@ -12,7 +12,7 @@ use crate::{
         records::{self, PodRecord},
     },
 };
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use std::{
     fmt::Display,
     fs, io,
@@ -49,12 +49,29 @@ pub async fn until_stopped(state_dir: &Path) -> anyhow::Result<()> {
     }
 }
 
+/// In another network namespace nothing of hostd's would be found, but pods would lose their guard.
+///
+/// # Errors
+///
+/// Where this is not the node's, by all that can be seen.
+pub fn check_here(config: &Config) -> anyhow::Result<()> {
+    if let Err(error) = net::underlay(config.underlay)
+        && net::ifindex(VXLAN_DEVICE).is_err()
+    {
+        bail!(
+            "{error}, and there is no interface {VXLAN_DEVICE}: is this the node's network namespace? Nothing is changed"
+        );
+    }
+    Ok(())
+}
+
 /// Takes away all that hostd has made on this node: pods' interfaces, the vxlan device, rules, routes, pins, records, files.
 ///
 /// # Errors
 ///
 /// Where something can't be removed; everything else is.
 pub async fn cleanup(config: &Config) -> anyhow::Result<()> {
+    check_here(config)?;
     let lock = lock(&config.state_dir).context("stop hostd first")?;
     let mut problems = Vec::new();
     // By their names, and not by a file that may be lost.
@@ -83,6 +100,10 @@ pub async fn cleanup(config: &Config) -> anyhow::Result<()> {
     note(&mut problems, Queue::beside(&config.socket).clear());
     let removed = remove_socket(&config.socket).map_err(|error| format!("{}: {error}", config.socket.display()));
     note(&mut problems, removed);
+    if let Some(folder) = config.socket.parent() {
+        // Unless something else is in it.
+        let _ = fs::remove_dir(folder);
+    }
     for name in STATE {
         let path = config.state_dir.join(name);
         let removed = remove(&path);

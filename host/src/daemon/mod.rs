@@ -27,7 +27,7 @@ mod verify;
 mod views;
 mod watch;
 
-pub use cleanup::{cleanup, until_stopped};
+pub use cleanup::{check_here, cleanup, until_stopped};
 pub use start::run;
 
 use crate::{
@@ -71,6 +71,9 @@ pub enum DaemonError {
     /// The node has as many pods as its maps take.
     #[error("this node has {0} pods already: raise `maps.endpoints`")]
     Full(u32),
+    /// There is no such attachment.
+    #[error("{0} is not attached")]
+    NotAttached(Attachment),
     /// The node takes no pods any more.
     #[error("this node is being drained: it takes no pods any more")]
     Draining,

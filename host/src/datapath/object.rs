@@ -223,6 +223,8 @@ pub fn remove_all(bpffs: &Path) -> Result<(), DatapathError> {
     for folder in ["links", "maps", "maps-new", "maps-old"] {
         remove_folder(&bpffs.join(folder))?;
     }
+    // Unless something else is in it, or mounted on it.
+    let _ = fs::remove_dir(bpffs);
     Ok(())
 }
 
@@ -258,6 +260,14 @@ fn is_bpffs(folder: &Path) -> io::Result<bool> {
 fn mount_on(folder: &Path) -> io::Result<()> {
     // Pins are root's: whoever can remove a link's pin detaches a program.
     const DATA: Option<&CStr> = Some(c"mode=0700");
+    let namespace = |of: &str| fs::read_link(format!("/proc/{of}/ns/mnt")).ok();
+    if namespace("self") != namespace("1") {
+        tracing::warn!(
+            "{}: this bpffs is mounted in a mount namespace of hostd's own, as under `ip netns exec`: programs and policy end with hostd; \
+             mount one there before it starts, or use `nsenter --net`",
+            folder.display()
+        );
+    }
     Ok(mount(
         "bpf",
         folder,

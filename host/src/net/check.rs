@@ -103,16 +103,16 @@ async fn check_pod(
     for address in addresses {
         if !there.contains(&address) {
             problems.push(format!(
-                "the container's {interface} has no longer the address {address}"
+                "the container's {interface} no longer has the address {address}"
             ));
         }
     }
     for by in routes {
         if !has_default_route(&handle, index, by).await? {
-            problems.push(format!("the container has no longer its route to everything by {by}"));
+            problems.push(format!("the container no longer has its route to everything by {by}"));
         }
         if by.is_ipv6() && !knows(&handle, index, by).await? {
-            problems.push(format!("the container knows {by} no longer as its neighbour"));
+            problems.push(format!("the container no longer knows {by} as its neighbour"));
         }
     }
     Ok(problems)

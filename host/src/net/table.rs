@@ -28,7 +28,8 @@ pub struct Routed<'a> {
     pub underlay: IpAddr,
 }
 
-/// Sets the table. Whatever it is made of, nothing is forwarded into the tunnel, where it would pass for this node's own.
+/// Sets the table. Whatever it is made of, nothing is forwarded into the tunnel, where it would pass for this node's own, nor from pod to
+/// pod, which is the programs' to do: where they are gone, nobody's policy would hold.
 ///
 /// # Errors
 ///
@@ -90,7 +91,8 @@ fn script(routed: Routed<'_>) -> String {
     let family = if underlay.is_ipv4() { "ip" } else { "ip6" };
     let mut text = format!(
         "table {TABLE}\ndelete table {TABLE}\ntable {TABLE} {{\n  chain forward {{\n    \
-         type filter hook forward priority filter; policy accept;\n    oifname \"{VXLAN_DEVICE}\" drop\n  }}\n"
+         type filter hook forward priority filter; policy accept;\n    oifname \"{VXLAN_DEVICE}\" drop\n    \
+         iifname \"wg-*\" oifname \"wg-*\" drop\n  }}\n"
     );
     for (hook, end) in [("prerouting", "daddr"), ("output", "saddr")] {
         let _ = writeln!(
@@ -166,6 +168,7 @@ mod tests {
         assert!(lines.contains(&"ip6 saddr fd00:10:1::/64 masquerade"), "{text}");
         let guard = "oifname \"wasmgate_vxlan\" drop";
         assert!(lines.contains(&guard), "{text}");
+        assert!(lines.contains(&"iifname \"wg-*\" oifname \"wg-*\" drop"), "{text}");
         let ports = "ip saddr 10.1.0.0/24 meta l4proto { tcp, udp } masquerade to :32768-65535";
         assert!(lines.contains(&ports), "{text}");
         assert_eq!(free_ports([1024, u16::MAX - 1]), [u16::MAX, u16::MAX]);

@@ -273,6 +273,10 @@ fn begin(path: &Path) -> Result<(File, [u8; LIFE]), StoreError> {
     if let Ok(life) = known.try_into() {
         return Ok((file, life));
     }
+    if let Some(folder) = path.parent() {
+        let folder = folder.display();
+        tracing::info!("{folder} is a new store (if there should be one already: is it mounted?)");
+    }
     let life = random::bytes().context("a number for", path)?;
     file.set_len(0)
         .and_then(|()| file.write_all_at(&life, 0))
