@@ -9,6 +9,7 @@ use crate::{
     attachment::Attachment,
     source::Description,
 };
+use rustix::net::{RecvFlags, recv};
 use std::{io, time::Duration};
 use tokio::{io::AsyncReadExt, net::UnixStream, sync::oneshot};
 
@@ -52,11 +53,16 @@ impl Front {
         stream: &mut UnixStream,
         command: impl FnOnce(oneshot::Sender<Response>) -> Command,
     ) -> (bool, Option<Response>) {
+        let mut nothing = [0; 1];
+        // Not by what tokio knows of it yet.
+        let look = recv(&*stream, &mut nothing, RecvFlags::PEEK | RecvFlags::DONTWAIT);
+        if matches!(look, Ok((_, 0))) {
+            return (false, None);
+        }
         let (reply, mut answer) = oneshot::channel();
         if self.daemon.send(command(reply)).await.is_err() {
             return (true, Some(stopping()));
         }
-        let mut nothing = [0; 1];
         tokio::select! {
             biased;
             _ = stream.read(&mut nothing) => {

@@ -261,7 +261,8 @@ fn mount_on(folder: &Path) -> io::Result<()> {
     // Pins are root's: whoever can remove a link's pin detaches a program.
     const DATA: Option<&CStr> = Some(c"mode=0700");
     let namespace = |of: &str| fs::read_link(format!("/proc/{of}/ns/mnt")).ok();
-    if namespace("self") != namespace("1") {
+    let parent = rustix::process::Pid::as_raw(rustix::process::getppid());
+    if namespace("self") != namespace(&parent.to_string()) {
         tracing::warn!(
             "{}: this bpffs is mounted in a mount namespace of hostd's own, as under `ip netns exec`: programs and policy end with hostd; \
              mount one there before it starts, or use `nsenter --net`",
