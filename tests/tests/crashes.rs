@@ -239,6 +239,7 @@ fn hostd_killed_at_any_moment_loses_nothing_and_leaves_nothing() {
     cluster.settle().unwrap();
     cluster.nodes[0].stop(true).unwrap();
     cluster.nodes[0].start().unwrap();
+    cluster.wait_for_links().unwrap();
     let before = leftovers(&cluster);
     cluster.nodes[0].stop(true).unwrap();
 
@@ -317,6 +318,7 @@ fn hostd_killed_at_any_moment_loses_nothing_and_leaves_nothing() {
         done.unwrap().status.success()
     };
     assert!(wait_until(Duration::from_mins(1), load));
+    cluster.wait_for_links().unwrap();
     assert_eq!(leftovers(&cluster), before);
     assert_eq!(tcp_exchange(&a, near.ip(), 80, WAIT).unwrap(), TcpOutcome::Open);
 }

@@ -77,6 +77,7 @@ fn bad_requests_are_refused_and_leave_nothing() {
     std::fs::write(&file, "no namespace").unwrap();
     let (free, occupied, file) = (free.name(), occupied.name(), file.display().to_string());
     let node = &cluster.nodes[0];
+    cluster.wait_for_links().unwrap();
     let before = traces(&cluster, node);
     let (long, wide) = ("x".repeat(64), format!("k={}", "v".repeat(64)));
     let add = |netns: &str, namespace: &str, name: &str, more: &[&str]| {

@@ -30,7 +30,7 @@ pub fn run(filter: Option<&str>) -> anyhow::Result<()> {
     println!("unit tests");
     crate::run(&mut test(&["--workspace", "--exclude", "wasmgate-tests"]))?;
     println!("kernel tests");
-    crate::run(&mut test(&["--package", "wasmgate-tests"]))?;
+    crate::run(&mut test(&["--package", "wasmgate-tests", "--no-fail-fast"]))?;
     if filter.is_none() {
         println!("conformance on one node, then across two");
         for two_nodes in [false, true] {

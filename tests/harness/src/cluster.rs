@@ -280,6 +280,32 @@ impl Cluster {
         Ok(())
     }
 
+    /// Waits until each pod of every node has its tcx link: with `attach = "auto"` it comes some time after the pod.
+    ///
+    /// # Errors
+    ///
+    /// Where they do not in time.
+    pub fn wait_for_links(&self) -> anyhow::Result<()> {
+        for node in &self.nodes {
+            let pods = node.json(&["endpoint", "list"])?.as_array().map_or(0, Vec::len);
+            let linked = wait_until(START, || {
+                let pins = std::fs::read_dir(node.bpffs().join("links"));
+                let names = pins.into_iter().flatten().flatten().map(|pin| pin.file_name());
+                names
+                    .filter(|name| name.to_string_lossy().ends_with("-from_pod"))
+                    .count()
+                    == pods
+            });
+            ensure!(
+                linked,
+                "node {} has not linked its {pods} pods: {}",
+                node.name,
+                node.log()
+            );
+        }
+        Ok(())
+    }
+
     fn addresses(&self) -> usize {
         self.pods.iter().map(|pod| pod.addresses.len()).sum()
     }
