@@ -9,8 +9,10 @@ use aya::{
     },
 };
 use harness::{
-    Cluster, Listener, Node, Options, TcpOutcome, Traffic, in_netns, kernel_test, run, tcp_exchange, wait_until,
+    Cluster, Listener, Namespace, Node, Options, TcpOutcome, Traffic, in_netns, kernel_test, run, tcp_exchange,
+    wait_until,
 };
+use hostd::endpoint::interface_name;
 use std::{net::IpAddr, time::Duration};
 
 const WAIT: Duration = Duration::from_millis(400);
@@ -84,10 +86,13 @@ fn program(ebpf: &mut Ebpf) -> &mut SchedClassifier {
 }
 
 fn attach(stage: &Stage, ebpf: &mut Ebpf, options: TcAttachOptions) {
-    let interface = stage.interface();
+    attach_to(stage, &stage.interface(), ebpf, options);
+}
+
+fn attach_to(stage: &Stage, interface: &str, ebpf: &mut Ebpf, options: TcAttachOptions) {
     in_netns(stage.node().netns.name(), || {
         program(ebpf)
-            .attach_with_options(&interface, TcAttachType::Ingress, options)
+            .attach_with_options(interface, TcAttachType::Ingress, options)
             .unwrap();
     })
     .unwrap();
@@ -107,11 +112,10 @@ fn tcx(node: &Node, interface: &str, hook: TcAttachType) -> Vec<String> {
         .collect()
 }
 
-/// Whether a pod's programs are links, or filters; the one takes over from the other under the eyes of whoever looks.
+/// Whether the programs of a pod of namespace red are links, or filters; the one takes over from the other under the eyes of whoever
+/// looks.
 fn by_links_or_filters(node: &Node, pod: &str) -> (usize, usize) {
-    let listed = node.json(&["endpoint", "list"]).unwrap();
-    let its = listed.as_array().unwrap().iter().find(|one| one["pod"]["name"] == pod);
-    let interface = its.unwrap()["interface"].as_str().unwrap().to_owned();
+    let interface = interface_name("red", pod);
     let hooks = [(TcAttachType::Ingress, "ingress"), (TcAttachType::Egress, "egress")];
     let links = hooks.map(|(hook, _)| tcx(node, &interface, hook).len());
     let filters = hooks.map(|(_, hook)| {
@@ -179,6 +183,7 @@ fn links_take_over_from_the_filters_of_new_pods_and_no_packet_is_lost() {
 fn a_hostd_that_is_killed_before_links_take_over_goes_on_from_there() {
     kernel_test!();
     let mut stage = Stage::new("auto");
+    let mut killed_before = 0;
     for number in 0..5 {
         let name = format!("late{number}");
         stage.cluster.add_pod(0, &format!("red/{name}"), &[]).unwrap();
@@ -186,6 +191,7 @@ fn a_hostd_that_is_killed_before_links_take_over_goes_on_from_there() {
         let (b, c) = (stage.cluster.pod("red/b").address, stage.cluster.pod("blue/c").address);
         let traffic = Traffic::paced(&late, b, 80, LONG, Duration::from_millis(1));
         stage.cluster.nodes[0].stop(true).unwrap();
+        killed_before += usize::from(by_links_or_filters(stage.node(), &name).1 > 0);
         let denied = || tcp_exchange(&late, c, 80, WAIT).unwrap() == TcpOutcome::Silence;
         assert!(denied());
         stage.cluster.nodes[0].start().unwrap();
@@ -199,21 +205,37 @@ fn a_hostd_that_is_killed_before_links_take_over_goes_on_from_there() {
         assert!(denied());
         traffic.lost_nothing();
     }
+    assert!(killed_before > 0, "links were always there before");
 }
 
 #[test]
 fn a_tcx_program_that_comes_before_links_take_over_is_overtaken() {
     kernel_test!();
-    let stage = Stage::new("auto");
-    let mut other = foreign();
-    attach(&stage, &mut other, TcAttachOptions::TcxOrder(LinkOrder::last()));
-    let expected = ["from_pod", "packet_table"];
-    assert!(
-        wait_until(LONG, || attached(&stage) == expected),
-        "{:?}",
-        attached(&stage)
-    );
-    assert!(stage.is_right());
+    let mut stage = Stage::new("auto");
+    let mut came_before = 0;
+    for number in 0..20 {
+        let name = format!("late{number}");
+        stage.cluster.add_pod(0, &format!("red/{name}"), &[]).unwrap();
+        let interface = interface_name("red", &name);
+        let mut other = foreign();
+        attach_to(
+            &stage,
+            &interface,
+            &mut other,
+            TcAttachOptions::TcxOrder(LinkOrder::last()),
+        );
+        let attached = || tcx(stage.node(), &interface, TcAttachType::Ingress);
+        came_before += usize::from(attached() == ["packet_table"]);
+        let expected = ["from_pod", "packet_table"];
+        assert!(wait_until(LONG, || attached() == expected), "{:?}", attached());
+        let late = stage.cluster.pod(&format!("red/{name}")).netns.name();
+        let reaches = |to| tcp_exchange(late, stage.cluster.pod(to).address, 80, WAIT).unwrap() == TcpOutcome::Open;
+        assert!(reaches("red/b") && !reaches("blue/c"));
+        if came_before == 3 {
+            return;
+        }
+    }
+    panic!("links were there before {} times", 20 - came_before);
 }
 
 #[test]
@@ -275,6 +297,48 @@ fn where_all_programs_are_gone_and_hostd_too_pods_do_not_reach_each_other_by_the
     // Whoever has resolved its gateway sends on.
     assert!(!stage.reaches("blue/c"));
     assert!(!stage.reaches("red/b"));
+}
+
+/// As of a `WireGuard` network.
+#[test]
+fn interfaces_of_others_whose_names_look_like_hostds_are_the_outside() {
+    kernel_test!();
+    let mut cluster = Cluster::with(&Options {
+        nodes: 1,
+        ..Options::default()
+    })
+    .unwrap();
+    cluster.add_pod(0, "red/a", &[]).unwrap();
+    cluster.load("allow-all").unwrap();
+    let office = Namespace::new("office").unwrap();
+    let ours = &cluster.nodes[0].netns;
+    for arguments in [
+        &[
+            "link",
+            "add",
+            "wg-office",
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "eth0",
+            "netns",
+            office.name(),
+        ][..],
+        &["address", "add", "198.51.100.1/24", "dev", "wg-office"],
+        &["link", "set", "wg-office", "up"],
+    ] {
+        ours.ip(arguments).unwrap();
+    }
+    office
+        .ip(&["address", "add", "198.51.100.2/24", "dev", "eth0"])
+        .unwrap();
+    office.ip(&["link", "set", "eth0", "up"]).unwrap();
+    // It has no route to pods: they have to come by the node's address.
+    let _listener = Listener::new(office.name(), 80).unwrap();
+    let from = cluster.pod("red/a").netns.name();
+    let to = "198.51.100.2".parse().unwrap();
+    assert_eq!(tcp_exchange(from, to, 80, WAIT).unwrap(), TcpOutcome::Open);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 
 use aya::programs::{SchedClassifier, TcAttachType};
 use harness::{Cluster, Listener, Options, TcpOutcome, Traffic, kernel_test, run, tcp_exchange, wait_until};
-use std::{collections::BTreeSet, process::Output, time::Duration};
+use std::{collections::BTreeSet, fs, process::Output, time::Duration};
 
 const WAIT: Duration = Duration::from_millis(400);
 const LONG: Duration = Duration::from_secs(20);
@@ -217,6 +217,28 @@ fn nothing_is_left(cluster: &Cluster) {
     assert!(wait_until(LONG, || addresses(cluster, 0).len() == 2));
 }
 
+/// Numbers of identities would get another meaning.
+#[test]
+fn a_store_that_is_not_mounted_is_not_made_anew() {
+    kernel_test!();
+    let mut cluster = with_lease("ttl_seconds = 15");
+    cluster.nodes[1].stop(false).unwrap();
+    let (store, elsewhere) = (cluster.folder().join("store"), cluster.folder().join("elsewhere"));
+    fs::rename(&store, &elsewhere).unwrap();
+    fs::create_dir(&store).unwrap();
+    for command in ["run", "cleanup"] {
+        let output = by_config(&cluster, command);
+        let said = String::from_utf8_lossy(&output.stderr);
+        let expected = format!("there is no store in {}", store.display());
+        assert!(!output.status.success() && said.contains(&expected), "{said}");
+    }
+    assert_eq!(fs::read_dir(&store).unwrap().count(), 0);
+    fs::remove_dir(&store).unwrap();
+    fs::rename(&elsewhere, &store).unwrap();
+    assert!(by_config(&cluster, "cleanup").status.success());
+    nothing_is_left(&cluster);
+}
+
 #[test]
 fn cleanup_takes_everything_away() {
     kernel_test!();
@@ -241,7 +263,7 @@ fn cleanup_takes_everything_away() {
     }
     assert!(cluster.nodes[1].bpffs().join("links").exists());
     // Also without what it knows of its pods.
-    std::fs::write(cluster.folder().join("node2/state/endpoints"), "torn").unwrap();
+    fs::write(cluster.folder().join("node2/state/endpoints"), "torn").unwrap();
     let output = by_config(&cluster, "cleanup");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     nothing_is_left(&cluster);
@@ -286,10 +308,10 @@ fn a_restart_in_another_attach_mode_leaves_none_of_the_other_behind() {
         cluster.pod("red/b").address,
     );
     let config = cluster.nodes[0].config();
-    let text = std::fs::read_to_string(&config).unwrap();
+    let text = fs::read_to_string(&config).unwrap();
     for attach in ["clsact", "tcx", "clsact"] {
         cluster.nodes[0].stop(true).unwrap();
-        std::fs::write(&config, format!("attach = \"{attach}\"\n{text}")).unwrap();
+        fs::write(&config, format!("attach = \"{attach}\"\n{text}")).unwrap();
         cluster.nodes[0].start().unwrap();
         let node = &cluster.nodes[0];
         let interface = node.json(&["endpoint", "list"]).unwrap()[0]["interface"]

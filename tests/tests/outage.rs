@@ -351,6 +351,7 @@ fn a_backup_does_not_bring_back_what_a_later_policy_has_revoked() {
     let before = raw(&cluster, &policy, None).unwrap();
     cluster.load("web-app").unwrap();
     let in_force = raw(&cluster, &policy, None).unwrap();
+    let talk = talk(&cluster);
     let _listener = Listener::new(cluster.pod("red/front2").netns.name(), 8080).unwrap();
     let revoked = |cluster: &Cluster| !open(cluster, "red/back1", "red/front2");
     assert!(revoked(&cluster));
@@ -367,6 +368,7 @@ fn a_backup_does_not_bring_back_what_a_later_policy_has_revoked() {
         "those that can be gone back to"
     );
     assert!(wait_until(LONG, || all_alive(&cluster)));
+    talk.nothing_was_lost();
 
     // Nor does it where nobody was there when it was restored.
     for node in &mut cluster.nodes {

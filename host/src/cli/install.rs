@@ -43,9 +43,13 @@ pub fn install(arguments: &InstallArguments, out: &mut impl Write) -> anyhow::Re
         .and_then(|()| fs::File::open(&places.bin_dir)?.sync_all())
         .with_context(|| format!("write {}", binary.display()))?;
     if others.iter().any(|plugin| plugin["type"] == "bandwidth") && config.attach != Attach::Tcx {
-        let note =
-            "`bandwidth` needs the qdisc `ingress`, whose place pods' first filters take: set `attach = \"tcx\"`";
-        writeln!(out, "{}: {note} in {}", list.display(), arguments.config.display())?;
+        writeln!(
+            out,
+            "{}: `bandwidth` needs the qdisc `ingress`, whose place pods' first filters take: set `attach = \"tcx\"` in {} (Linux 6.6 and \
+             later). Between pods it limits nothing",
+            list.display(),
+            arguments.config.display()
+        )?;
     }
     let text = serde_json::to_string_pretty(&network(arguments, &config, others))? + "\n";
     replace_file(&list, text.as_bytes(), Durability::Disk)?;

@@ -8,7 +8,7 @@ use crate::{
     datapath,
     net::{self, VXLAN_DEVICE},
     store::{
-        self, Collection, Expect, Key, Store, StoreError,
+        self, Collection, Expect, FileStore, Key, Store, StoreError,
         records::{self, PodRecord},
     },
 };
@@ -59,7 +59,8 @@ pub fn check_here(config: &Config) -> anyhow::Result<()> {
         && net::ifindex(VXLAN_DEVICE).is_err()
     {
         bail!(
-            "{error}, and there is no interface {VXLAN_DEVICE}: is this the node's network namespace? Nothing is changed"
+            "{error}, and there is no interface {VXLAN_DEVICE}: is this the node's network namespace? If it is, and the node's address \
+             has changed, set `underlay` to the one it has. Nothing is changed"
         );
     }
     Ok(())
@@ -92,11 +93,16 @@ pub async fn cleanup(config: &Config) -> anyhow::Result<()> {
         note(&mut problems, datapath::detach_node_ports(&underlay.name));
     }
     note(&mut problems, datapath::cleanup(&config.bpffs));
-    let forgotten = match store::open(&config.store, &config.etcd) {
-        Ok(store) => forget(&*store, &config.node).await,
-        Err(error) => Err(error),
-    };
-    note(&mut problems, forgotten);
+    let missing = store::folder(&config.store).filter(|folder| !FileStore::is_there(folder));
+    if let Some(folder) = missing {
+        problems.push(format!("there is no store in {}: is it mounted?", folder.display()));
+    } else {
+        let forgotten = match store::open(&config.store, &config.etcd) {
+            Ok(store) => forget(&*store, &config.node).await,
+            Err(error) => Err(error),
+        };
+        note(&mut problems, forgotten);
+    }
     note(&mut problems, Queue::beside(&config.socket).clear());
     let removed = remove_socket(&config.socket).map_err(|error| format!("{}: {error}", config.socket.display()));
     note(&mut problems, removed);

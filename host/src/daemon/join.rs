@@ -9,18 +9,20 @@ use crate::{
     },
 };
 
-/// The first node of a cluster fixes what all must agree on.
-pub async fn agree(store: &dyn Store, layout: Layout) -> Result<(), DaemonError> {
+/// The first node of a cluster fixes what all must agree on; one that knows which cluster it is says so to a store that has forgotten.
+/// The answer is which it is.
+pub async fn agree(store: &dyn Store, layout: Layout, known: Option<u64>) -> Result<u64, DaemonError> {
     let key = Key::new(Collection::Cluster, CLUSTER);
     let no_number = |error| DaemonError::Request(format!("the kernel gives no random number: {error}"));
-    let record = ClusterRecord::new(layout).map_err(no_number)?;
+    let mut record = ClusterRecord::new(layout).map_err(no_number)?;
+    record.cluster = known.unwrap_or(record.cluster);
     let found: ClusterRecord = match records::put(store, &key, &record, Expect::Absent).await {
-        Ok(_) => return Ok(()),
+        Ok(_) => return Ok(record.cluster),
         Err(StoreError::Conflict { found: Some(found), .. }) => records::decode(&key, &found.value)?,
         Err(error) => return Err(error.into()),
     };
     if found.layout == layout {
-        return Ok(());
+        return Ok(found.cluster);
     }
     Err(DaemonError::Request(format!(
         "`vni.tenant_bits` is {} here but {} in this cluster: make them the same",

@@ -22,30 +22,35 @@ use std::{
 pub struct ModuleFolder {
     folder: PathBuf,
     policy: PathBuf,
-    /// The store whose policy it is.
-    store: String,
+    /// Where the cluster's store is.
+    place: String,
+    /// Which cluster this is, as its record has it.
+    pub cluster: u64,
 }
 
-/// The policy that was in force last.
+/// The policy that was in force last. It is the cluster's where the store is in the same place, if it was made anew, or has the same
+/// number, if it is a backup somewhere else.
 #[derive(Serialize, Deserialize)]
 struct Kept {
-    store: String,
+    place: String,
+    cluster: u64,
     record: PolicyRecord,
 }
 
 impl ModuleFolder {
     /// The folder among what a node keeps across restarts; it is made where it is missing.
-    pub fn open(state_dir: &Path, store: String) -> io::Result<Self> {
+    pub fn open(state_dir: &Path, place: String, cluster: u64) -> io::Result<Self> {
         let folder = state_dir.join("modules");
         fs::create_dir_all(&folder)?;
         Ok(Self {
             folder,
             policy: state_dir.join("policy"),
-            store,
+            place,
+            cluster,
         })
     }
 
-    /// The policy that was in force last, if it is of the same store and all of its modules are here.
+    /// The policy that was in force last, if it is of the same cluster and all of its modules are here.
     pub fn policy(&self) -> Option<PolicyRecord> {
         let file = self.policy.display();
         let bytes = match fs::read(&self.policy) {
@@ -57,7 +62,14 @@ impl ModuleFolder {
             }
         };
         match codec::decode::<Kept>(&bytes) {
-            Ok(kept) if kept.store != self.store => None,
+            Ok(kept) if kept.place != self.place && kept.cluster != self.cluster => {
+                tracing::warn!(
+                    "{file} is of another cluster, whose store was {}: the policy is that of {}",
+                    kept.place,
+                    self.place
+                );
+                None
+            }
             Ok(Kept { record, .. }) if self.has(&record.next) => Some(record),
             Ok(Kept { record, .. }) => {
                 tracing::error!(
@@ -75,7 +87,8 @@ impl ModuleFolder {
 
     fn keep_policy(&self, record: &PolicyRecord) {
         let kept = Kept {
-            store: self.store.clone(),
+            place: self.place.clone(),
+            cluster: self.cluster,
             record: record.clone(),
         };
         let kept = codec::encode(&kept)
@@ -235,9 +248,10 @@ mod tests {
     use std::collections::BTreeSet;
 
     #[test]
-    fn a_kept_policy_is_that_of_its_store_and_whole() {
+    fn a_kept_policy_is_that_of_its_cluster_and_whole() {
         let folder = tempfile::tempdir().unwrap();
-        let open = |store: &str| ModuleFolder::open(folder.path(), store.to_owned()).unwrap();
+        let open_as = |place: &str, cluster| ModuleFolder::open(folder.path(), place.to_owned(), cluster).unwrap();
+        let open = |place| open_as(place, 1);
         let one = sha256(b"one");
         let mut record = PolicyRecord {
             phase: Phase::Retired,
@@ -251,7 +265,13 @@ mod tests {
         assert!(open("a").policy().is_none());
         open("a").keep_policy(&record);
         assert_eq!(open("a").policy(), Some(record.clone()));
-        assert!(open("b").policy().is_none(), "another cluster's");
+        assert_eq!(open_as("b", 1).policy(), Some(record.clone()), "its store has moved");
+        assert_eq!(
+            open_as("a", 2).policy(),
+            Some(record.clone()),
+            "its store was made anew"
+        );
+        assert!(open_as("b", 2).policy().is_none(), "another cluster's");
         record.next.modules.push(ModuleRecord {
             sha256: one.clone(),
             placement: Placement {
@@ -278,7 +298,7 @@ mod tests {
     #[test]
     fn a_damaged_module_is_none_and_what_is_not_needed_goes() {
         let folder = tempfile::tempdir().unwrap();
-        let modules = ModuleFolder::open(folder.path(), String::new()).unwrap();
+        let modules = ModuleFolder::open(folder.path(), String::new(), 1).unwrap();
         let (one, other) = (sha256(b"one"), sha256(b"other"));
         modules.put(&one, b"one");
         modules.put(&other, b"other");

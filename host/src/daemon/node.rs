@@ -159,8 +159,12 @@ impl Daemon {
         self.seen = SeenRecord::default();
         self.told = None;
         self.renewed = None;
-        let rejoined = match join::agree(&*self.store, self.registry.layout()).await {
-            Ok(()) => self.enter_all().await,
+        let known = Some(self.modules.cluster);
+        let rejoined = match join::agree(&*self.store, self.registry.layout(), known).await {
+            Ok(cluster) => {
+                self.modules.cluster = cluster;
+                self.enter_all().await
+            }
             Err(error) => Err(error),
         };
         if let Err(error) = rejoined {

@@ -32,7 +32,10 @@ impl Front {
         };
         let is_attached = matches!(response, Some(Response::Attached(_)));
         if let Some(attachment) = attachment.filter(|_| is_attached && (!there || told.is_err())) {
-            self.ask(|reply| Command::Detach(attachment, reply)).await;
+            let ended = self.ask(|reply| Command::Detach(attachment, reply)).await;
+            if let Response::Failed(_, problem) | Response::Error(problem) = ended {
+                tracing::error!("ending a container whose runtime has gone: {problem}");
+            }
         }
         told
     }

@@ -26,7 +26,7 @@ use crate::{
     plan::{self, Facts, Stance},
     source,
     store::{
-        self, Change, Collection, Expect, Key, Store,
+        self, Change, Collection, Expect, FileStore, Key, Store,
         records::{self, CLUSTER, IdentityRecord, NamespaceRecord, NodeRecord, Phase, PodRecord, SeenRecord},
     },
     wasm::Compiler,
@@ -69,6 +69,7 @@ const WATCHED: [Collection; 8] = [
 pub async fn run(config: Config) -> anyhow::Result<()> {
     let _lock = lock(&config.state_dir)?;
     let server = Server::bind(&config.socket).with_context(|| format!("control socket {}", config.socket.display()))?;
+    check_store(&config)?;
     let store = store::open(&config.store, &config.etcd)?;
     let mut terminate = signal(SignalKind::terminate())?;
     let names = Arc::new(RwLock::new(Names::default()));
@@ -119,6 +120,20 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     }
     pump.abort();
     tracing::info!("stopping; the datapath stays, and enforces the policy as it is (`hostd cleanup` removes it)");
+    Ok(())
+}
+
+/// A node that was in a cluster makes no store anew by itself: where the folder is only not mounted, numbers of identities would get
+/// another meaning.
+fn check_store(config: &Config) -> anyhow::Result<()> {
+    let folder = store::folder(&config.store).filter(|folder| !FileStore::is_there(folder));
+    if let Some(folder) = folder.filter(|_| EndpointFile::is_there(&config.state_dir)) {
+        let folder = folder.display();
+        anyhow::bail!(
+            "there is no store in {folder}, but {} is of a node that has had one: is it mounted? To begin a new one there: `touch {folder}/.lock`",
+            config.state_dir.display()
+        );
+    }
     Ok(())
 }
 
@@ -176,7 +191,7 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
     let layout = Layout {
         tenant_bits: config.vni.tenant_bits,
     };
-    join::agree(&*store, layout).await?;
+    let cluster = join::agree(&*store, layout, None).await?;
     join::check_against_others(&*store, &record).await?;
     if let Some(path) = &config.invariants {
         let context = || format!("invariants {}", path.display());
@@ -189,7 +204,11 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
             store::remove_asides(folder)?;
         }
     }
-    let modules = ModuleFolder::open(&config.state_dir, format!("{} {}", config.store, config.etcd.prefix))?;
+    let place = match store::folder(&config.store) {
+        Some(_) => config.store.clone(),
+        None => format!("{} under {}", config.store, config.etcd.prefix),
+    };
+    let modules = ModuleFolder::open(&config.state_dir, place, cluster)?;
     // This very program, also after another was installed in its place.
     let cache = config.state_dir.join("compiled");
     let compiler = Compiler::new("/proc/self/exe".into(), config.wasm.into(), Some(&cache))?;

@@ -20,7 +20,7 @@ const LOOK: Duration = Duration::from_millis(10);
 const WATCH_STACK: Duration = Duration::from_secs(5);
 /// How long no pod may have come or gone before a link takes over from a filter: one that comes would wait for the kernel.
 const CALM: Duration = Duration::from_millis(100);
-/// How long a filter waits for that at most.
+/// How long a filter waits for that at most; then it is its turn. Also how long nothing is tried after a link could not be made.
 const SETTLED: Duration = Duration::from_secs(2);
 /// Between two links that take over pods have their turn with the kernel.
 const BETWEEN: Duration = Duration::from_millis(50);
@@ -34,8 +34,8 @@ pub struct Watch {
     looked_at_stack: Instant,
     /// When a pod came or went last.
     pub moved: Instant,
-    /// When a link took over from a filter last.
-    settled: Instant,
+    /// When the next link may take over from a filter.
+    next: Instant,
     /// Routes into the tunnel as they were set.
     pub routes: BTreeMap<IpNet, IpAddr>,
     /// The table of nftables as it was shown when it was set.
@@ -55,7 +55,7 @@ impl Watch {
             round: VecDeque::new(),
             looked_at_stack: Instant::now(),
             moved: Instant::now(),
-            settled: Instant::now(),
+            next: Instant::now(),
             routes: BTreeMap::new(),
             table: None,
             repairs: 0,
@@ -71,6 +71,9 @@ impl Watch {
     }
 
     fn complain(&mut self, problem: String) {
+        if self.problems.contains(&problem) {
+            return;
+        }
         if !self.said.contains(&problem) {
             tracing::error!("{problem}");
         }
@@ -141,15 +144,19 @@ impl Daemon {
     pub(super) fn settling(&self) -> Option<Instant> {
         let since = self.datapath.unsettled_since()?;
         let due = (self.watch.moved + CALM).min(since + SETTLED);
-        Some(due.max(self.watch.settled + BETWEEN))
+        Some(due.max(self.watch.next))
     }
 
     /// Lets a link take over from a filter.
     pub(super) fn settle(&mut self) {
-        if let Err(error) = block_in_place(|| self.datapath.settle()) {
-            self.watch.complain(error.to_string());
-        }
-        self.watch.settled = Instant::now();
+        let pause = match block_in_place(|| self.datapath.settle()) {
+            Ok(()) => BETWEEN,
+            Err(error) => {
+                self.watch.complain(error.to_string());
+                SETTLED
+            }
+        };
+        self.watch.next = Instant::now() + pause;
     }
 
     /// Gives the node's stack its table of nftables.

@@ -100,7 +100,7 @@ impl Attacher {
         let waited = self.unsettled.remove(&place);
         let attached = self.try_attach(hook, interface).map_err(failed(hook, interface));
         if attached.is_err() && waited.is_some() {
-            // Again after a while.
+            // Again, after all others.
             self.unsettled.insert(place, Instant::now());
         }
         attached
@@ -131,28 +131,33 @@ impl Attacher {
         oldest.map(|((interface, hook), since)| (interface.as_str(), *hook, *since))
     }
 
-    /// Whether attaching puts a link in front of a filter, which it then removes.
-    pub fn replaces_filter(&self, hook: Hook, interface: &str) -> bool {
+    /// Whether there is a link and a filter for a time while this attaches, before it removes the one that was there.
+    pub fn meets_another(&self, hook: Hook, interface: &str) -> bool {
+        if hook == Hook::FromNetdev {
+            return false;
+        }
+        if !self.tcx {
+            return self.pin(interface, hook).exists();
+        }
         let ingress = attach_type(hook) == TcAttachType::Ingress;
-        self.tcx
-            && hook != Hook::FromNetdev
-            && net::filters(interface, ingress).is_ok_and(|filters| !filters.is_empty())
+        net::filters(interface, ingress).is_ok_and(|filters| !filters.is_empty())
     }
 
     fn try_attach(&mut self, hook: Hook, interface: &str) -> Result<(), String> {
-        let pin = self.pin(interface, hook);
-        if !self.tcx {
-            attach_clsact(self.program(hook.name())?, interface, hook)?;
-            return remove_pin(&pin).map_err(|error| error.to_string());
-        }
+        let (tcx, pin) = (self.tcx, self.pin(interface, hook));
         let program = self.program(hook.name())?;
-        if pin.exists()
-            && let Err(problem) = swap(program, &pin)
-        {
-            tracing::info!(
-                "the link pinned at {} is of no use ({problem}); making another",
-                pin.display()
-            );
+        let linked = pin.exists();
+        if linked && let Err(problem) = swap(program, &pin) {
+            tracing::info!("the link pinned at {} is of no use: {problem}", pin.display());
+        }
+        if !tcx {
+            attach_clsact(program, interface, hook)?;
+            remove_pin(&pin).map_err(|error| error.to_string())?;
+            return if linked {
+                self.until_unlinked(hook, interface)
+            } else {
+                Ok(())
+            };
         }
         if hook == Hook::FromNetdev {
             return attach_beside(program, interface, hook, &pin);
@@ -182,14 +187,20 @@ impl Attacher {
             self.gates.insert(place, gate);
         }
         remove_pin(pin).map_err(|error| error.to_string())?;
-        // The kernel takes the old link away a little later (`bpf_link_put_deferred` in `kernel/bpf/syscall.c`).
+        self.until_unlinked(hook, interface)?;
+        attach_first(self.program(hook.name())?, interface, hook, pin)
+    }
+
+    /// The kernel takes a link away a little later than its pin (`bpf_link_put_deferred` in `kernel/bpf/syscall.c`, Linux 6.18).
+    fn until_unlinked(&mut self, hook: Hook, interface: &str) -> Result<(), String> {
+        let program = self.program(hook.name())?;
         for _ in 0..LEAVING {
-            if standing_tcx(self.program(hook.name())?, interface, hook)? == Standing::Missing {
+            if standing_tcx(program, interface, hook)? == Standing::Missing {
                 break;
             }
             std::thread::sleep(Duration::from_millis(1));
         }
-        attach_first(self.program(hook.name())?, interface, hook, pin)
+        Ok(())
     }
 
     fn program(&mut self, name: &str) -> Result<&mut SchedClassifier, String> {

@@ -318,7 +318,7 @@ impl Datapath {
     ///
     /// Where the kernel refuses.
     pub fn attach(&mut self, hook: abi::Hook, interface: &str) -> Result<(), DatapathError> {
-        if !self.attacher.replaces_filter(hook, interface) {
+        if !self.attacher.meets_another(hook, interface) {
             return self.attacher.attach(hook, interface);
         }
         let ifindex = net::ifindex(interface).map_err(|error| attach::failed(hook, interface)(error.to_string()))?;
@@ -352,7 +352,7 @@ impl Datapath {
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses. The filter stays then, and [`Self::keep_attached`] tries again.
+    /// Where the kernel refuses. The filter stays then, and waits again, behind all others.
     pub fn settle(&mut self) -> Result<(), DatapathError> {
         let Some((interface, hook, _)) = self.attacher.unsettled() else {
             return Ok(());

@@ -1,7 +1,7 @@
 //! What the node's stack does with what it routes for pods, as one nftables table that hostd owns and replaces as a
 //! whole. Pods of the cluster are reached by the programs alone, which netfilter does not see.
 
-use super::{NetError, VXLAN_DEVICE};
+use super::{NetError, VXLAN_DEVICE, veth::GROUP};
 use abi::node::TUNNEL_PORT;
 use ipnet::IpNet;
 use std::{
@@ -92,7 +92,7 @@ fn script(routed: Routed<'_>) -> String {
     let mut text = format!(
         "table {TABLE}\ndelete table {TABLE}\ntable {TABLE} {{\n  chain forward {{\n    \
          type filter hook forward priority filter; policy accept;\n    oifname \"{VXLAN_DEVICE}\" drop\n    \
-         iifname \"wg-*\" oifname \"wg-*\" drop\n  }}\n"
+         iifgroup {GROUP} oifgroup {GROUP} drop\n  }}\n"
     );
     for (hook, end) in [("prerouting", "daddr"), ("output", "saddr")] {
         let _ = writeln!(
@@ -104,8 +104,10 @@ fn script(routed: Routed<'_>) -> String {
     if masqueraded.is_empty() {
         return text + "}\n";
     }
-    text += "  chain postrouting {\n    type nat hook postrouting priority srcnat; policy accept;\n    \
-             oifname \"wg-*\" accept\n";
+    let _ = writeln!(
+        text,
+        "  chain postrouting {{\n    type nat hook postrouting priority srcnat; policy accept;\n    oifgroup {GROUP} accept"
+    );
     let rule = |cidr: &IpNet, end: &str| {
         let family = if cidr.addr().is_ipv4() { "ip" } else { "ip6" };
         format!("{family} {end} {}", cidr.trunc())
@@ -168,7 +170,7 @@ mod tests {
         assert!(lines.contains(&"ip6 saddr fd00:10:1::/64 masquerade"), "{text}");
         let guard = "oifname \"wasmgate_vxlan\" drop";
         assert!(lines.contains(&guard), "{text}");
-        assert!(lines.contains(&"iifname \"wg-*\" oifname \"wg-*\" drop"), "{text}");
+        assert!(lines.contains(&"iifgroup 22343 oifgroup 22343 drop"), "{text}");
         let ports = "ip saddr 10.1.0.0/24 meta l4proto { tcp, udp } masquerade to :32768-65535";
         assert!(lines.contains(&ports), "{text}");
         assert_eq!(free_ports([1024, u16::MAX - 1]), [u16::MAX, u16::MAX]);

@@ -286,6 +286,10 @@ async fn add_gateway(handle: &Handle, index: u32, gateway: IpAddr, mac: [u8; 6])
 /// is too big. What goes to the pod is bounded by its route.
 pub const NODE_MTU: u32 = 65535;
 
+/// The device group of the node's ends (`IFLA_GROUP`), by which the table of nftables knows them: others' interfaces may have names
+/// much like theirs.
+pub(super) const GROUP: u32 = 0x5747;
+
 /// The node's side: the interface up, and the node's own routes and neighbour entries for the pod, whose MTU this is.
 ///
 /// # Errors
@@ -295,9 +299,13 @@ pub fn prepare_node(name: &str, veth: &Veth, addresses: &[IpAddr], underlay: IpA
     let (name, veth, addresses) = (name.to_owned(), *veth, addresses.to_vec());
     netlink_here(move |handle| {
         async move {
+            let link = LinkUnspec::new_with_index(veth.ifindex)
+                .append_extra_attribute(LinkAttribute::Group(GROUP))
+                .mtu(NODE_MTU)
+                .up();
             handle
                 .link()
-                .set(LinkUnspec::new_with_index(veth.ifindex).mtu(NODE_MTU).up().build())
+                .set(link.build())
                 .execute()
                 .await
                 .map_err(NetError::kernel(format!("bringing {name} up")))?;

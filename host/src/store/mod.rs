@@ -11,7 +11,7 @@ pub use etcd::{EtcdConfig, EtcdStore, SCHEME as ETCD};
 pub use file::{Durability, FileStore, remove_asides, replace as replace_file};
 
 use futures::{FutureExt, future::BoxFuture};
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, path::Path, sync::Arc, time::Duration};
 use tokio::sync::mpsc;
 
 /// What a value is about.
@@ -265,15 +265,20 @@ pub trait Store: Send + Sync {
     }
 }
 
+/// The folder of the store of this name, if it is in one.
+#[must_use]
+pub fn folder(name: &str) -> Option<&Path> {
+    (!name.starts_with(ETCD)).then(|| Path::new(name.strip_prefix("file:").unwrap_or(name)))
+}
+
 /// Opens the store of this name: `file:` and a folder, or `etcd:` and URLs.
 ///
 /// # Errors
 ///
 /// Where it can't be opened. That etcd does not answer is no error yet.
 pub fn open(name: &str, etcd: &EtcdConfig) -> Result<Arc<dyn Store>, StoreError> {
-    if name.starts_with(ETCD) {
-        return Ok(Arc::new(EtcdStore::open(name, etcd)?));
-    }
-    let folder = name.strip_prefix("file:").unwrap_or(name);
-    Ok(Arc::new(FileStore::open(folder.as_ref())?))
+    Ok(match folder(name) {
+        Some(folder) => Arc::new(FileStore::open(folder)?),
+        None => Arc::new(EtcdStore::open(name, etcd)?),
+    })
 }

@@ -16,6 +16,8 @@ use std::{collections::BTreeMap, io, net::IpAddr, sync::Arc};
 pub struct ClusterRecord {
     /// Layout of the identities.
     pub layout: Layout,
+    /// Which cluster this is, wherever its store may be: a number of its own, also in a backup.
+    pub cluster: u64,
     /// Another number for every time that the store was made anew, or went back to an earlier state: what was known of it
     /// then need not be so any more.
     pub life: u64,
@@ -30,8 +32,19 @@ impl ClusterRecord {
     pub fn new(layout: Layout) -> io::Result<Self> {
         Ok(Self {
             layout,
+            cluster: u64::from_ne_bytes(random::bytes()?),
             life: u64::from_ne_bytes(random::bytes()?),
         })
+    }
+
+    /// The same with another number for what becomes of its store from now on.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel gives no random number.
+    pub fn begin_life(self) -> io::Result<Self> {
+        let life = u64::from_ne_bytes(random::bytes()?);
+        Ok(Self { life, ..self })
     }
 }
 

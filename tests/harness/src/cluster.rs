@@ -280,7 +280,7 @@ impl Cluster {
         Ok(())
     }
 
-    /// Waits until each pod of every node has its tcx link: with `attach = "auto"` it comes some time after the pod.
+    /// Waits until each pod of every node has both of its tcx links: with `attach = "auto"` they come some time after the pod.
     ///
     /// # Errors
     ///
@@ -289,12 +289,9 @@ impl Cluster {
         for node in &self.nodes {
             let pods = node.json(&["endpoint", "list"])?.as_array().map_or(0, Vec::len);
             let linked = wait_until(START, || {
-                let pins = std::fs::read_dir(node.bpffs().join("links"));
+                let pins = fs::read_dir(node.bpffs().join("links"));
                 let names = pins.into_iter().flatten().flatten().map(|pin| pin.file_name());
-                names
-                    .filter(|name| name.to_string_lossy().ends_with("-from_pod"))
-                    .count()
-                    == pods
+                names.filter(|name| name.to_string_lossy().ends_with("_pod")).count() == 2 * pods
             });
             ensure!(
                 linked,

@@ -192,7 +192,7 @@ impl Watcher {
         if known.cluster != 0 && (went_back || another_life) {
             tracing::error!("the store is not what it was: etcd was made anew, or restored from a backup");
             if let Some((record, revision)) = record.filter(|_| !another_life) {
-                origin.life = Some(self.begin_life(&key, &record, revision).await?);
+                origin.life = Some(self.begin_life(&key, record, revision).await?);
             }
             for followed in &mut self.followed {
                 followed.next = 0;
@@ -227,9 +227,9 @@ impl Watcher {
     }
 
     /// Tells all others, who may look at a restored etcd only when it has as many revisions again as they know of.
-    async fn begin_life(&self, key: &Key, record: &ClusterRecord, revision: u64) -> Result<u64, Stop> {
+    async fn begin_life(&self, key: &Key, record: ClusterRecord, revision: u64) -> Result<u64, Stop> {
         let failed = |error: std::io::Error| self.store.0.connection.refused(error.to_string());
-        let next = ClusterRecord::new(record.layout).map_err(failed)?;
+        let next = record.begin_life().map_err(failed)?;
         match records::put(&self.store, key, &next, Expect::Revision(revision)).await {
             Ok(_) => Ok(next.life),
             // Another node has; it is looked at again.

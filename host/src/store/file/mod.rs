@@ -116,6 +116,12 @@ impl FileStore {
         Ok(store)
     }
 
+    /// Whether there is a store in a folder.
+    #[must_use]
+    pub fn is_there(folder: &Path) -> bool {
+        folder.join(LOCK).exists()
+    }
+
     fn path(&self, key: &Key) -> Result<PathBuf, StoreError> {
         key.check()?;
         Ok(self.folder.join(key.collection.name()).join(&key.name))
