@@ -4,7 +4,7 @@
 
 use harness::{
     Cluster, EtcdOptions, Listener, Namespace, Options, TcpOutcome, Traffic, in_netns, kernel_test, tcp_exchange,
-    wait_until,
+    tcp_open, wait_until,
 };
 use hostd::store::{
     Collection, EtcdConfig, EtcdStore, Expect, Key, Store,
@@ -351,8 +351,15 @@ fn a_backup_does_not_bring_back_what_a_later_policy_has_revoked() {
     let before = raw(&cluster, &policy, None).unwrap();
     cluster.load("web-app").unwrap();
     let in_force = raw(&cluster, &policy, None).unwrap();
-    let talk = talk(&cluster);
-    let _listener = Listener::new(cluster.pod("red/front2").netns.name(), 8080).unwrap();
+    let _listeners = ["red/front2", "red/back1", "red/back2"].map(|name| {
+        let pod = cluster.pod(name);
+        Listener::new(pod.netns.name(), 8080).unwrap()
+    });
+    let stream = |(from, to)| {
+        let (from, to) = (cluster.pod(from), cluster.pod(to));
+        tcp_open(from.netns.name(), to.address, 8080, WAIT).unwrap()
+    };
+    let mut streams = [("red/front1", "red/back2"), ("red/front2", "red/back1")].map(stream);
     let revoked = |cluster: &Cluster| !open(cluster, "red/back1", "red/front2");
     assert!(revoked(&cluster));
     wipe_behind_the_nodes_backs(&mut cluster);
@@ -361,6 +368,7 @@ fn a_backup_does_not_bring_back_what_a_later_policy_has_revoked() {
     let entered = || raw(&cluster, &policy, None).unwrap() == in_force;
     assert!(wait_until(LONG, || {
         assert!(revoked(&cluster));
+        assert!(streams.iter_mut().all(|stream| stream.exchange(WAIT).unwrap()));
         entered()
     }));
     assert!(
@@ -368,7 +376,7 @@ fn a_backup_does_not_bring_back_what_a_later_policy_has_revoked() {
         "those that can be gone back to"
     );
     assert!(wait_until(LONG, || all_alive(&cluster)));
-    talk.nothing_was_lost();
+    assert!(streams.iter_mut().all(|stream| stream.exchange(WAIT).unwrap()));
 
     // Nor does it where nobody was there when it was restored.
     for node in &mut cluster.nodes {
