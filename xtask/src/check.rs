@@ -14,7 +14,17 @@ pub fn run() -> anyhow::Result<()> {
     )?;
 
     println!("lints");
-    crate::run(cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
+    let lints = [
+        "clippy",
+        "--profile",
+        "lint",
+        "--workspace",
+        "--all-targets",
+        "--",
+        "-D",
+        "warnings",
+    ];
+    crate::run(cargo().args(lints))?;
 
     println!("lints of the tc programs");
     let bpf = find_bpf()?;
@@ -30,7 +40,8 @@ pub fn run() -> anyhow::Result<()> {
 
     println!("documentation");
     let mut doc = cargo();
-    doc.args(["doc", "--workspace", "--no-deps", "--document-private-items"]);
+    doc.args(["doc", "--profile", "lint"]);
+    doc.args(["--workspace", "--no-deps", "--document-private-items"]);
     crate::run(doc.env("RUSTDOCFLAGS", "-D warnings"))?;
 
     println!("dependencies");
