@@ -102,5 +102,19 @@ fn run(command: &mut Command) -> anyhow::Result<()> {
 fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(toolchain::workspace_root());
+    // What cargo says of this program to this program is not for the build scripts of others: with it `ring`, and what is built on it, would
+    // be built again whenever cargo is called without.
+    for (name, _) in std::env::vars_os() {
+        let its = [
+            "CARGO_PKG_",
+            "CARGO_MANIFEST_",
+            "CARGO_BIN_",
+            "CARGO_CRATE_",
+            "CARGO_PRIMARY_",
+        ];
+        if its.iter().any(|prefix| name.to_string_lossy().starts_with(prefix)) {
+            command.env_remove(name);
+        }
+    }
     command
 }
