@@ -195,7 +195,9 @@ fn killing_and_restarting_hostd_loses_no_packet() {
 fn by_config(cluster: &Cluster, command: &str) -> Output {
     let node = &cluster.nodes[1];
     node.netns
-        .command(harness::hostd().unwrap())
+        .command("timeout")
+        .arg("60")
+        .arg(harness::hostd().unwrap())
         .args([command, "--config"])
         .arg(node.config())
         .output()
