@@ -362,6 +362,10 @@ fn a_backup_does_not_bring_back_what_a_later_policy_has_revoked() {
     let mut streams = [("red/front1", "red/back2"), ("red/front2", "red/back1")].map(stream);
     let revoked = |cluster: &Cluster| !open(cluster, "red/back1", "red/front2");
     assert!(revoked(&cluster));
+    let generations = |cluster: &Cluster| {
+        [0, 1].map(|node: usize| cluster.nodes[node].json(&["status"]).unwrap()["generation"].clone())
+    };
+    let generation = generations(&cluster);
     wipe_behind_the_nodes_backs(&mut cluster);
     raw(&cluster, &policy, Some(before.clone()));
     cut(&cluster, MEND);
@@ -377,6 +381,7 @@ fn a_backup_does_not_bring_back_what_a_later_policy_has_revoked() {
     );
     assert!(wait_until(LONG, || all_alive(&cluster)));
     assert!(streams.iter_mut().all(|stream| stream.exchange(WAIT).unwrap()));
+    assert_eq!(generations(&cluster), generation, "not for a moment");
 
     // Nor does it where nobody was there when it was restored.
     for node in &mut cluster.nodes {
