@@ -263,12 +263,6 @@ fn every_address(cidr: &IpNet) -> Box<dyn Iterator<Item = IpAddr>> {
 pub struct EndpointFile(PathBuf);
 
 impl EndpointFile {
-    /// Whether a hostd has made one in a node's state folder.
-    #[must_use]
-    pub fn is_there(state_dir: &Path) -> bool {
-        state_dir.join("endpoints").exists()
-    }
-
     /// The file in a node's state folder, which is made where it is missing.
     ///
     /// # Errors

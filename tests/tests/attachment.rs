@@ -303,11 +303,7 @@ fn where_all_programs_are_gone_and_hostd_too_pods_do_not_reach_each_other_by_the
 #[test]
 fn interfaces_of_others_whose_names_look_like_hostds_are_the_outside() {
     kernel_test!();
-    let mut cluster = Cluster::with(&Options {
-        nodes: 1,
-        ..Options::default()
-    })
-    .unwrap();
+    let mut cluster = Cluster::one_node().unwrap();
     cluster.add_pod(0, "red/a", &[]).unwrap();
     cluster.load("allow-all").unwrap();
     let office = Namespace::new("office").unwrap();

@@ -1,5 +1,4 @@
 //! The control socket and the configuration: who may ask, and what is not understood.
-#![expect(clippy::unwrap_used, reason = "helpers of tests, which fail as a whole")]
 
 use aya::programs::{SchedClassifier, TcAttachType};
 use harness::{Cluster, Options, kernel_test, run, wait_until};
@@ -13,18 +12,10 @@ use std::{
 
 const LONG: Duration = Duration::from_secs(20);
 
-fn one_node() -> Cluster {
-    let options = Options {
-        nodes: 1,
-        ..Options::default()
-    };
-    Cluster::with(&options).unwrap()
-}
-
 #[test]
 fn only_root_may_control_hostd() {
     kernel_test!();
-    let cluster = one_node();
+    let cluster = Cluster::one_node().unwrap();
     let node = &cluster.nodes[0];
     let mode = fs::metadata(node.socket()).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
@@ -52,7 +43,7 @@ fn only_root_may_control_hostd() {
 #[test]
 fn hostile_frames_are_refused_and_hostd_goes_on() {
     kernel_test!();
-    let cluster = one_node();
+    let cluster = Cluster::one_node().unwrap();
     let node = &cluster.nodes[0];
     let good = hostd::codec::encode(&hostd::api::Request::Status).unwrap();
     let mut long = good.clone();
@@ -90,7 +81,7 @@ fn hostile_frames_are_refused_and_hostd_goes_on() {
 #[test]
 fn a_second_hostd_for_the_same_node_does_not_start() {
     kernel_test!();
-    let cluster = one_node();
+    let cluster = Cluster::one_node().unwrap();
     let node = &cluster.nodes[0];
     let output = node
         .netns
@@ -136,7 +127,7 @@ fn a_node_that_contradicts_the_cluster_does_not_start() {
 #[test]
 fn what_hostd_says_of_itself_others_see_from_outside() {
     kernel_test!();
-    let mut cluster = one_node();
+    let mut cluster = Cluster::one_node().unwrap();
     cluster.load("allow-all").unwrap();
     for name in ["red/a", "red/b"] {
         cluster.add_pod(0, name, &[]).unwrap();

@@ -8,14 +8,6 @@ use std::{net::UdpSocket, time::Duration};
 
 const WAIT: Duration = Duration::from_millis(400);
 
-fn one_node() -> Cluster {
-    let options = Options {
-        nodes: 1,
-        ..Options::default()
-    };
-    Cluster::with(&options).unwrap()
-}
-
 /// All that a pod leaves on its node: links, routes, pins, map entries, records.
 fn traces(cluster: &Cluster, node: &Node) -> Vec<String> {
     let find = |folder: &str| harness::run("find", &[folder]).unwrap();
@@ -40,7 +32,7 @@ fn traces(cluster: &Cluster, node: &Node) -> Vec<String> {
 #[test]
 fn a_pod_that_is_disconnected_leaves_nothing() {
     kernel_test!();
-    let mut cluster = one_node();
+    let mut cluster = Cluster::one_node().unwrap();
     cluster.load("allow-all").unwrap();
     let before = traces(&cluster, &cluster.nodes[0]);
     cluster.add_pod(0, "red/a", &[("app", "web")]).unwrap();
@@ -267,7 +259,7 @@ fn vxlan_from_a_stranger_is_not_believed() {
 #[test]
 fn the_monitor_shows_drops_and_flows_by_name() {
     kernel_test!();
-    let mut cluster = one_node();
+    let mut cluster = Cluster::one_node().unwrap();
     cluster.add_pod(0, "red/a", &[]).unwrap();
     cluster.add_pod(0, "red/b", &[]).unwrap();
     cluster.add_pod(0, "blue/c", &[]).unwrap();

@@ -10,7 +10,7 @@ use std::{
 };
 
 const LONG: Duration = Duration::from_mins(1);
-/// Says to the test below that it is the run that is killed.
+/// Says to a run that it is the one that is killed.
 const KILLED: &str = "WASMGATE_IS_KILLED";
 
 /// Namespaces, folders, mounts and processes of a run; none of them is anybody else's.
@@ -46,11 +46,15 @@ impl Drop for Run {
     }
 }
 
+/// What is killed is a run of this very test.
 #[test]
 fn a_run_that_is_killed_leaves_nothing() {
     kernel_test!();
+    if env::var_os(KILLED).is_some() {
+        return be_killed();
+    }
     let child = Command::new(env::current_exe().unwrap())
-        .args(["--ignored", "--exact", "the_run_that_is_killed"])
+        .args(["--exact", "a_run_that_is_killed_leaves_nothing"])
         .env(KILLED, "1")
         .stdout(Stdio::null())
         .spawn();
@@ -67,12 +71,8 @@ fn a_run_that_is_killed_leaves_nothing() {
     assert!(wait_until(LONG, || left(pid).is_empty()), "{:#?}", left(pid));
 }
 
-#[test]
-#[ignore = "only the test above runs it"]
-fn the_run_that_is_killed() {
-    if env::var_os(KILLED).is_none() {
-        return;
-    }
+/// Makes all that a run may leave, and waits.
+fn be_killed() {
     let options = Options {
         etcd: Some(EtcdOptions::default()),
         ..Options::default()

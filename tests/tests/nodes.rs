@@ -296,11 +296,7 @@ fn a_node_that_is_drained_leaves_and_may_come_back() {
 #[test]
 fn a_restart_in_another_attach_mode_leaves_none_of_the_other_behind() {
     kernel_test!();
-    let options = Options {
-        nodes: 1,
-        ..Options::default()
-    };
-    let mut cluster = Cluster::with(&options).unwrap();
+    let mut cluster = Cluster::one_node().unwrap();
     for name in ["red/a", "red/b"] {
         cluster.add_pod(0, name, &[]).unwrap();
     }
@@ -350,11 +346,7 @@ fn a_restart_in_another_attach_mode_leaves_none_of_the_other_behind() {
 #[test]
 fn a_restart_takes_the_interfaces_of_gone_pods_and_no_others() {
     kernel_test!();
-    let options = Options {
-        nodes: 1,
-        ..Options::default()
-    };
-    let mut cluster = Cluster::with(&options).unwrap();
+    let mut cluster = Cluster::one_node().unwrap();
     for name in ["red/a", "red/b"] {
         cluster.add_pod(0, name, &[]).unwrap();
     }

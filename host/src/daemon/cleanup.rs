@@ -8,7 +8,7 @@ use crate::{
     datapath,
     net::{self, VXLAN_DEVICE},
     store::{
-        self, Collection, Expect, FileStore, Key, Store, StoreError,
+        self, Collection, Expect, Key, Store, StoreError,
         records::{self, PodRecord},
     },
 };
@@ -93,8 +93,7 @@ pub async fn cleanup(config: &Config) -> anyhow::Result<()> {
         note(&mut problems, datapath::detach_node_ports(&underlay.name));
     }
     note(&mut problems, datapath::cleanup(&config.bpffs));
-    let missing = store::folder(&config.store).filter(|folder| !FileStore::is_there(folder));
-    if let Some(folder) = missing {
+    if let Some(folder) = store::missing(&config.store) {
         problems.push(format!("there is no store in {}: is it mounted?", folder.display()));
     } else {
         let forgotten = match store::open(&config.store, &config.etcd) {

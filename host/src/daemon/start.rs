@@ -26,7 +26,7 @@ use crate::{
     plan::{self, Facts, Stance},
     source,
     store::{
-        self, Change, Collection, Expect, FileStore, Key, Store,
+        self, Change, Collection, Expect, Key, Store,
         records::{self, CLUSTER, IdentityRecord, NamespaceRecord, NodeRecord, Phase, PodRecord, SeenRecord},
     },
     wasm::Compiler,
@@ -126,8 +126,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 /// A node that was in a cluster makes no store anew by itself: where the folder is only not mounted, numbers of identities would get
 /// another meaning.
 fn check_store(config: &Config) -> anyhow::Result<()> {
-    let folder = store::folder(&config.store).filter(|folder| !FileStore::is_there(folder));
-    if let Some(folder) = folder.filter(|_| EndpointFile::is_there(&config.state_dir)) {
+    if let Some(folder) = store::missing(&config.store)
+        && EndpointFile::open(&config.state_dir)?.exists()
+    {
         let folder = folder.display();
         anyhow::bail!(
             "there is no store in {folder}, but {} is of a node that has had one: is it mounted? To begin a new one there: `touch {folder}/.lock`",

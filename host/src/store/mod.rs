@@ -271,6 +271,12 @@ pub fn folder(name: &str) -> Option<&Path> {
     (!name.starts_with(ETCD)).then(|| Path::new(name.strip_prefix("file:").unwrap_or(name)))
 }
 
+/// The folder of the store of this name, if it is in one and there is none.
+#[must_use]
+pub fn missing(name: &str) -> Option<&Path> {
+    folder(name).filter(|folder| !FileStore::is_there(folder))
+}
+
 /// Opens the store of this name: `file:` and a folder, or `etcd:` and URLs.
 ///
 /// # Errors

@@ -4,7 +4,7 @@
 //! changes, in the next without. Two modules take turns, which both allow what is sent.
 
 use anyhow::{Context, ensure};
-use harness::{Cluster, Listener, Options, Program, Traffic, sent_bytes, tcp_duplicates, tcp_retransmits};
+use harness::{Cluster, Listener, Program, Traffic, sent_bytes, tcp_duplicates, tcp_retransmits};
 use serde_json::{Value, json};
 use std::{
     fs,
@@ -179,10 +179,7 @@ fn main() -> anyhow::Result<()> {
     let Some(arguments) = Arguments::read()? else {
         return Ok(());
     };
-    let mut cluster = Cluster::with(&Options {
-        nodes: 1,
-        ..Options::default()
-    })?;
+    let mut cluster = Cluster::one_node()?;
     for name in ["red/client", "red/server", "red/asks", "red/answers"] {
         cluster.add_pod(0, name, &[])?;
     }

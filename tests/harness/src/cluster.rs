@@ -98,6 +98,18 @@ impl Cluster {
         Self::with(&Options::default())
     }
 
+    /// One node with hostd on it.
+    ///
+    /// # Errors
+    ///
+    /// Where something can't be made.
+    pub fn one_node() -> anyhow::Result<Self> {
+        Self::with(&Options {
+            nodes: 1,
+            ..Options::default()
+        })
+    }
+
     /// Nodes with hostd on them.
     ///
     /// # Errors

@@ -5,7 +5,7 @@ mod containerd;
 mod leftovers;
 mod podman;
 
-use harness::{Cluster, Options, plugin, run, wait_until};
+use harness::{Cluster, plugin, run, wait_until};
 use leftovers::Leftovers;
 use serde_json::{Value, json};
 use std::{
@@ -40,11 +40,7 @@ impl Site {
     fn new() -> Self {
         let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let leftovers = Leftovers::watch();
-        let options = Options {
-            nodes: 1,
-            ..Options::default()
-        };
-        let cluster = Cluster::with(&options).unwrap();
+        let cluster = Cluster::one_node().unwrap();
         cluster.load("web-app").unwrap();
         let site = Self {
             cluster,

@@ -1,17 +1,13 @@
 //! What a module may use: the cache of compiled modules, the log, limits, quotas.
 
 use crate::{cluster_identities, deed, load, module, two_tenants};
-use harness::{Cluster, Options, kernel_test, test_policy};
+use harness::{Cluster, kernel_test, test_policy};
 use std::{fs, os::unix::fs::MetadataExt};
 
 #[test]
 fn the_second_load_of_a_module_comes_from_the_cache() {
     kernel_test!();
-    let mut cluster = Cluster::with(&Options {
-        nodes: 1,
-        ..Options::default()
-    })
-    .unwrap();
+    let mut cluster = Cluster::one_node().unwrap();
     cluster.load("tenant-isolation").unwrap();
     let cache = cluster.folder().join("node1/state/compiled");
     let files = || -> Vec<std::path::PathBuf> {
@@ -84,11 +80,7 @@ fn limits_of_one_module_are_its_own() {
 #[test]
 fn what_a_tenants_module_may_take_of_others_room_is_bounded() {
     kernel_test!();
-    let mut cluster = Cluster::with(&Options {
-        nodes: 1,
-        ..Options::default()
-    })
-    .unwrap();
+    let mut cluster = Cluster::one_node().unwrap();
     cluster.add_pod(0, "red/a", &[]).unwrap();
     load(&cluster, &module("tenant-isolation"), &[]);
     let hostile = test_policy("hostile").unwrap().display().to_string();
