@@ -6,8 +6,8 @@ use anyhow::Context;
 use aya::{Ebpf, EbpfLoader, programs::SchedClassifier};
 use hostd::{config::Maps, datapath::shape};
 use serde_json::json;
-use std::time::Instant;
-use wasmgate_tests::report::{Arguments, Samples};
+use std::{process::ExitCode, time::Instant};
+use wasmgate_tests::report::{self, Measured, Samples};
 
 /// Times that each is loaded; the median is shown, with the range.
 const ROUNDS: usize = 7;
@@ -25,10 +25,11 @@ fn object() -> anyhow::Result<Ebpf> {
     Ok(loader.load_file(path)?)
 }
 
-fn main() -> anyhow::Result<()> {
-    let Some(arguments) = Arguments::read()? else {
-        return Ok(());
-    };
+fn main() -> ExitCode {
+    report::run(bench)
+}
+
+fn bench() -> anyhow::Result<Measured> {
     let mut rows = Vec::new();
     for name in Hook::ALL.map(Hook::name) {
         let mut times = Samples::default();
@@ -65,5 +66,5 @@ fn main() -> anyhow::Result<()> {
                    "jitted_bytes": jitted, "load_ms": times.json()})
         })
         .collect();
-    arguments.write(&json!({"limit": LIMIT, "programs": programs}))
+    Ok(json!({"limit": LIMIT, "programs": programs}).into())
 }

@@ -104,7 +104,7 @@ impl Bench {
     }
 
     fn counts(&self, name: &str, length: u32) -> Vec<u64> {
-        let map: PerCpuArray<_, Counter> = self.ebpf.map(name).unwrap().try_into().unwrap();
+        let map: PerCpuArray<_, Counter> = self.loaded.ebpf.map(name).unwrap().try_into().unwrap();
         let sum = |index| {
             map.get(&index, 0)
                 .unwrap()
@@ -117,7 +117,7 @@ impl Bench {
 
     fn last_event(&mut self) -> Option<Event> {
         let mut last = None;
-        while let Some(item) = self.events.next() {
+        while let Some(item) = self.loaded.events.next() {
             assert_eq!(item.len(), size_of::<Event>());
             // SAFETY: an event is integers without padding, and this is one, whole.
             last = Some(unsafe { std::ptr::read_unaligned(item.as_ptr().cast()) });
@@ -192,14 +192,14 @@ impl Bench {
             set(CB, u32::from_be_bytes(source));
             set(CB + 4, vni.0);
         }
-        if self.target != Some(*hook) {
+        if self.loaded.target != Some(*hook) {
             let fd = self.program(*hook);
-            let mut targets = ProgramArray::try_from(self.entry.map_mut("TARGET").unwrap()).unwrap();
+            let mut targets = ProgramArray::try_from(self.loaded.entry.map_mut("TARGET").unwrap()).unwrap();
             targets.set(0, &fd, 0).unwrap();
-            self.target = Some(*hook);
+            self.loaded.target = Some(*hook);
         }
         self.last_event();
-        let entry: &SchedClassifier = self.entry.program("packet_table").unwrap().try_into().unwrap();
+        let entry: &SchedClassifier = self.loaded.entry.program("packet_table").unwrap().try_into().unwrap();
         let mut out = vec![0; 4096];
         let mut ctx_out = [0; SK_BUFF];
         let result = entry

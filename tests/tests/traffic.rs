@@ -2,12 +2,17 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests, which fail as a whole")]
 
 use harness::{
-    Cluster, Namespace, Options, Program, Short, answer_each, ask, in_netns, iperf3, kernel_test, short_connections,
+    Cluster, Namespace, Options, Program, Short, amount, answer_each, ask, in_netns, iperf3, kernel_test,
+    short_connections,
 };
 use std::{
     fs,
     io::{self, Read, Write},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -220,7 +225,7 @@ fn throughput_and_latency_programs_run_to_their_end() {
 }
 
 #[test]
-fn a_hundred_thousand_short_connections_all_succeed() {
+fn short_connections_all_succeed() {
     kernel_test!();
     let site = Site::new(&Options::default());
     let backends = ["here", "there"].map(|app| &site.cluster.pod(&format!("red/{app}")).netns);
@@ -232,12 +237,16 @@ fn a_hundred_thousand_short_connections_all_succeed() {
     let options = format!("--address 172.16.0.9 --port tcp/80=8080 {}", own.join(" "));
     site.cluster.add_service("red/all", &options).unwrap();
     let vip = "172.16.0.9".parse().unwrap();
+    let all = amount("WASMGATE_CONNECTIONS", 20_000, 100_000);
     // Ports in TIME-WAIT at the servers are the clients' to use again.
     let began = Instant::now();
     for (to, count) in [
-        (SocketAddr::new(site.cluster.pod("red/here").address, 8080), 40_000),
-        (SocketAddr::new(site.cluster.pod("red/there").address, 8080), 30_000),
-        (SocketAddr::new(vip, 80), 30_000),
+        (SocketAddr::new(site.cluster.pod("red/here").address, 8080), all * 2 / 5),
+        (
+            SocketAddr::new(site.cluster.pod("red/there").address, 8080),
+            all * 3 / 10,
+        ),
+        (SocketAddr::new(vip, 80), all * 3 / 10),
     ] {
         let Short { done, problems } = short_connections(site.client().name(), to, count, 8).unwrap();
         assert!(
@@ -248,7 +257,7 @@ fn a_hundred_thousand_short_connections_all_succeed() {
         );
         assert_eq!(done, count, "{to}");
     }
-    println!("100,000 connections in {:?}", began.elapsed());
+    println!("{all} connections in {:?}", began.elapsed());
     assert_eq!(site.cluster.nodes[0].drops("mid_stream").unwrap(), 0);
 }
 
@@ -277,10 +286,11 @@ fn one_stream_goes_on_for_long_through_changes_of_everything_else() {
             }
         }
     });
-    let until = Instant::now() + Duration::from_secs(20);
+    let end = Arc::new(AtomicBool::new(false));
+    let writer_ends = Arc::clone(&end);
     let writer = thread::spawn(move || -> io::Result<u64> {
         let mut sent = 0_u64;
-        while Instant::now() < until {
+        while !writer_ends.load(Ordering::Relaxed) {
             let block: Vec<u8> = (sent..sent + 25_100).map(|at| (at % 251).to_le_bytes()[0]).collect();
             stream.write_all(&block)?;
             sent += 25_100;
@@ -288,8 +298,8 @@ fn one_stream_goes_on_for_long_through_changes_of_everything_else() {
         Ok(sent)
     });
     // Pods come and go, services change, policies are loaded, hostd starts anew.
-    let mut number = 0;
-    while Instant::now() < until {
+    let changes = usize::try_from(amount("WASMGATE_CHANGES", 6, 100)).unwrap();
+    for number in 0..changes {
         let name = format!("red/more{number}");
         site.cluster.add_pod(number % 2, &name, &[("app", "there")]).unwrap();
         site.cluster
@@ -304,11 +314,11 @@ fn one_stream_goes_on_for_long_through_changes_of_everything_else() {
             site.cluster.nodes[0].start().unwrap();
         }
         site.cluster.remove_pod(&name).unwrap();
-        number += 1;
     }
+    end.store(true, Ordering::Relaxed);
     let sent = writer.join().unwrap().unwrap();
     let (received, right) = reader.join().unwrap().unwrap();
-    assert!(right && number > 2, "{number} changes");
+    assert!(right);
     assert_eq!(received, sent);
-    println!("{sent} bytes through {number} changes");
+    println!("{sent} bytes through {changes} changes");
 }

@@ -1,8 +1,9 @@
 //! Finding compilers.
 
-use crate::{DISTRO_LLVM, Error};
+use crate::{DISTRO_LLVM, Error, target_dir};
 use std::{
     env,
+    fs::{self, File},
     path::{Path, PathBuf},
     process::Command,
 };
@@ -103,11 +104,44 @@ pub fn find_bpf() -> Result<Bpf, Error> {
             looked: "the distribution's libstd-rust-web-dev-bpf, rustup's nightly with rust-src",
         });
     };
-    let linker = find_program("bpf-linker").ok_or(Error::NoLinker)?;
+    let linker = find_linker().ok_or(Error::NoLinker)?;
     Ok(Bpf {
         compiler,
         build_std,
         linker,
+    })
+}
+
+/// The linker for BPF; where it is being installed, when it is there.
+fn find_linker() -> Option<PathBuf> {
+    let find = || find_program("bpf-linker");
+    find().or_else(|| {
+        // Whatever becomes of the installation, it is over when its lock can be had.
+        File::open(linker_lock()).ok()?.lock_shared().ok()?;
+        find()
+    })
+}
+
+fn linker_lock() -> PathBuf {
+    target_dir().join("bpf-linker.lock")
+}
+
+/// Says that the linker for BPF is being installed: until the answer is dropped, [`find_bpf`] waits where there is none.
+///
+/// # Errors
+///
+/// [`Error::Write`], where that can't be said.
+pub fn announce_linker() -> Result<File, Error> {
+    let path = linker_lock();
+    let announce = || {
+        fs::create_dir_all(target_dir())?;
+        let file = File::create(&path)?;
+        file.lock()?;
+        Ok(file)
+    };
+    announce().map_err(|source| Error::Write {
+        path: path.clone(),
+        source,
     })
 }
 

@@ -8,7 +8,7 @@ mod build;
 mod find;
 
 pub use build::{build_ebpf, build_policies, build_test_policies};
-pub use find::{Bpf, Compiler, Wasm, find_bpf, find_program, find_wasm};
+pub use find::{Bpf, Compiler, Wasm, announce_linker, find_bpf, find_program, find_wasm};
 
 use std::path::PathBuf;
 

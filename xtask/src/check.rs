@@ -1,6 +1,9 @@
 //! Checks that run nothing: format, lints, documentation, dependencies.
 
-use crate::cargo;
+use crate::{
+    cargo::{self, cargo},
+    libraries,
+};
 use toolchain::{find_bpf, workspace_root};
 
 /// Runs all checks.
@@ -14,17 +17,17 @@ pub fn run() -> anyhow::Result<()> {
     )?;
 
     println!("lints");
+    libraries::restore()?;
     let lints = [
         "clippy",
-        "--profile",
-        "lint",
+        "--release",
         "--workspace",
         "--all-targets",
         "--",
         "-D",
         "warnings",
     ];
-    crate::run(cargo().args(lints))?;
+    let linted = cargo::build(&lints)?;
 
     println!("lints of the tc programs");
     let bpf = find_bpf()?;
@@ -32,7 +35,7 @@ pub fn run() -> anyhow::Result<()> {
     clippy
         .current_dir(workspace_root().join("ebpf"))
         .args(["clippy", "--release", "--target", "bpfel-unknown-none", "--target-dir"])
-        .arg(toolchain::target_dir().join("bpf-clippy"));
+        .arg(toolchain::target_dir().join("bpf"));
     if bpf.build_std {
         clippy.args(["-Z", "build-std=core"]);
     }
@@ -40,9 +43,11 @@ pub fn run() -> anyhow::Result<()> {
 
     println!("documentation");
     let mut doc = cargo();
-    doc.args(["doc", "--profile", "lint"]);
+    doc.args(["doc", "--release"]);
     doc.args(["--workspace", "--no-deps", "--document-private-items"]);
     crate::run(doc.env("RUSTDOCFLAGS", "-D warnings"))?;
+
+    libraries::keep(&linted);
 
     println!("dependencies");
     // The advisory database is another server's; a run without the network has the other three.

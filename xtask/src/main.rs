@@ -2,14 +2,19 @@
 
 mod bench;
 mod build;
+mod cargo;
 mod check;
 mod conformance;
 mod demo;
+mod libraries;
+mod report;
 mod setup;
+mod soak;
 mod test;
 mod vm;
 
 use clap::{Parser, Subcommand};
+use setup::Purpose;
 use std::process::{Command, ExitCode};
 
 /// Sets the project up, builds it, shows it, tests it.
@@ -40,10 +45,11 @@ enum Task {
         keep: bool,
     },
     /// Run all tests, those that need root included.
-    Test {
-        /// Only tests whose name contains this.
-        filter: Option<String>,
-    },
+    ///
+    /// At the end it says where the time went: steps, files of tests, and the slowest tests.
+    Test(test::Arguments),
+    /// Run those tests for long that are kept short in `test`: kills, very many packets, changes under traffic. Needs root.
+    Soak(soak::Arguments),
     /// Run the tables of packets and a tour of two nodes on Debian 12's kernel (Linux 6.1), in an emulated machine.
     VmTest {
         /// Only tests whose name contains this.
@@ -60,27 +66,48 @@ enum Task {
 }
 
 fn main() -> ExitCode {
-    let result = match Arguments::parse().task {
-        Task::Setup { check, dev } => setup::run(check, dev),
-        Task::Build => setup::quietly().and_then(|()| build::run()),
-        Task::Demo { keep } => setup::quietly()
-            .and_then(|()| build::run())
-            .and_then(|()| demo::run(keep)),
-        Task::Test { filter } => setup::quietly().and_then(|()| test::run(filter.as_deref())),
-        Task::VmTest { filter } => setup::quietly().and_then(|()| vm::run(filter.as_deref())),
-        Task::Bench(which) => setup::quietly().and_then(|()| bench::run(&which)),
-        Task::Conformance(arguments) => setup::quietly()
-            .and_then(|()| build::run())
-            .and_then(|()| conformance::run(&arguments)),
-        Task::Check => setup::run(false, true).and_then(|()| check::run()),
-    };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("xtask: {error:#}");
-            ExitCode::FAILURE
+    perform(Arguments::parse().task).unwrap_or_else(|error| {
+        eprintln!("xtask: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn perform(task: Task) -> anyhow::Result<ExitCode> {
+    match task {
+        Task::Setup { check, dev } => setup::run(check, if dev { Purpose::Check } else { Purpose::Test })?,
+        Task::Build => build(Purpose::Demo)?,
+        Task::Demo { keep } => {
+            build(Purpose::Demo)?;
+            demo::run(keep)?;
+        }
+        Task::Test(arguments) => test::run(&arguments)?,
+        Task::Soak(arguments) => {
+            build(Purpose::Test)?;
+            soak::run(&arguments)?;
+        }
+        Task::VmTest { filter } => {
+            build(Purpose::OldKernel)?;
+            vm::run(filter.as_deref())?;
+        }
+        Task::Bench(which) => {
+            build(Purpose::Test)?;
+            return bench::run(&which);
+        }
+        Task::Conformance(arguments) => {
+            build(Purpose::Demo)?;
+            conformance::run(&arguments)?;
+        }
+        Task::Check => {
+            setup::run(false, Purpose::Check)?;
+            check::run()?;
         }
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Sets up what is missing, and builds.
+fn build(purpose: Purpose) -> anyhow::Result<()> {
+    build::run(setup::begin(purpose)?)
 }
 
 /// Runs a command that prints for itself.
@@ -96,25 +123,4 @@ fn run(command: &mut Command) -> anyhow::Result<()> {
     };
     anyhow::ensure!(status.success(), "`{}` failed", text());
     Ok(())
-}
-
-/// The cargo that runs this task.
-fn cargo() -> Command {
-    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.current_dir(toolchain::workspace_root());
-    // What cargo says of this program to this program is not for the build scripts of others: with it `ring`, and what is built on it, would
-    // be built again whenever cargo is called without.
-    for (name, _) in std::env::vars_os() {
-        let its = [
-            "CARGO_PKG_",
-            "CARGO_MANIFEST_",
-            "CARGO_BIN_",
-            "CARGO_CRATE_",
-            "CARGO_PRIMARY_",
-        ];
-        if its.iter().any(|prefix| name.to_string_lossy().starts_with(prefix)) {
-            command.env_remove(name);
-        }
-    }
-    command
 }

@@ -1,8 +1,7 @@
 //! Another kernel: Debian's oldest that is supported, in an emulated machine, with an initramfs made from the build.
 
-use crate::{build, cargo, setup};
+use crate::{cargo, setup};
 use anyhow::{Context, ensure};
-use serde_json::Value;
 use std::{
     collections::BTreeSet,
     fs,
@@ -15,12 +14,6 @@ use toolchain::target_dir;
 
 /// Debian 12's kernel for virtual machines: Linux 6.1.
 const KERNEL: &str = "linux-image-cloud-amd64";
-/// Programs that are needed here alone, with Debian's packages.
-const PROGRAMS: [(&str, &str); 3] = [
-    ("qemu-system-x86_64", "qemu-system-x86"),
-    ("busybox", "busybox-static"),
-    ("depmod", "kmod"),
-];
 /// What the tests run.
 const TOOLS: [&str; 4] = ["ip", "tc", "nft", "umount"];
 /// What the kernel has as modules.
@@ -32,8 +25,6 @@ const ENDED: &str = "vm-test: ended with";
 
 /// Boots the machine and runs the tests.
 pub fn run(filter: Option<&str>) -> anyhow::Result<()> {
-    setup::programs(&PROGRAMS)?;
-    build::run()?;
     let folder = target_dir().join("vm");
     fs::create_dir_all(&folder)?;
     let kernel = kernel(&folder)?;
@@ -111,31 +102,15 @@ fn output(command: &mut Command) -> anyhow::Result<String> {
 
 /// Builds the test programs, and says where they are.
 fn test_programs() -> anyhow::Result<Vec<PathBuf>> {
-    let mut build = cargo();
-    build.args([
-        "test",
-        "--release",
-        "--package",
-        "wasmgate-tests",
-        "--no-run",
-        "--message-format",
-        "json",
-    ]);
-    for test in TESTS {
-        build.args(["--test", test]);
-    }
-    let messages = output(&mut build)?;
-    let found = |test: &str| {
-        messages.lines().find_map(|line| {
-            let message: Value = serde_json::from_str(line).ok()?;
-            let is_it = message["target"]["name"] == test && message["executable"].is_string();
-            is_it.then(|| PathBuf::from(message["executable"].as_str().unwrap_or_default()))
-        })
+    let mut build = vec!["test", "--release", "--package", "wasmgate-tests", "--no-run"];
+    build.extend(TESTS.iter().flat_map(|test| ["--test", test]));
+    let built = cargo::build(&build)?;
+    let found = |test: &&str| {
+        let unit = built.iter().find(|unit| unit.is_own() && unit.name == **test);
+        let program = unit.and_then(|unit| unit.executable.clone());
+        program.with_context(|| format!("cargo has built no test {test}"))
     };
-    TESTS
-        .iter()
-        .map(|test| found(test).with_context(|| format!("cargo has built no test {test}")))
-        .collect()
+    TESTS.iter().map(found).collect()
 }
 
 /// Packs everything into one file: what was built at its own place, the tools with their libraries, and the modules.

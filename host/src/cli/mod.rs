@@ -3,6 +3,7 @@
 mod args;
 mod author;
 mod install;
+mod log;
 mod print;
 mod print_policy;
 mod scaffold;
@@ -59,7 +60,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     runtime.block_on(async move {
         match arguments.command {
             Command::Run { config } => {
-                start_log();
+                log::start(std::env::var("HOSTD_LOG").ok().as_deref())?;
                 Box::pin(daemon::run(Config::read(&config)?)).await
             }
             Command::Cleanup { config } => daemon::cleanup(&Config::read(&config)?).await,
@@ -67,16 +68,6 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
             command => ask(&arguments.socket, arguments.json, command).await,
         }
     })
-}
-
-fn start_log() {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("HOSTD_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .init();
 }
 
 async fn ask(socket: &Path, json: bool, command: Command) -> anyhow::Result<()> {

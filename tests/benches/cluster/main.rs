@@ -16,13 +16,14 @@ use simulated::{Size, Writer};
 use std::{
     fs,
     net::SocketAddr,
+    process::ExitCode,
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
 use wasmgate_tests::{
     crowd::Memory,
-    report::{Arguments, Samples},
+    report::{self, Measured, Samples},
 };
 
 const SIZE: Size = Size {
@@ -44,10 +45,11 @@ const ADDS: usize = 200;
 /// hostd may take so long at its very first start.
 const START: Duration = Duration::from_mins(10);
 
-fn main() -> anyhow::Result<()> {
-    let Some(arguments) = Arguments::read()? else {
-        return Ok(());
-    };
+fn main() -> ExitCode {
+    report::run(bench)
+}
+
+fn bench() -> anyhow::Result<Measured> {
     let options = Options {
         etcd: Some(EtcdOptions::default()),
         tables: "[maps]\nidentities = 16384\naddresses = 131072\n[wasm]\nevaluate_ms = 20000".to_owned(),
@@ -128,7 +130,7 @@ fn main() -> anyhow::Result<()> {
                 .map(|one| json!({"resident": one.resident, "shared": one.shared, "maps": one.maps}))
         )
     };
-    arguments.write(&json!({
+    Ok(json!({
         "nodes": SIZE.nodes, "pods": pods, "identities": SIZE.namespaces * SIZE.apps,
         "start_s": { "first": first, "again": again },
         "enforced_ms": { "quiet": figures(&quiet), "changes": figures(&busy), "others": figures(&churned) },
@@ -136,7 +138,7 @@ fn main() -> anyhow::Result<()> {
         "processor_percent": used,
         "etcd": { "record_bytes": fanout.record, "change_us": fanout.change, "event_us": fanout.event },
         "cni_ms": { "auto": cni_figures(&times), "tcx": cni_figures(&links) },
-    }))
+    }).into())
 }
 
 fn print_enforced(quiet: &Samples, busy: &Samples, churned: &Samples) {

@@ -6,20 +6,18 @@ use harness::{Program, answer_each, ask, iperf3, short_connections};
 use serde_json::Value;
 use std::{fs, net::SocketAddr, time::Instant};
 
-/// Values of one measurement, with their names.
-pub type Values = Vec<(&'static str, f64)>;
-/// One measurement.
-pub type Load = fn(&World<'_>) -> anyhow::Result<Values>;
+/// One measurement, which has one value or more.
+pub type Load = fn(&World<'_>) -> anyhow::Result<Vec<f64>>;
 
-/// All of them.
-pub const ALL: [Load; 7] = [
-    |world| tcp(world, 1, ["tcp_1_gbit_s", "tcp_1_cpu_s_per_gb"]),
-    |world| tcp(world, 8, ["tcp_8_gbit_s", "tcp_8_cpu_s_per_gb"]),
-    |world| udp(world, 1, ["udp_64_1_kpps", "udp_64_1_cpu_s_per_gb"]),
-    |world| udp(world, 8, ["udp_64_8_kpps", "udp_64_8_cpu_s_per_gb"]),
-    latency,
-    |world| connections(world, 1, "connections_1_per_s"),
-    |world| connections(world, 8, "connections_8_per_s"),
+/// All of them, each with the names of its values.
+pub const ALL: [(&[&str], Load); 7] = [
+    (&["tcp_1_gbit_s", "tcp_1_cpu_s_per_gb"], |world| tcp(world, 1)),
+    (&["tcp_8_gbit_s", "tcp_8_cpu_s_per_gb"], |world| tcp(world, 8)),
+    (&["udp_64_1_kpps", "udp_64_1_cpu_s_per_gb"], |world| udp(world, 1)),
+    (&["udp_64_8_kpps", "udp_64_8_cpu_s_per_gb"], |world| udp(world, 8)),
+    (&["latency_p50_us", "latency_p99_us", "latency_p99.9_us"], latency),
+    (&["connections_1_per_s"], |world| connections(world, 1)),
+    (&["connections_8_per_s"], |world| connections(world, 8)),
 ];
 
 const IPERF: u16 = PORTS[0];
@@ -66,26 +64,26 @@ fn number(report: &Value, pointer: &str) -> anyhow::Result<f64> {
     value.with_context(|| format!("iperf3 says nothing of {pointer}"))
 }
 
-fn tcp(world: &World<'_>, streams: u32, names: [&'static str; 2]) -> anyhow::Result<Values> {
+fn tcp(world: &World<'_>, streams: u32) -> anyhow::Result<Vec<f64>> {
     let (report, work) = measured(world, &["-P", &streams.to_string()])?;
     let bits = number(&report, "/end/sum_received/bits_per_second")?;
     let bytes = number(&report, "/end/sum_received/bytes")?;
-    Ok(vec![(names[0], bits / 1e9), (names[1], work / (bytes / 1e9))])
+    Ok(vec![bits / 1e9, work / (bytes / 1e9)])
 }
 
 /// As many datagrams of 64 bytes as the sender can send; those count that arrive.
-fn udp(world: &World<'_>, streams: u32, names: [&'static str; 2]) -> anyhow::Result<Values> {
+fn udp(world: &World<'_>, streams: u32) -> anyhow::Result<Vec<f64>> {
     let (report, work) = measured(world, &["-u", "-b", "0", "-l", "64", "-P", &streams.to_string()])?;
     let sent = number(&report, "/end/sum/packets")?;
     let arrived = sent - number(&report, "/end/sum/lost_packets")?;
     let seconds = number(&report, "/end/sum/seconds")?;
     ensure!(arrived > 0.0, "no datagram has arrived");
     let rate = arrived / seconds / 1e3;
-    Ok(vec![(names[0], rate), (names[1], work / (arrived * 64.0 / 1e9))])
+    Ok(vec![rate, work / (arrived * 64.0 / 1e9)])
 }
 
 /// Half of the time from a request of 14 bytes to its answer, one after the other, by TCP.
-fn latency(world: &World<'_>) -> anyhow::Result<Values> {
+fn latency(world: &World<'_>) -> anyhow::Result<Vec<f64>> {
     let to = world.address.to_string();
     let arguments = ["ping-pong", "--tcp", "-i", &to, "-p", "11111", "-t", "1"];
     let report = ask(world.client, "sockperf", &arguments)?;
@@ -97,14 +95,14 @@ fn latency(world: &World<'_>) -> anyhow::Result<Values> {
         Ok(line.rsplit('=').next().context("no value")?.trim().parse()?)
     };
     Ok(vec![
-        ("latency_p50_us", percentile("percentile 50.000")?),
-        ("latency_p99_us", percentile("percentile 99.000")?),
-        ("latency_p99.9_us", percentile("percentile 99.900")?),
+        percentile("percentile 50.000")?,
+        percentile("percentile 99.000")?,
+        percentile("percentile 99.900")?,
     ])
 }
 
 /// Connections, each with a request and its answer, to the end.
-fn connections(world: &World<'_>, clients: u64, name: &'static str) -> anyhow::Result<Values> {
+fn connections(world: &World<'_>, clients: u64) -> anyhow::Result<Vec<f64>> {
     let began = Instant::now();
     let outcome = short_connections(
         world.client.name(),
@@ -120,5 +118,5 @@ fn connections(world: &World<'_>, clients: u64, name: &'static str) -> anyhow::R
     );
     #[expect(clippy::cast_precision_loss, reason = "thousands")]
     let rate = outcome.done as f64 / seconds;
-    Ok(vec![(name, rate)])
+    Ok(vec![rate])
 }

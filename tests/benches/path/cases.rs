@@ -98,7 +98,7 @@ impl Packets {
         );
         // The turns go on where they have come to.
         self.replay = stage.made()?;
-        bench.target = None;
+        bench.loaded.target = None;
         Ok(taken)
     }
 

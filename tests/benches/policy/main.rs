@@ -14,8 +14,8 @@ mod engine;
 mod packets;
 
 use serde_json::json;
-use std::time::Instant;
-use wasmgate_tests::report::Arguments;
+use std::{process::ExitCode, time::Instant};
+use wasmgate_tests::report::{self, Measured};
 
 /// Identities of this node's pods.
 const LOCAL: usize = 250;
@@ -29,10 +29,11 @@ fn timed<T>(work: impl FnOnce() -> T) -> (f64, T) {
     (began.elapsed().as_secs_f64(), result)
 }
 
-fn main() -> anyhow::Result<()> {
-    let Some(arguments) = Arguments::read()? else {
-        return Ok(());
-    };
+fn main() -> ExitCode {
+    report::run(bench)
+}
+
+fn bench() -> anyhow::Result<Measured> {
     let sizes = [100, 1000, 10_000];
     let loads = sizes
         .iter()
@@ -42,5 +43,5 @@ fn main() -> anyhow::Result<()> {
         .iter()
         .map(|(size, local)| daemon::in_hostd(*size, *local))
         .collect::<anyhow::Result<Vec<_>>>()?;
-    arguments.write(&json!({"loads": loads, "hostd": hostd, "packet": packets::per_packet()?}))
+    Ok(json!({"loads": loads, "hostd": hostd, "packet": packets::per_packet()?}).into())
 }

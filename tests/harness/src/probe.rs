@@ -1,9 +1,11 @@
 //! Real connections between namespaces.
 
-use crate::in_netns;
+use crate::{
+    in_netns,
+    patience::{connect, patiently},
+};
 use anyhow::{Context, ensure};
 use std::{
-    collections::BTreeSet,
     io::{self, ErrorKind, Read, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     sync::{
@@ -34,21 +36,27 @@ pub enum TcpOutcome {
 /// Where the attempt could not be made, or ended in any other way.
 pub fn tcp_exchange(namespace: &str, to: IpAddr, port: u16, wait: Duration) -> anyhow::Result<TcpOutcome> {
     in_netns(namespace, || -> anyhow::Result<TcpOutcome> {
-        let mut stream = match TcpStream::connect_timeout(&SocketAddr::new(to, port), wait) {
+        let mut stream = match connect(SocketAddr::new(to, port), wait) {
             Ok(stream) => stream,
             Err(error) => return outcome(&error).with_context(|| format!("connecting to {to}:{port}: {error}")),
         };
-        stream.set_read_timeout(Some(wait))?;
         stream.write_all(b"hello\n")?;
-        let mut answer = [0; 6];
-        match stream.read_exact(&mut answer) {
+        match read_line(&mut stream, wait) {
             Ok(()) => Ok(TcpOutcome::Open),
             Err(error) => outcome(&error).with_context(|| format!("reading from {to}:{port}: {error}")),
         }
     })?
 }
 
-fn outcome(error: &io::Error) -> Option<TcpOutcome> {
+/// A line of six bytes, which comes at once or not at all.
+fn read_line(stream: &mut TcpStream, wait: Duration) -> io::Result<()> {
+    patiently(wait, |wait| {
+        stream.set_read_timeout(Some(wait))?;
+        stream.read_exact(&mut [0; 6])
+    })
+}
+
+pub(crate) fn outcome(error: &io::Error) -> Option<TcpOutcome> {
     match error.kind() {
         ErrorKind::TimedOut | ErrorKind::WouldBlock => Some(TcpOutcome::Silence),
         ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset => Some(TcpOutcome::Refused),
@@ -63,10 +71,8 @@ fn outcome(error: &io::Error) -> Option<TcpOutcome> {
 ///
 /// Where it does not open.
 pub fn tcp_open(namespace: &str, to: IpAddr, port: u16, wait: Duration) -> anyhow::Result<Stream> {
-    let stream = in_netns(namespace, || {
-        TcpStream::connect_timeout(&SocketAddr::new(to, port), wait)
-    })?
-    .with_context(|| format!("connecting to {to}:{port}"))?;
+    let stream = in_netns(namespace, || connect(SocketAddr::new(to, port), wait))?
+        .with_context(|| format!("connecting to {to}:{port}"))?;
     Ok(Stream(stream))
 }
 
@@ -80,10 +86,8 @@ impl Stream {
     ///
     /// Where the connection ends.
     pub fn exchange(&mut self, wait: Duration) -> anyhow::Result<bool> {
-        self.0.set_read_timeout(Some(wait))?;
         self.0.write_all(b"again\n")?;
-        let mut answer = [0; 6];
-        match self.0.read_exact(&mut answer) {
+        match read_line(&mut self.0, wait) {
             Ok(()) => Ok(true),
             Err(error) if outcome(&error) == Some(TcpOutcome::Silence) => Ok(false),
             Err(error) => Err(error.into()),
@@ -113,11 +117,14 @@ pub fn udp_exchange_of(namespace: &str, to: IpAddr, port: u16, size: usize, wait
         };
         let socket = UdpSocket::bind((any, 0))?;
         socket.connect(SocketAddr::new(to, port))?;
-        socket.set_read_timeout(Some(wait))?;
         let datagram: Vec<u8> = (0..=u8::MAX).cycle().take(size).collect();
         socket.send(&datagram)?;
         let mut answer = vec![0; 65536];
-        match socket.recv(&mut answer) {
+        let received = patiently(wait, |wait| {
+            socket.set_read_timeout(Some(wait))?;
+            socket.recv(&mut answer)
+        });
+        match received {
             Ok(length) => {
                 ensure!(answer[..length] == datagram, "{to}:{port} sends something else back");
                 Ok(true)
@@ -263,6 +270,17 @@ pub fn tcp_duplicates(namespace: &str) -> anyhow::Result<u64> {
     counter(namespace, "netstat", "TcpExt:", "TCPDSACKRecvSegs")
 }
 
+/// TCP segments that a namespace has sent again so far, and that had not arrived before: those that were really lost. On a busy machine
+/// an answer may come so late that its segment seems lost.
+///
+/// # Errors
+///
+/// Where the kernel's counters can't be read.
+pub fn tcp_lost(namespace: &str) -> anyhow::Result<u64> {
+    let again = tcp_retransmits(namespace)?;
+    Ok(again.saturating_sub(tcp_duplicates(namespace)?))
+}
+
 /// A counter of a protocol (`net/ipv4/proc.c`).
 fn counter(namespace: &str, file: &str, protocol: &str, name: &str) -> anyhow::Result<u64> {
     let path = format!("/proc/thread-self/net/{file}");
@@ -291,101 +309,4 @@ pub fn sent_bytes(namespace: &str) -> anyhow::Result<u64> {
             .parse::<u64>()?)
     });
     sent.sum()
-}
-
-/// UDP echoes from one pod to another, one after the other, until it is stopped: each datagram that does not come back
-/// is a lost packet, since nothing sends it again.
-pub struct Traffic {
-    stop: Arc<AtomicBool>,
-    thread: JoinHandle<anyhow::Result<Counts>>,
-}
-
-/// What became of the datagrams.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counts {
-    /// Came back.
-    pub answered: u64,
-    /// Did not.
-    pub lost: u64,
-    /// The longest time that one took to come back.
-    pub slowest: Duration,
-}
-
-impl Traffic {
-    /// Starts sending; after `wait` the next datagram goes out, and one is lost that has not come back until the end.
-    #[must_use]
-    pub fn start(namespace: &str, to: IpAddr, port: u16, wait: Duration) -> Self {
-        Self::paced(namespace, to, port, wait, Duration::ZERO)
-    }
-
-    /// The same with a pause between two of them.
-    #[must_use]
-    pub fn paced(namespace: &str, to: IpAddr, port: u16, wait: Duration, pause: Duration) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let (namespace, told) = (namespace.to_owned(), Arc::clone(&stop));
-        let thread = thread::spawn(move || in_netns(&namespace, || echo_until(&told, to, port, wait, pause))?);
-        Self { stop, thread }
-    }
-
-    /// Stops, and says what became of the datagrams.
-    ///
-    /// # Errors
-    ///
-    /// Where nothing could be sent.
-    ///
-    /// # Panics
-    ///
-    /// Where the sending thread has.
-    pub fn stop(self) -> anyhow::Result<Counts> {
-        self.stop.store(true, Ordering::Relaxed);
-        self.thread
-            .join()
-            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    }
-
-    /// Stops.
-    ///
-    /// # Panics
-    ///
-    /// Where a datagram was lost, or so few were sent that it says little.
-    pub fn lost_nothing(self) {
-        let counts = self.stop().expect("datagrams can be sent");
-        assert!(counts.lost == 0 && counts.answered >= 100, "{counts:?}");
-    }
-}
-
-fn echo_until(stop: &AtomicBool, to: IpAddr, port: u16, wait: Duration, pause: Duration) -> anyhow::Result<Counts> {
-    let socket = UdpSocket::bind("0.0.0.0:0")?;
-    socket.connect(SocketAddr::new(to, port))?;
-    socket.set_read_timeout(Some(wait))?;
-    let mut counts = Counts::default();
-    let mut number = 0_u64;
-    let mut missing = BTreeSet::new();
-    let mut answer = [0; 8];
-    while !stop.load(Ordering::Relaxed) {
-        number += 1;
-        if !pause.is_zero() {
-            thread::sleep(pause);
-        }
-        let sent = Instant::now();
-        socket.send(&number.to_be_bytes())?;
-        loop {
-            match socket.recv(&mut answer) {
-                Ok(_) if answer == number.to_be_bytes() => {
-                    counts.answered += 1;
-                    counts.slowest = counts.slowest.max(sent.elapsed());
-                    break;
-                }
-                // A late answer.
-                Ok(_) => counts.answered += u64::from(missing.remove(&u64::from_be_bytes(answer))),
-                Err(error) if outcome(&error).is_some() => {
-                    missing.insert(number);
-                    break;
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
-    }
-    counts.lost = u64::try_from(missing.len())?;
-    Ok(counts)
 }

@@ -1,6 +1,6 @@
 //! Who reaches whom in a cluster.
 
-use crate::{Cluster, TcpOutcome, in_netns, tcp_exchange, udp_exchange};
+use crate::{Cluster, TcpOutcome, in_netns, patience::connect, tcp_exchange, udp_exchange};
 use anyhow::{Context, ensure};
 use std::{
     collections::BTreeMap,
@@ -69,10 +69,8 @@ impl Duplex {
     /// Where it does not open.
     pub fn open(from: &str, to: &str, address: IpAddr, port: u16, wait: Duration) -> anyhow::Result<Self> {
         let listener = in_netns(to, || TcpListener::bind(("0.0.0.0", port)))??;
-        let client = in_netns(from, || {
-            TcpStream::connect_timeout(&SocketAddr::new(address, port), wait)
-        })?
-        .with_context(|| format!("connecting to {address}:{port}"))?;
+        let client = in_netns(from, || connect(SocketAddr::new(address, port), wait))?
+            .with_context(|| format!("connecting to {address}:{port}"))?;
         let (server, _) = listener.accept()?;
         let stop = Arc::new(AtomicBool::new(false));
         let received = [Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0))];

@@ -6,10 +6,7 @@ use abi::{
     conntrack::{Account, SECOND},
     map,
 };
-use aya::{
-    Pod,
-    maps::{HashMap, Map},
-};
+use aya::maps::HashMap;
 
 /// Now, in nanoseconds of `CLOCK_MONOTONIC`.
 pub fn now() -> u64 {
@@ -17,36 +14,27 @@ pub fn now() -> u64 {
     u64::try_from(now.tv_sec).unwrap() * SECOND + u64::try_from(now.tv_nsec).unwrap()
 }
 
-/// Removes whatever is in a map.
-pub(super) fn clear<K: Pod + Eq + std::hash::Hash, V: Pod>(map: &mut Map) {
-    let mut map: HashMap<_, K, V> = HashMap::try_from(map).unwrap();
-    let keys: Vec<K> = map.keys().map(Result::unwrap).collect();
-    for key in keys {
-        map.remove(&key).unwrap();
-    }
-}
-
 impl Bench {
     /// Forgets all flows.
     pub fn forget(&mut self) {
-        clear::<ConntrackKey, ConntrackEntry>(self.ebpf.map_mut(map::CONNTRACK).unwrap());
-        clear::<FragmentKey, FragmentEntry>(self.ebpf.map_mut(map::FRAGMENTS).unwrap());
+        self.loaded.clear::<ConntrackKey, ConntrackEntry>(map::CONNTRACK);
+        self.loaded.clear::<FragmentKey, FragmentEntry>(map::FRAGMENTS);
         for name in map::AFFINITY {
-            clear::<AffinityKey, AffinityEntry>(self.ebpf.map_mut(name).unwrap());
+            self.loaded.clear::<AffinityKey, AffinityEntry>(name);
         }
     }
 
     /// The flows that are tracked, and what is remembered of each.
     pub fn flows(&mut self) -> Vec<(ConntrackKey, ConntrackEntry)> {
         let tracked: HashMap<_, ConntrackKey, ConntrackEntry> =
-            HashMap::try_from(self.ebpf.map_mut(map::CONNTRACK).unwrap()).unwrap();
+            HashMap::try_from(self.loaded.ebpf.map_mut(map::CONNTRACK).unwrap()).unwrap();
         tracked.iter().map(Result::unwrap).collect()
     }
 
     /// Forgets one of them.
     pub fn forget_flow(&mut self, key: &ConntrackKey) {
         let mut tracked: HashMap<_, ConntrackKey, ConntrackEntry> =
-            HashMap::try_from(self.ebpf.map_mut(map::CONNTRACK).unwrap()).unwrap();
+            HashMap::try_from(self.loaded.ebpf.map_mut(map::CONNTRACK).unwrap()).unwrap();
         tracked.remove(key).unwrap();
     }
 
@@ -61,7 +49,7 @@ impl Bench {
     pub fn change_flows(&mut self, mut change: impl FnMut(&mut ConntrackEntry)) {
         let flows = self.flows();
         let mut tracked: HashMap<_, ConntrackKey, ConntrackEntry> =
-            HashMap::try_from(self.ebpf.map_mut(map::CONNTRACK).unwrap()).unwrap();
+            HashMap::try_from(self.loaded.ebpf.map_mut(map::CONNTRACK).unwrap()).unwrap();
         for (key, mut entry) in flows {
             change(&mut entry);
             tracked.insert(key, entry, 0).unwrap();
@@ -72,7 +60,7 @@ impl Bench {
     /// were.
     pub fn age_clients(&mut self, expires: u64) -> Vec<u64> {
         let mut clients: HashMap<_, AffinityKey, AffinityEntry> =
-            HashMap::try_from(self.ebpf.map_mut(map::AFFINITY[0]).unwrap()).unwrap();
+            HashMap::try_from(self.loaded.ebpf.map_mut(map::AFFINITY[0]).unwrap()).unwrap();
         let known: Vec<(AffinityKey, AffinityEntry)> = clients.iter().map(Result::unwrap).collect();
         for (key, entry) in &known {
             clients.insert(key, AffinityEntry { expires, ..*entry }, 0).unwrap();
@@ -92,7 +80,7 @@ impl Bench {
     /// Opens an account with so many flows on it.
     pub fn set_account(&mut self, owner: u32, flows: u64) {
         let mut accounts: HashMap<_, u32, Account> =
-            HashMap::try_from(self.ebpf.map_mut(map::ACCOUNTS).unwrap()).unwrap();
+            HashMap::try_from(self.loaded.ebpf.map_mut(map::ACCOUNTS).unwrap()).unwrap();
         accounts.insert(owner, Account { flows }, 0).unwrap();
     }
 }

@@ -1,6 +1,7 @@
 //! A bench for the programs: loaded for real, their maps filled by hand, in a namespace of its own.
 
 mod flows;
+mod programs;
 mod tables;
 
 pub use flows::now;
@@ -15,17 +16,13 @@ use abi::{
     node::{REPORT_DROPS, REPORT_FLOWS, TUNNEL_PORT},
 };
 use aya::{
-    Ebpf, EbpfLoader, Pod,
-    maps::{Array, HashMap, MapData, RingBuf},
+    Pod,
+    maps::{Array, HashMap, MapData},
     programs::{ProgramFd, SchedClassifier},
 };
-use flows::clear;
 use harness::{Namespace, in_netns};
-use hostd::{
-    config::Maps,
-    datapath::{Constants, load_programs},
-    plan::{Numbers, Shape},
-};
+use hostd::plan::{Numbers, Shape};
+use programs::Lent;
 use std::collections::BTreeMap;
 
 pub const RED: Identity = Identity(0x01_0001);
@@ -43,6 +40,7 @@ pub const FULL: u32 = 1000;
 pub const TUNNEL_MTU: u32 = 1450;
 
 /// What a bench is made for: tables of packets, unless something else is said.
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Setup {
     pub shape: Shape,
     /// Entries of the map of flows, and how many of them are taken without a look at anybody's share.
@@ -70,11 +68,7 @@ impl Default for Setup {
 
 /// The programs, and what they run in.
 pub struct Bench {
-    pub ebpf: Ebpf,
-    pub(crate) entry: Ebpf,
-    pub(crate) events: RingBuf<MapData>,
-    /// The program that the entry leads to.
-    pub target: Option<Hook>,
+    pub loaded: Lent,
     pub netns: Namespace,
     pub pod_a: u32,
     pub pod_b: u32,
@@ -110,25 +104,8 @@ impl Bench {
             link.split(':').next().unwrap().parse().unwrap()
         };
         let (pod_a, pod_b, vxlan, underlay) = (index("va"), index("vb"), index("pa"), index("pb"));
-        let constants = Constants {
-            shape: setup.shape,
-            record_action: setup.tells,
-        };
-        let maps = Maps {
-            conntrack: setup.conntrack,
-            ..Maps::default()
-        };
-        let mut ebpf = load_programs(&maps, &constants, &[]).unwrap();
-        let events = RingBuf::try_from(ebpf.take_map(map::EVENTS).unwrap()).unwrap();
-        let object = toolchain::target_dir().join("bpf/bpfel-unknown-none/release/packet_table");
-        let mut entry = EbpfLoader::new().load_file(object).unwrap();
-        let program: &mut SchedClassifier = entry.program_mut("packet_table").unwrap().try_into().unwrap();
-        program.load().unwrap();
         let mut bench = Self {
-            ebpf,
-            entry,
-            events,
-            target: None,
+            loaded: Lent::new(setup),
             netns,
             pod_a,
             pod_b,
@@ -148,9 +125,9 @@ impl Bench {
     /// Makes the maps what they were at first: loading the programs for each case takes too long.
     pub fn reset(&mut self) {
         self.forget();
-        clear::<u32, Account>(self.ebpf.map_mut(map::ACCOUNTS).unwrap());
-        clear::<AddressKey, Endpoint>(self.ebpf.map_mut(map::ENDPOINTS).unwrap());
-        clear::<AddressKey, IpcacheEntry>(self.ebpf.map_mut(map::IPCACHE).unwrap());
+        self.loaded.clear::<u32, Account>(map::ACCOUNTS);
+        self.loaded.clear::<AddressKey, Endpoint>(map::ENDPOINTS);
+        self.loaded.clear::<AddressKey, IpcacheEntry>(map::IPCACHE);
         self.clear_services();
         self.set_tracked(0);
         (self.generation, self.owner) = (2, 1);
@@ -204,16 +181,16 @@ impl Bench {
 
     /// One of the programs, to be run by something else.
     pub fn program(&self, hook: Hook) -> ProgramFd {
-        let program: &SchedClassifier = self.ebpf.program(hook.name()).unwrap().try_into().unwrap();
+        let program: &SchedClassifier = self.loaded.ebpf.program(hook.name()).unwrap().try_into().unwrap();
         program.fd().unwrap().try_clone().unwrap()
     }
 
     fn array<V: Pod>(&mut self, name: &str) -> Array<&mut MapData, V> {
-        self.ebpf.map_mut(name).unwrap().try_into().unwrap()
+        self.loaded.ebpf.map_mut(name).unwrap().try_into().unwrap()
     }
 
     pub fn hash<V: Pod>(&mut self, name: &str) -> HashMap<&mut MapData, AddressKey, V> {
-        self.ebpf.map_mut(name).unwrap().try_into().unwrap()
+        self.loaded.ebpf.map_mut(name).unwrap().try_into().unwrap()
     }
 
     /// Gives the node one more address, of which hostd knows nothing.

@@ -108,7 +108,7 @@ impl Bench {
         flags: u32,
     ) {
         let mut trie: LpmTrie<_, AddressKey, NetworkEntry> =
-            self.ebpf.map_mut(map::NETWORKS).unwrap().try_into().unwrap();
+            self.loaded.ebpf.map_mut(map::NETWORKS).unwrap().try_into().unwrap();
         let key = Key::new(NETWORK_KEY_BITS + length, AddressKey::from(address.into()));
         let entry = NetworkEntry {
             identity,
@@ -142,6 +142,7 @@ impl Bench {
         let slot = *self.slots.entry(key).or_insert(unused);
         let stamp = u64::from(self.stamp);
         self.array::<u64>(map::STAMPS).set(slot, stamp, 0).unwrap();
+        self.loaded.stamps = self.loaded.stamps.max(slot + 1);
         (slot, self.stamp)
     }
 
@@ -223,7 +224,7 @@ impl Bench {
     }
 
     fn services(&mut self) -> HashOfMaps<&mut MapData, ServiceKey, Array<MapData, Service>> {
-        self.ebpf.map_mut(map::SERVICES).unwrap().try_into().unwrap()
+        self.loaded.ebpf.map_mut(map::SERVICES).unwrap().try_into().unwrap()
     }
 
     /// Ends a service at its only port.

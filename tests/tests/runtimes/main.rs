@@ -5,7 +5,7 @@ mod containerd;
 mod leftovers;
 mod podman;
 
-use harness::{Cluster, plugin, run, wait_until};
+use harness::{Cluster, amount, plugin, run, wait_until};
 use leftovers::Leftovers;
 use serde_json::{Value, json};
 use std::{
@@ -24,9 +24,13 @@ use std::{
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 const LONG: Duration = Duration::from_secs(30);
-/// Containers that come and go in a burst, and how many of them at a time.
-const BURST: usize = 100;
+/// How many containers of a burst there are at a time.
 const AT_ONCE: usize = 8;
+
+/// Containers that come and go in a burst.
+fn containers() -> usize {
+    usize::try_from(amount("WASMGATE_CONTAINERS", 24, 100)).unwrap()
+}
 
 /// A node with a policy that lets frontends reach backends, and what runtimes need: the plugin, and an image.
 struct Site {
@@ -113,7 +117,7 @@ fn burst(work: impl Fn(usize) + Sync) {
             scope.spawn(|| {
                 loop {
                     let number = next.fetch_add(1, Ordering::Relaxed);
-                    if number >= BURST {
+                    if number >= containers() {
                         return;
                     }
                     work(number);

@@ -8,8 +8,12 @@ use anyhow::Context;
 use serde_json::json;
 use stage::Stage;
 use std::{
+    collections::VecDeque,
     fs,
+    num::NonZeroUsize,
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError, mpsc},
+    thread,
     time::Instant,
 };
 use suite::{Case, Verdict};
@@ -29,22 +33,37 @@ pub struct Arguments {
     /// Do not ask `hostd policy explain` after each step whether it agrees.
     #[arg(long)]
     no_explain: bool,
+    /// Play so many cases at once, each on a cluster of its own.
+    #[arg(long, value_name = "N", default_value_t = JOBS)]
+    jobs: NonZeroUsize,
     /// Write what was found to this file, as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 }
 
+const JOBS: NonZeroUsize = NonZeroUsize::new(4).unwrap();
+
 impl Arguments {
-    /// All cases, on one node or two.
-    pub const fn all(two_nodes: bool) -> Self {
+    /// All cases of a file, or of all files, on one node or two.
+    pub const fn all(suite: Option<PathBuf>, two_nodes: bool) -> Self {
         Self {
-            suite: None,
+            suite,
             two_nodes,
             filter: None,
             no_explain: false,
+            jobs: JOBS,
             json: None,
         }
     }
+}
+
+/// The file of random cases.
+pub fn random_suite() -> PathBuf {
+    folder().join("networkpolicy-random.json.gz")
+}
+
+fn folder() -> PathBuf {
+    toolchain::workspace_root().join("tests/conformance")
 }
 
 /// A verdict that was not as it should be.
@@ -64,6 +83,21 @@ struct Found {
     mismatches: Vec<Mismatch>,
 }
 
+impl Found {
+    fn add(&mut self, other: Self) {
+        self.verdicts += other.verdicts;
+        self.retried += other.retried;
+        self.explained += other.explained;
+        self.mismatches.extend(other.mismatches);
+    }
+}
+
+/// What was found in one case, and how long it took.
+struct Played {
+    found: Found,
+    seconds: f64,
+}
+
 /// Runs all cases; an error where one verdict is not as it should be.
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     harness::use_release();
@@ -76,38 +110,83 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         cases.retain(|case| case.name.contains(filter));
     }
     anyhow::ensure!(!cases.is_empty(), "no case to run");
-    let mut found = Found::default();
-    let mut stage: Option<Stage> = None;
-    for (index, case) in cases.iter().enumerate() {
-        let began = Instant::now();
-        let before = (found.verdicts, found.mismatches.len());
-        let reused = stage.take().filter(|stage| stage.fits(case, arguments.two_nodes));
-        let mut here = match reused {
-            Some(stage) => stage,
-            None => Stage::new(case, arguments.two_nodes).with_context(|| format!("case {:?}", case.name))?,
-        };
-        run_case(case, &mut here, !arguments.no_explain, &mut found)
-            .with_context(|| format!("case {:?}", case.name))?;
-        stage = Some(here);
-        println!(
-            "{:4}/{} {:6} verdicts {:3} mismatches {:5.1} s  {}",
-            index + 1,
-            cases.len(),
-            found.verdicts - before.0,
-            found.mismatches.len() - before.1,
-            began.elapsed().as_secs_f64(),
-            case.name
-        );
-    }
-    drop(stage);
+    let found = run_all(arguments, &cases)?;
     report(arguments, &cases, &found, began.elapsed().as_secs_f64())
+}
+
+/// Runs cases on several clusters at once: what a case does most is wait for what should not arrive.
+fn run_all(arguments: &Arguments, cases: &[Case]) -> anyhow::Result<Found> {
+    let waiting = Mutex::new(cases.iter().enumerate().collect::<VecDeque<_>>());
+    let (say, ended) = mpsc::channel();
+    let mut found = Found::default();
+    thread::scope(|scope| {
+        for _ in 0..arguments.jobs.get() {
+            let (waiting, say) = (&waiting, say.clone());
+            scope.spawn(move || play(arguments, waiting, &say));
+        }
+        drop(say);
+        for (index, played) in ended {
+            let case = &cases[index];
+            let played: Played = match played.with_context(|| format!("case {:?}", case.name)) {
+                Ok(played) => played,
+                Err(error) => {
+                    // Nobody begins another one.
+                    waiting.lock().unwrap_or_else(PoisonError::into_inner).clear();
+                    return Err(error);
+                }
+            };
+            println!(
+                "{:4}/{} {:6} verdicts {:3} mismatches {:5.1} s  {}",
+                index + 1,
+                cases.len(),
+                played.found.verdicts,
+                played.found.mismatches.len(),
+                played.seconds,
+                case.name
+            );
+            found.add(played.found);
+        }
+        Ok(found)
+    })
+}
+
+/// What came of a case, by its number.
+type Ended = (usize, anyhow::Result<Played>);
+
+/// Plays one case after the other, on the same cluster as long as it fits.
+fn play(arguments: &Arguments, waiting: &Mutex<VecDeque<(usize, &Case)>>, say: &mpsc::Sender<Ended>) {
+    let mut stage: Option<Stage> = None;
+    loop {
+        let next = waiting.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+        let Some((index, case)) = next else { return };
+        let began = Instant::now();
+        let mut try_to_play = || {
+            let reused = stage.take().filter(|stage| stage.fits(case, arguments.two_nodes));
+            let mut here = match reused {
+                Some(stage) => stage,
+                None => Stage::new(case, arguments.two_nodes)?,
+            };
+            let mut found = Found::default();
+            run_case(case, &mut here, !arguments.no_explain, &mut found)?;
+            stage = Some(here);
+            Ok(Played {
+                found,
+                seconds: began.elapsed().as_secs_f64(),
+            })
+        };
+        let played = try_to_play();
+        // Nobody listens any more where another case has failed.
+        if say.send((index, played)).is_err() {
+            return;
+        }
+    }
 }
 
 fn suites(given: Option<&Path>) -> anyhow::Result<Vec<PathBuf>> {
     if let Some(path) = given {
         return Ok(vec![path.to_owned()]);
     }
-    let folder = toolchain::workspace_root().join("tests/conformance");
+    let folder = folder();
     let mut suites = Vec::new();
     for entry in fs::read_dir(&folder).with_context(|| folder.display().to_string())? {
         let path = entry?.path();

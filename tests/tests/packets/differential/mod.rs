@@ -14,7 +14,7 @@ use super::{
 };
 use abi::{DropReason, node::GATEWAY_V4, policy::TCP};
 use arena::{Arena, VIP};
-use harness::{in_netns, kernel_test};
+use harness::{amount, in_netns, kernel_test};
 use proptest::{
     prelude::{Strategy, any},
     test_runner::{Config, FileFailurePersistence, TestRunner},
@@ -62,7 +62,7 @@ fn the_programs_do_what_the_model_does() {
     let netns = arena.bench.netns.name().to_owned();
     in_netns(&netns, || {
         let config = Config {
-            cases: std::env::var("PROPTEST_CASES").map_or(1000, |cases| cases.parse().unwrap()),
+            cases: u32::try_from(amount("PROPTEST_CASES", 300, 10_000)).unwrap(),
             failure_persistence: Some(Box::new(FileFailurePersistence::WithSource("regressions"))),
             source_file: Some(file!()),
             ..Config::default()
