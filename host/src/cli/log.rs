@@ -27,9 +27,14 @@ fn parse(levels: &str) -> anyhow::Result<Targets> {
              in info,hostd::store=debug"
         )
     };
-    let known = |directive: &str| match directive.rsplit_once('=') {
-        Some((module, level)) => !module.trim().is_empty() && level.trim().parse::<LevelFilter>().is_ok(),
-        None => directive.trim().parse::<LevelFilter>().is_ok(),
+    let is_level = |level: &str| level.trim().parse::<LevelFilter>().is_ok();
+    let is_module = |module: &str| {
+        let module = module.trim();
+        !module.is_empty() && module.chars().all(|letter| letter.is_ascii_alphanumeric() || "_:".contains(letter))
+    };
+    let known = |directive: &str| match directive.split_once('=') {
+        Some((module, level)) => is_module(module) && is_level(level),
+        None => is_level(directive),
     };
     if !levels.split(',').all(known) {
         return Err(wrong());
