@@ -70,13 +70,13 @@ fn run_all(json: Option<&Path>) -> anyhow::Result<bool> {
     let (mut all, mut failed, mut comparable) = (serde_json::Map::new(), Vec::new(), true);
     for part in Part::value_variants() {
         let file = folder.path().join(part.name());
-        let done = run_one(*part, Some(&file)).and_then(|fine| {
+        let done = run_one(*part, Some(&file)).and_then(|can_be_compared| {
             let figures: Value = serde_json::from_slice(&fs::read(&file)?)?;
-            Ok((fine, figures))
+            Ok((can_be_compared, figures))
         });
         match done {
-            Ok((fine, figures)) => {
-                comparable &= fine;
+            Ok((can_be_compared, figures)) => {
+                comparable &= can_be_compared;
                 all.insert(part.name().to_owned(), figures);
             }
             Err(error) => failed.push(format!("{error:#}")),
@@ -93,8 +93,8 @@ fn run_all(json: Option<&Path>) -> anyhow::Result<bool> {
 fn run_one(part: Part, json: Option<&Path>) -> anyhow::Result<bool> {
     let name = part.name();
     let built = cargo::build(&["bench", "--package", "wasmgate-tests", "--no-run", "--bench", name])?;
-    let program = built.into_iter().filter(|unit| unit.is_own() && unit.name == name);
-    let program = program.filter_map(|unit| unit.executable).next();
+    let mut programs = built.into_iter().filter(|unit| unit.is_own() && unit.name == name);
+    let program = programs.find_map(|unit| unit.executable);
     let mut command = Command::new(program.with_context(|| format!("cargo has built no benchmark {name}"))?);
     command.current_dir(toolchain::workspace_root()).arg("--bench");
     if let Some(path) = json {

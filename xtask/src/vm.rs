@@ -102,9 +102,9 @@ fn output(command: &mut Command) -> anyhow::Result<String> {
 
 /// Builds the test programs, and says where they are.
 fn test_programs() -> anyhow::Result<Vec<PathBuf>> {
-    let mut build = vec!["test", "--release", "--package", "wasmgate-tests", "--no-run"];
-    build.extend(TESTS.iter().flat_map(|test| ["--test", test]));
-    let built = cargo::build(&build)?;
+    let mut arguments = vec!["test", "--release", "--package", "wasmgate-tests", "--no-run"];
+    arguments.extend(TESTS.iter().flat_map(|test| ["--test", test]));
+    let built = cargo::build(&arguments)?;
     let found = |test: &&str| {
         let unit = built.iter().find(|unit| unit.is_own() && unit.name == **test);
         let program = unit.and_then(|unit| unit.executable.clone());

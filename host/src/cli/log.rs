@@ -30,7 +30,10 @@ fn parse(levels: &str) -> anyhow::Result<Targets> {
     let is_level = |level: &str| level.trim().parse::<LevelFilter>().is_ok();
     let is_module = |module: &str| {
         let module = module.trim();
-        !module.is_empty() && module.chars().all(|letter| letter.is_ascii_alphanumeric() || "_:".contains(letter))
+        !module.is_empty()
+            && module
+                .chars()
+                .all(|letter| letter.is_ascii_alphanumeric() || "_:".contains(letter))
     };
     let known = |directive: &str| match directive.split_once('=') {
         Some((module, level)) => is_module(module) && is_level(level),
