@@ -110,6 +110,8 @@ pub struct Lease {
     pub ttl_seconds: u64,
     /// A node that has been stale for this many seconds is removed with its pods. 0: never.
     pub grace_seconds: u64,
+    /// A policy load waits so many seconds for all nodes to prepare, and as many for them to switch.
+    pub load_seconds: u32,
 }
 
 impl Default for Lease {
@@ -117,6 +119,7 @@ impl Default for Lease {
         Self {
             ttl_seconds: 15,
             grace_seconds: 86400,
+            load_seconds: 10,
         }
     }
 }
@@ -126,6 +129,12 @@ impl Lease {
     #[must_use]
     pub const fn ttl(&self) -> Duration {
         Duration::from_secs(self.ttl_seconds)
+    }
+
+    /// Time for each phase of a policy load.
+    #[must_use]
+    pub const fn phase(&self) -> Duration {
+        Duration::from_secs(self.load_seconds as u64)
     }
 }
 
@@ -333,6 +342,7 @@ impl Config {
             return Err(("lease.ttl_seconds", "must be 1 or more".into()));
         }
         for (key, value, least, most) in [
+            ("lease.load_seconds", self.lease.load_seconds, 1, 3600),
             ("conntrack.tcp_syn", self.conntrack.tcp_syn, 1, 1 << 20),
             ("conntrack.tcp_established", self.conntrack.tcp_established, 1, 1 << 20),
             ("conntrack.tcp_half_closed", self.conntrack.tcp_half_closed, 1, 1 << 20),

@@ -49,6 +49,7 @@ fn the_example_shows_every_default() {
         "tenant_bits",
         "ttl_seconds",
         "grace_seconds",
+        "load_seconds",
         "tcp_syn",
         "tcp_established",
         "tcp_half_closed",
@@ -90,6 +91,7 @@ fn wrong_values_are_named() {
         ),
         ("[vni]\ntenant_bits = \"x\"", "invalid type"),
         ("[lease]\nttl_seconds = 0", "lease.ttl_seconds"),
+        ("[lease]\nload_seconds = 0", "lease.load_seconds"),
         ("[maps]\nidentities = 1", "`maps.identities`: 1 is not between"),
         ("attach = \"xdp\"", "unknown variant `xdp`"),
     ] {

@@ -14,7 +14,8 @@ fn two_nodes_with_both_families_under_a_policy_that_changes() {
     kernel_test!();
     let outside: IpAddr = "203.0.113.1".parse().unwrap();
     let mut cluster = Cluster::with(&Options {
-        tables: "[wasm]\ncompile_seconds = 300\nevaluate_ms = 60000\n[lease]\nttl_seconds = 600".to_owned(),
+        tables: "[wasm]\ncompile_seconds = 300\nevaluate_ms = 60000\n[lease]\nttl_seconds = 600\nload_seconds = 300"
+            .to_owned(),
         externals: vec![outside],
         ..Options::dual_stack()
     })

@@ -284,7 +284,7 @@ fn where_one_node_refuses_no_node_changes() {
 fn a_node_that_is_down_holds_a_load_up_unless_it_may_be_skipped() {
     kernel_test!();
     let options = Options {
-        tables: "[lease]\nttl_seconds = 1".to_owned(),
+        tables: "[lease]\nttl_seconds = 1\nload_seconds = 4".to_owned(),
         ..Options::default()
     };
     let mut cluster = Cluster::with(&options).unwrap();
@@ -346,7 +346,11 @@ fn renamed(revision: &Revision, serial: u64, file: &str) -> Revision {
 #[test]
 fn a_load_that_its_coordinator_left_unfinished_is_finished_by_others() {
     kernel_test!();
-    let mut cluster = Cluster::new().unwrap();
+    let options = Options {
+        tables: "[lease]\nload_seconds = 4".to_owned(),
+        ..Options::default()
+    };
+    let mut cluster = Cluster::with(&options).unwrap();
     cluster.add_pod(0, "red/a", &[]).unwrap();
     cluster.add_pod(1, "blue/b", &[]).unwrap();
     cluster.settle().unwrap();

@@ -20,13 +20,12 @@ use std::{
 };
 use tokio::sync::{mpsc, oneshot};
 
-/// Nodes have to answer a phase within this time.
-pub const PHASE_TIME: Duration = Duration::from_secs(10);
-
 /// Runs a load. Not on the daemon's task: that one has to prepare and commit as every other node's does.
 pub struct Coordinator {
     pub store: Arc<dyn Store>,
     pub node: String,
+    /// Nodes have to answer a phase within this time.
+    pub phase_time: Duration,
     pub daemon: mpsc::Sender<Command>,
 }
 
@@ -110,13 +109,14 @@ impl Coordinator {
             history,
             coordinator: self.node.clone(),
             // Two phases, each of which may take its time.
-            deadline_ms: now_ms() + 2 * u64::try_from(PHASE_TIME.as_millis()).unwrap_or(0),
+            deadline_ms: now_ms() + 2 * u64::try_from(self.phase_time.as_millis()).unwrap_or(0),
         };
         match records::put(&*self.store, &policy_key(), &record, expect).await {
             Ok(revision) => Ok(Load {
                 record,
                 revision,
                 answers,
+                phase_time: self.phase_time,
             }),
             Err(StoreError::Conflict { .. }) => Err(busy("another")),
             Err(error) => Err(error.into()),
@@ -276,13 +276,14 @@ struct Load {
     record: PolicyRecord,
     revision: u64,
     answers: mpsc::Receiver<Change>,
+    phase_time: Duration,
 }
 
 type Answers = BTreeMap<String, (Result<Prepared, String>, Instant)>;
 
 impl Load {
     /// Waits until every node in `all` has answered the present phase, or, where nodes may be skipped, every one that
-    /// is `alive`; and no longer than [`PHASE_TIME`]. A refusal ends the wait: nothing can come of it.
+    /// is `alive`; and no longer than a phase may take. A refusal ends the wait: nothing can come of it.
     async fn wait(
         &mut self,
         alive: &BTreeSet<String>,
@@ -291,7 +292,7 @@ impl Load {
     ) -> Result<Answers, DaemonError> {
         let wanted = if skip { alive } else { all };
         let mut answers = Answers::new();
-        let deadline = tokio::time::Instant::now() + PHASE_TIME;
+        let deadline = tokio::time::Instant::now() + self.phase_time;
         while !wanted.iter().all(|node| answers.contains_key(node)) {
             let Ok(Some(change)) = tokio::time::timeout_at(deadline, self.answers.recv()).await else {
                 break;

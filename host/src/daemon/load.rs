@@ -12,7 +12,6 @@
 
 use super::{
     Daemon, DaemonError,
-    coordinate::PHASE_TIME,
     evaluate::{Candidate, micros},
     policy::Side,
 };
@@ -31,8 +30,8 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-/// A load that has been in one phase for so long has no coordinator any more.
-const ABANDONED: Duration = PHASE_TIME.saturating_mul(2).saturating_add(Duration::from_secs(5));
+/// A load that has been in one phase for so much longer than both may take has no coordinator any more.
+const ABANDONED: Duration = Duration::from_secs(5);
 /// How often what could not be done is tried again.
 const MAKE_UP: Duration = Duration::from_secs(5);
 
@@ -363,7 +362,7 @@ impl Daemon {
     pub(super) async fn finish_abandoned_load(&mut self) {
         let Some((record, revision)) = &self.policy else { return };
         // Coordinators give up in time; this is later, so that they do it themselves. Not by their deadline: clocks differ.
-        let late = self.policy_since.elapsed() > ABANDONED;
+        let late = self.policy_since.elapsed() > 2 * self.config.lease.phase() + ABANDONED;
         let phase = match record.phase {
             Phase::Prepare if late => Phase::Aborted,
             Phase::Commit if late => Phase::Retired,

@@ -96,6 +96,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         coordinator: Coordinator {
             store,
             node: config.node.clone(),
+            phase_time: config.lease.phase(),
             daemon: sender.clone(),
         },
         daemon: sender,

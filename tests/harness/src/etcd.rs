@@ -27,6 +27,8 @@ pub struct EtcdOptions {
     pub users: bool,
     /// Seconds that what a user is given by its password is good for; etcd's own default where none are given.
     pub token_seconds: Option<u32>,
+    /// `etcd.hold_seconds` of the nodes; hostd's own default where none are given.
+    pub hold_seconds: Option<u32>,
     /// More arguments.
     pub arguments: Vec<String>,
 }
@@ -141,6 +143,9 @@ impl Etcd {
         if self.options.users {
             set("user", "hostd");
             set("password_file", &self.file("password").display().to_string());
+        }
+        if let Some(seconds) = self.options.hold_seconds {
+            table.extend(["hold_seconds = ", &seconds.to_string(), "\n"]);
         }
         (format!("store = \"etcd:{}\"\n", self.url()), table)
     }

@@ -3,7 +3,10 @@
 use super::{configuration, connect, key, next, plain_etcd, put};
 use harness::{Etcd, EtcdOptions};
 use hostd::store::{Change, Collection, EtcdConfig, EtcdStore, Expect, Key, Store, StoreError};
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 /// What an error says, of a store that should have refused.
 async fn refusal(store: &dyn Store) -> String {
@@ -157,7 +160,12 @@ async fn what_was_compacted_away_while_a_watch_was_cut_off_is_made_up_for() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn one_that_was_made_anew_does_not_make_everything_disappear_at_once() {
-    let (mut etcd, store) = plain_etcd();
+    let mut etcd = Etcd::local(EtcdOptions::default()).unwrap();
+    let held = EtcdConfig {
+        hold_seconds: 14,
+        ..configuration(&etcd)
+    };
+    let store: Arc<dyn Store> = Arc::new(EtcdStore::open(&format!("etcd:{}", etcd.url()), &held).unwrap());
     store.put(&key("a"), vec![1], Expect::Any).await.unwrap();
     store.put(&key("b"), vec![1], Expect::Any).await.unwrap();
     let mut watch = store.watch(&[Collection::Pods]).await.unwrap();
@@ -171,9 +179,9 @@ async fn one_that_was_made_anew_does_not_make_everything_disappear_at_once() {
     assert_eq!(next(&mut watch).await, Change::Anew);
     let (found, value) = put(&mut watch).await;
     assert_eq!((found, value.value), (key("a"), vec![2]));
-    let silence = tokio::time::timeout(Duration::from_secs(5), watch.recv()).await;
+    let silence = tokio::time::timeout(Duration::from_secs(3), watch.recv()).await;
     assert!(silence.is_err(), "{silence:?}");
-    // What nobody enters is missing after a minute or so.
+    // What nobody enters is missing after a while.
     let gone = tokio::time::timeout(Duration::from_mins(2), watch.recv()).await;
     assert_eq!(gone.unwrap(), Some(Change::Missing(key("b"))));
 }

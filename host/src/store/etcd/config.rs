@@ -33,6 +33,8 @@ pub struct EtcdConfig {
     pub user: Option<String>,
     /// File of the user's password; white space at its end does not count.
     pub password_file: Option<PathBuf>,
+    /// What is missing after etcd was made anew counts as deleted after so many seconds, or up to a half less.
+    pub hold_seconds: u32,
 }
 
 impl Default for EtcdConfig {
@@ -44,6 +46,7 @@ impl Default for EtcdConfig {
             key: None,
             user: None,
             password_file: None,
+            hold_seconds: 90,
         }
     }
 }
@@ -88,6 +91,9 @@ impl EtcdConfig {
         if self.certificate.is_some() != self.key.is_some() || (self.certificate.is_some() && https == 0) {
             let problem = "goes with `etcd.key`, and with https in `store`";
             return Err(("etcd.certificate", problem.to_owned()));
+        }
+        if self.hold_seconds == 0 {
+            return Err(("etcd.hold_seconds", "must be 1 or more".to_owned()));
         }
         if self.user.is_some() != self.password_file.is_some() {
             return Err(("etcd.user", "goes with `etcd.password_file`".to_owned()));

@@ -33,6 +33,9 @@ struct Inner {
     connection: Arc<Connection>,
     prefix: String,
     leases: Leases,
+    /// What is missing after etcd was made anew is believed to be gone after this time, or up to a half less: all nodes that
+    /// are there have entered what is theirs long before.
+    hold: Duration,
 }
 
 /// All values of a collection at one moment.
@@ -53,6 +56,7 @@ impl EtcdStore {
             connection: Connection::new(store, config)?,
             prefix: config.prefix.clone(),
             leases: Leases::default(),
+            hold: Duration::from_secs(u64::from(config.hold_seconds)),
         })))
     }
 

@@ -22,9 +22,6 @@ use tokio::sync::mpsc;
 
 /// Pause before a stream is begun anew, which doubles up to the second.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
-/// What is missing after etcd was made anew is believed to be gone after such a time, or up to a half less: all nodes that
-/// reach it have entered theirs by then.
-const HOLD: Duration = Duration::from_secs(90);
 /// So long nodes wait, or up to a half less, before they enter all that they know: not all do so at the same time.
 const ANEW: Duration = Duration::from_secs(2);
 
@@ -144,10 +141,10 @@ impl Watcher {
         let mut stream = self.open().await?;
         // While it was away again nobody could enter anything.
         if self.missing.is_some() {
-            self.missing = Some(Instant::now() + jitter(HOLD));
+            self.missing = Some(Instant::now() + jitter(self.store.0.hold));
         }
         loop {
-            let hold = self.missing.unwrap_or_else(|| Instant::now() + HOLD);
+            let hold = self.missing.unwrap_or_else(|| Instant::now() + self.store.0.hold);
             tokio::select! {
                 response = stream.message() => match response {
                     Ok(Some(response)) => self.heard(&response).await?,
@@ -199,7 +196,7 @@ impl Watcher {
                 // Its revisions say nothing of those before.
                 followed.reported.values_mut().for_each(|revision| *revision = 0);
             }
-            self.missing = Some(Instant::now() + jitter(HOLD));
+            self.missing = Some(Instant::now() + jitter(self.store.0.hold));
             self.went_back = false;
             self.origin = origin;
             tokio::time::sleep(ANEW.saturating_sub(jitter(ANEW))).await;
