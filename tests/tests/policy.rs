@@ -192,7 +192,7 @@ fn a_change_ends_what_is_revoked_and_loses_nothing_of_what_stays() {
     std::thread::sleep(Duration::from_millis(200));
     for traffic in stays {
         let counts = traffic.stop().unwrap();
-        assert!(counts.answered > 100, "{counts:?}");
+        assert!(counts.answered > 0, "{counts:?}");
         assert_eq!(counts.lost, 0, "{counts:?}");
     }
     for (to, stream) in &mut revoked {

@@ -27,7 +27,7 @@ fn parse(levels: &str) -> anyhow::Result<Targets> {
              in info,hostd::store=debug"
         )
     };
-    let is_level = |level: &str| level.trim().parse::<LevelFilter>().is_ok();
+    let is_level = |level: &str| !level.trim().is_empty() && level.trim().parse::<LevelFilter>().is_ok();
     let is_module = |module: &str| {
         let module = module.trim();
         !module.is_empty()
