@@ -110,7 +110,7 @@ pub struct Lease {
     pub ttl_seconds: u64,
     /// A node that has been stale for this many seconds is removed with its pods. 0: never.
     pub grace_seconds: u64,
-    /// A policy load waits so many seconds for all nodes to prepare, and as many for them to switch.
+    /// A policy load waits so many seconds for all nodes to prepare, and as many for them to switch. The same on all nodes.
     pub load_seconds: u32,
 }
 

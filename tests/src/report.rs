@@ -133,7 +133,7 @@ impl Samples {
         // Of `count` coins none shows heads with this probability, then one, and so on.
         let mut exactly = 0.5_f64.powi(i32::try_from(count).unwrap());
         let (mut at_most, mut outside) = (exactly, 0);
-        while at_most <= 0.05 {
+        while at_most <= 0.05 && outside < count / 2 {
             outside += 1;
             #[expect(clippy::cast_precision_loss, reason = "a few hundred at the most")]
             let factor = (count - outside + 1) as f64 / outside as f64;

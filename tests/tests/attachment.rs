@@ -172,7 +172,7 @@ fn links_take_over_from_the_filters_of_new_pods_and_no_packet_is_lost() {
         std::thread::sleep(Duration::from_millis(200));
         for (one, to) in traffic.into_iter().zip(["the service", "the outside", "the pod"]) {
             let counts = one.stop().unwrap();
-            assert!(counts.lost == 0 && counts.answered > 0, "{to}: {counts:?}");
+            assert!(counts.lost == 0 && counts.answered > 50, "{to}: {counts:?}");
         }
     }
     assert!(filters_seen > 0, "a pod does not wait for links");

@@ -3,8 +3,8 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests, which fail as a whole")]
 
 use harness::{
-    Cluster, Cni, Listener, Namespace, Node, Options, Program, TcpOutcome, Traffic, amount, in_netns, kernel_test,
-    sent_bytes, tcp_exchange, tcp_lost, wait_until,
+    Cluster, Cni, Listener, Namespace, Node, Options, Program, Stop, TcpOutcome, Traffic, amount, in_netns,
+    kernel_test, sent_bytes, tcp_exchange, tcp_lost, wait_until,
 };
 use serde_json::{Value, json};
 use std::{
@@ -253,6 +253,7 @@ fn hostd_killed_at_any_moment_loses_nothing_and_leaves_nothing() {
     };
     let other = &*other;
     thread::scope(|scope| {
+        let _stop = Stop(&end);
         let new = [near, far].map(|to| {
             scope.spawn({
                 let (a, end, asked) = (&a, &end, &asked);
@@ -337,6 +338,7 @@ fn another_build_keeps_the_maps_that_it_can_read_and_makes_the_others_anew() {
     let streams = Streams::start(&cluster, "red/a", &["red/b", "red/c"]);
     let (end, asked) = (AtomicBool::new(false), AtomicU64::new(0));
     thread::scope(|scope| {
+        let _stop = Stop(&end);
         let (end, asked, a, b, c, d) = (&end, &asked, &a, &b, &c, &d);
         let new = to.map(|to| scope.spawn(move || ask(a, to, end, WAIT, asked)));
         let never = to.map(|to| scope.spawn(move || send(d, SocketAddr::new(to.ip(), DENIED), end)));

@@ -289,7 +289,7 @@ fn keys(cluster: &Cluster, folder: &str) -> usize {
 fn a_node_that_is_away_is_not_forgotten_with_what_etcd_has_lost() {
     kernel_test!();
     let etcd = EtcdOptions {
-        hold_seconds: Some(10),
+        hold_seconds: Some(20),
         ..EtcdOptions::default()
     };
     let mut cluster = cluster(etcd, "tenant-isolation");

@@ -192,7 +192,7 @@ fn a_change_ends_what_is_revoked_and_loses_nothing_of_what_stays() {
     std::thread::sleep(Duration::from_millis(200));
     for traffic in stays {
         let counts = traffic.stop().unwrap();
-        assert!(counts.answered > 0, "{counts:?}");
+        assert!(counts.answered > 100, "{counts:?}");
         assert_eq!(counts.lost, 0, "{counts:?}");
     }
     for (to, stream) in &mut revoked {
@@ -284,7 +284,7 @@ fn where_one_node_refuses_no_node_changes() {
 fn a_node_that_is_down_holds_a_load_up_unless_it_may_be_skipped() {
     kernel_test!();
     let options = Options {
-        tables: "[lease]\nttl_seconds = 1\nload_seconds = 4".to_owned(),
+        tables: "[lease]\nttl_seconds = 1\nload_seconds = 6".to_owned(),
         ..Options::default()
     };
     let mut cluster = Cluster::with(&options).unwrap();
@@ -347,7 +347,7 @@ fn renamed(revision: &Revision, serial: u64, file: &str) -> Revision {
 fn a_load_that_its_coordinator_left_unfinished_is_finished_by_others() {
     kernel_test!();
     let options = Options {
-        tables: "[lease]\nload_seconds = 4".to_owned(),
+        tables: "[lease]\nload_seconds = 6".to_owned(),
         ..Options::default()
     };
     let mut cluster = Cluster::with(&options).unwrap();

@@ -116,7 +116,7 @@ pub fn find_bpf() -> Result<Bpf, Error> {
 fn find_linker() -> Option<PathBuf> {
     let find = || find_program("bpf-linker");
     find().or_else(|| {
-        // Whatever becomes of the installation, it is over when its lock can be had.
+        // The installation holds the lock until it has ended, well or not.
         File::open(linker_lock()).ok()?.lock_shared().ok()?;
         find()
     })

@@ -17,7 +17,7 @@ pub fn run() -> anyhow::Result<()> {
     )?;
 
     println!("lints");
-    libraries::restore()?;
+    libraries::restore();
     let lints = [
         "clippy",
         "--release",

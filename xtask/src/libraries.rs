@@ -5,15 +5,17 @@ use anyhow::Context;
 use serde_json::Value;
 use std::{
     collections::BTreeSet,
-    fs,
+    env, fs,
     io::Write as _,
     path::Path,
     process::{Command, Stdio},
 };
 use toolchain::{target_dir, workspace_root};
 
-/// Names what was kept last, or was there already: one hash of [`Unit::hash`] a line. It is a part of what is kept.
+/// Names what is kept: a hash of [`Unit::hash`] a line, or a path of the nested builds. It is a part of what is kept.
 const LIST: &str = "libraries";
+/// The variable that does without.
+const WITHOUT: &str = "WASMGATE_NO_CACHE";
 /// Folders of the nested builds, whose libraries are all kept: the tc programs, and the policies.
 const NESTED: [&str; 4] = [
     "bpf/release",
@@ -24,9 +26,11 @@ const NESTED: [&str; 4] = [
 /// Where cargo keeps what it knows of its units, what build scripts make, and what the compiler makes.
 const PARTS: [&str; 3] = [".fingerprint", "build", "deps"];
 
-/// Takes what an earlier build has left on this machine, where this checkout has built nothing yet.
-pub fn restore() -> anyhow::Result<()> {
-    crate::run(&mut script("restore"))
+/// Takes what an earlier build has left on this machine, where this checkout has not built hostd yet. Without it building takes longer.
+pub fn restore() {
+    if let Err(error) = crate::run(&mut script("restore")) {
+        eprintln!("xtask: libraries that were compiled before are not used: {error:#}");
+    }
 }
 
 /// Keeps the libraries that builds have used, where some of them are new. That they can't be kept fails nothing.
@@ -37,32 +41,47 @@ pub fn keep(units: &[Unit]) {
 }
 
 fn try_to_keep(units: &[Unit]) -> anyhow::Result<()> {
+    if env::var_os(WITHOUT).is_some_and(|value| !value.is_empty()) {
+        return Ok(());
+    }
     let target = target_dir();
+    let own = own_names()?;
     let libraries = units.iter().filter(|unit| !unit.is_own());
-    let used: BTreeSet<&str> = libraries.filter_map(Unit::hash).collect();
+    let mut used: BTreeSet<String> = libraries.filter_map(Unit::hash).map(str::to_owned).collect();
+    let mut nested = Vec::new();
+    for folder in NESTED {
+        nested.extend(files(&target, folder, |name, _| !own.contains(name))?);
+    }
+    used.extend(nested.iter().filter(|path| path.contains("/.fingerprint/")).cloned());
     // The first build of a checkout finds no list.
     let list = fs::read_to_string(target.join(LIST)).unwrap_or_default();
-    let known: BTreeSet<&str> = list.lines().collect();
+    let known: BTreeSet<String> = list.lines().map(str::to_owned).collect();
     if used.is_subset(&known) {
         return Ok(());
     }
-    let all: BTreeSet<&str> = known.union(&used).copied().collect();
-    fs::write(
-        target.join(LIST),
-        all.iter().copied().flat_map(|hash| [hash, "\n"]).collect::<String>(),
-    )?;
-    let own = own_names()?;
+    let all: BTreeSet<String> = known.union(&used).cloned().collect();
     let mut paths = vec![LIST.to_owned()];
     paths.extend(files(&target, "release", |_, hash| all.contains(hash))?);
-    for folder in NESTED {
-        paths.extend(files(&target, folder, |name, _| !own.contains(name))?);
+    paths.extend(nested);
+    fs::write(
+        target.join(LIST),
+        all.iter().map(|one| format!("{one}\n")).collect::<String>(),
+    )?;
+    let saved = save(&paths);
+    if saved.is_err() {
+        // What is not kept is no known one the next time.
+        fs::write(target.join(LIST), list)?;
     }
+    saved
+}
+
+fn save(paths: &[String]) -> anyhow::Result<()> {
     let mut child = script("save").stdin(Stdio::piped()).spawn()?;
     let mut input = child.stdin.take().context("no standard input")?;
-    input.write_all((paths.join("\n") + "\n").as_bytes())?;
+    let written = input.write_all((paths.join("\n") + "\n").as_bytes());
     drop(input);
     anyhow::ensure!(child.wait()?.success(), "toolchain/libraries.sh failed");
-    Ok(())
+    Ok(written?)
 }
 
 fn script(command: &str) -> Command {
@@ -129,7 +148,7 @@ mod tests {
     impl Checkout {
         fn new() -> Self {
             let folder = tempfile::tempdir().unwrap();
-            for file in ["Cargo.toml", "Cargo.lock", "ebpf/Cargo.toml", "ebpf/Cargo.lock"] {
+            for file in ["Cargo.toml", "Cargo.lock", "ebpf/Cargo.toml", "policies/one/Cargo.toml"] {
                 let path = folder.path().join("project").join(file);
                 fs::create_dir_all(path.parent().unwrap()).unwrap();
                 fs::write(path, file).unwrap();
@@ -203,6 +222,25 @@ mod tests {
     }
 
     #[test]
+    fn libraries_of_two_builds_are_not_mixed_and_a_checkout_that_has_built_hostd_keeps_its_own() {
+        let checkout = Checkout::new();
+        checkout.save();
+        for (target, built, left) in [("xtask-alone", false, "compiled"), ("all", true, "own")] {
+            let deps = checkout.path(target).join("release/deps");
+            fs::create_dir_all(&deps).unwrap();
+            for name in ["libserde-1.rlib", "libthiserror-2.rlib"] {
+                fs::write(deps.join(name), "own").unwrap();
+            }
+            if built {
+                fs::write(deps.with_file_name("hostd"), "").unwrap();
+            }
+            checkout.run("restore", target, "", false);
+            assert_eq!(fs::read_to_string(deps.join("libserde-1.rlib")).unwrap(), left);
+            assert_eq!(deps.join("libthiserror-2.rlib").exists(), built);
+        }
+    }
+
+    #[test]
     fn a_damaged_archive_is_not_used_and_a_missing_one_is_no_error() {
         let checkout = Checkout::new();
         assert_eq!(checkout.run("restore", "new", "", false), "");
@@ -268,5 +306,8 @@ mod tests {
         // For sources that have none it is the one used last.
         fs::write(&sources, "four").unwrap();
         assert!(checkout.run("restore", "newest", "", false).contains("earlier build"));
+        // What of it is good is not known yet, and so nothing of it is kept without being used.
+        assert_eq!(fs::read_to_string(checkout.path("newest/libraries")).unwrap(), "");
+        assert_eq!(fs::read_to_string(checkout.path("new/libraries")).unwrap(), "1\n");
     }
 }

@@ -7,7 +7,7 @@ use crate::{
     report::Times,
     setup::{self, Purpose},
 };
-use std::path::PathBuf;
+use std::{fs, path::PathBuf};
 use toolchain::target_dir;
 
 /// What to test.
@@ -30,10 +30,8 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let mut times = Times::default();
     let result = run_all(arguments.filter.as_deref(), &mut times);
     times.print();
-    if let Some(path) = json {
-        times.write(&path)?;
-    }
-    result
+    let written = json.map_or(Ok(()), |path| times.write(&path));
+    result.and(written)
 }
 
 fn run_all(filter: Option<&str>, times: &mut Times) -> anyhow::Result<()> {
@@ -61,9 +59,12 @@ fn nextest(filter: Option<&str>, times: &mut Times) -> anyhow::Result<()> {
         .args(["nextest", "run", "--release", "--workspace", "--no-fail-fast"])
         .args(filter)
         .env("WASMGATE_REQUIRE_KERNEL", "1");
-    let ran = crate::run(&mut command);
     let report = target_dir().join("nextest/default/junit.xml");
-    // Where nothing could be run there is none.
+    // That of the run before is none of this one.
+    if report.exists() {
+        fs::remove_file(&report)?;
+    }
+    let ran = crate::run(&mut command);
     if report.is_file() {
         times.add_junit(&report)?;
     }

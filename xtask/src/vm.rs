@@ -86,7 +86,7 @@ fn find(folder: &Path, is_meant: impl Fn(&str) -> bool) -> anyhow::Result<PathBu
             return Ok(entry.path());
         }
     }
-    anyhow::bail!("{} has not what is looked for", folder.display())
+    anyhow::bail!("{} lacks a file that the machine needs", folder.display())
 }
 
 fn output(command: &mut Command) -> anyhow::Result<String> {

@@ -21,7 +21,7 @@ mod support;
 mod traffic;
 mod warden;
 
-pub use amount::amount;
+pub use amount::{Stop, amount};
 pub use artifacts::{hostd, plugin, policy, test_policy, use_release};
 pub use capture::{Capture, VxlanPacket};
 pub use cluster::{Cluster, Options, Pod};

@@ -270,8 +270,8 @@ pub fn tcp_duplicates(namespace: &str) -> anyhow::Result<u64> {
     counter(namespace, "netstat", "TcpExt:", "TCPDSACKRecvSegs")
 }
 
-/// TCP segments that a namespace has sent again so far, and that had not arrived before: those that were really lost. On a busy machine
-/// an answer may come so late that its segment seems lost.
+/// TCP segments that a namespace has sent again so far, but for those of which it has heard that they have arrived twice: on a busy
+/// machine an acknowledgement may come so late that its segment seems lost. One that was lost seems the same.
 ///
 /// # Errors
 ///

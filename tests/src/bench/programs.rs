@@ -40,7 +40,7 @@ pub struct Programs {
 /// Programs that no bench has at the moment.
 static IDLE: Mutex<Vec<Programs>> = Mutex::new(Vec::new());
 
-/// Programs that one bench has. A bench that fails keeps them from the next one.
+/// Programs that one bench has. Those of a bench that fails are not used again.
 pub struct Lent(Option<Programs>);
 
 impl Lent {

@@ -6,7 +6,7 @@ use super::{
     stage::{Replay, Stage, Watch, Watched},
 };
 use abi::{Direction, Hook};
-use harness::{amount, in_netns, kernel_test};
+use harness::{Stop, amount, in_netns, kernel_test};
 use std::{
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
     thread,
@@ -40,15 +40,6 @@ const A_TO_B: u32 = 0;
 const B_TO_A: u32 = 1;
 const A_TO_C: u32 = 2;
 const C_TO_A: u32 = 3;
-
-/// Ends the others whatever happens.
-struct Stop<'a>(&'a AtomicBool);
-
-impl Drop for Stop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
 
 /// Who has B's address, in turn: B, nobody, another pod, which A must not reach, nobody again.
 struct Owner {

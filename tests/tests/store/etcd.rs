@@ -162,7 +162,7 @@ async fn what_was_compacted_away_while_a_watch_was_cut_off_is_made_up_for() {
 async fn one_that_was_made_anew_does_not_make_everything_disappear_at_once() {
     let mut etcd = Etcd::local(EtcdOptions::default()).unwrap();
     let held = EtcdConfig {
-        hold_seconds: 14,
+        hold_seconds: 20,
         ..configuration(&etcd)
     };
     let store: Arc<dyn Store> = Arc::new(EtcdStore::open(&format!("etcd:{}", etcd.url()), &held).unwrap());

@@ -14,6 +14,8 @@ pub const SCHEME: &str = "etcd:";
 
 /// A connection is tried for so long.
 const CONNECT: Duration = Duration::from_secs(2);
+/// Half of it is left to the nodes whose connection was lost: their watches pause for up to 5 s before they try again.
+const LEAST_HOLD: u32 = 14;
 /// How often a member that says nothing is asked whether it is still there, and how long it may take to answer.
 const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(3));
 
@@ -92,8 +94,12 @@ impl EtcdConfig {
             let problem = "goes with `etcd.key`, and with https in `store`";
             return Err(("etcd.certificate", problem.to_owned()));
         }
-        if self.hold_seconds == 0 {
-            return Err(("etcd.hold_seconds", "must be 1 or more".to_owned()));
+        if self.hold_seconds < LEAST_HOLD {
+            let problem = format!(
+                "{} is less than {LEAST_HOLD}: nodes need some seconds to enter what they have",
+                self.hold_seconds
+            );
+            return Err(("etcd.hold_seconds", problem));
         }
         if self.user.is_some() != self.password_file.is_some() {
             return Err(("etcd.user", "goes with `etcd.password_file`".to_owned()));
