@@ -65,7 +65,7 @@ fn try_to_keep(units: &[Unit]) -> anyhow::Result<()> {
     paths.extend(nested);
     fs::write(
         target.join(LIST),
-        all.iter().map(|one| format!("{one}\n")).collect::<String>(),
+        all.iter().flat_map(|one| [one.as_str(), "\n"]).collect::<String>(),
     )?;
     let saved = save(&paths);
     if saved.is_err() {
