@@ -3,9 +3,11 @@
 #
 #   libraries.sh restore TARGET        unpacks an archive into a target folder in which hostd was not built yet
 #   libraries.sh save TARGET < LIST    makes an archive of the files and folders listed, with paths below TARGET
+#   libraries.sh key TARGET            says what the libraries are compiled from and by, in 16 letters
 #
-# An archive is KEY-SHA256.tar; KEY stands for what the libraries are compiled from and by. One of another key may have some that are
-# good. One that is damaged is removed; the two used last are kept. WASMGATE_NO_CACHE=1 does without. A shell runs this, for .ci/run
+# Only a target folder of this project's own has them: in one that is shared others' libraries would be lost.
+#
+# An archive is KEY-SHA256.tar. One of another key may have libraries that are good. One that is damaged is removed; the two used last are kept. WASMGATE_NO_CACHE=1 does without. A shell runs this, for .ci/run
 # calls it before cargo has built anything.
 set -eu
 export LC_ALL=C
@@ -25,8 +27,10 @@ project=$(dirname "$0")/..
 key=$({ cat "$project"/Cargo.* "$project"/*/Cargo.* "$project"/*/*/Cargo.toml && rustc -vV; } |
     sha256sum | cut -c 1-16)
 
+[ "$(cd "$(dirname "$target")" && pwd -P)" = "$(cd "$project" && pwd -P)" ] || exit 0
+
 # Archives of a key, or of any; the one that was used last comes first.
-archives() { find "$cache" -name "$1-*.tar" -printf '%T@ %p\n' 2>/dev/null | sort -rn | cut -d ' ' -f 2-; }
+archives() { find "$cache/" -maxdepth 1 -type f -name "$1-*.tar" -printf '%T@ %p\n' 2>/dev/null | sort -rn | cut -d ' ' -f 2-; }
 
 # What the compiler calls a library depends on where the checkout is, where a build script writes a part of it. So an archive's
 # libraries fit each other and no others: they take the place of all that are there, while no cargo is at work.
@@ -36,6 +40,7 @@ replace() {
     flock 9
     for folder in bpf wasm release/deps release/build release/.fingerprint; do
         [ -e "$aside/$folder" ] || continue
+        case $folder in bpf | wasm) [ ! -e "$target/$folder" ] || continue ;; esac
         rm -rf "${target:?}/$folder"
         mv "$aside/$folder" "$target/$folder"
     done
@@ -46,7 +51,11 @@ replace() {
     fi
 }
 
+trap 'exit 130' INT TERM HUP
 case $command in
+key)
+    echo "$key"
+    ;;
 restore)
     [ ! -e "$target/libraries" ] && [ ! -e "$target/release/hostd" ] || exit 0
     aside=$target/libraries.$$

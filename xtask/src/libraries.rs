@@ -12,7 +12,7 @@ use std::{
 };
 use toolchain::{target_dir, workspace_root};
 
-/// Names what is kept: a hash of [`Unit::hash`] a line, or a path of the nested builds. It is a part of what is kept.
+/// Names what is kept: the key, a hash of [`Unit::hash`] a line, or a path of the nested builds. It is a part of what is kept.
 const LIST: &str = "libraries";
 /// The variable that does without.
 const WITHOUT: &str = "WASMGATE_NO_CACHE";
@@ -55,7 +55,18 @@ fn try_to_keep(units: &[Unit]) -> anyhow::Result<()> {
     used.extend(nested.iter().filter(|path| path.contains("/.fingerprint/")).cloned());
     // The first build of a checkout finds no list.
     let list = fs::read_to_string(target.join(LIST)).unwrap_or_default();
+    let key = script("key").output()?.stdout;
+    let key = String::from_utf8(key)?.trim().to_owned();
+    if key.is_empty() {
+        return Ok(());
+    }
+    // What was used before other sources or compilers came is forgotten.
     let known: BTreeSet<String> = list.lines().map(str::to_owned).collect();
+    let known = if known.contains(&key) {
+        known
+    } else {
+        BTreeSet::from([key])
+    };
     if used.is_subset(&known) {
         return Ok(());
     }
@@ -164,12 +175,17 @@ mod tests {
             self.0.path().join(name)
         }
 
+        /// A target folder of its own.
+        fn target(&self, name: &str) -> PathBuf {
+            self.path("project").join(name)
+        }
+
         /// What it is told on its standard input, and what it says.
         fn run(&self, command: &str, target: &str, list: &str, without: bool) -> String {
             let mut script = Command::new(self.path("project/toolchain/libraries.sh"));
             script
                 .arg(command)
-                .arg(self.path(target))
+                .arg(self.target(target))
                 .env("XDG_CACHE_HOME", self.path("cache"));
             script.env_remove("WASMGATE_NO_CACHE");
             if without {
@@ -190,10 +206,10 @@ mod tests {
         }
 
         fn save(&self) {
-            let old = self.path("old/release/deps");
+            let old = self.target("old/release/deps");
             fs::create_dir_all(&old).unwrap();
             fs::write(old.join("libserde-1.rlib"), "compiled").unwrap();
-            fs::write(self.path("old/libraries"), "1\n").unwrap();
+            fs::write(self.target("old/libraries"), "1\n").unwrap();
             self.run("save", "old", "libraries\nrelease/deps/libserde-1.rlib\n", false);
         }
 
@@ -212,7 +228,7 @@ mod tests {
         let checkout = Checkout::new();
         checkout.save();
         assert!(checkout.run("restore", "new", "", false).contains("earlier build"));
-        let [old, new] = ["old", "new"].map(|target| checkout.path(target).join("release/deps/libserde-1.rlib"));
+        let [old, new] = ["old", "new"].map(|target| checkout.target(target).join("release/deps/libserde-1.rlib"));
         assert_eq!(fs::read_to_string(&new).unwrap(), "compiled");
         assert_eq!(modified(&new), modified(&old));
         // One that has had it, or has libraries of its own, keeps what it has.
@@ -226,7 +242,7 @@ mod tests {
         let checkout = Checkout::new();
         checkout.save();
         for (target, built, left) in [("xtask-alone", false, "compiled"), ("all", true, "own")] {
-            let deps = checkout.path(target).join("release/deps");
+            let deps = checkout.target(target).join("release/deps");
             fs::create_dir_all(&deps).unwrap();
             for name in ["libserde-1.rlib", "libthiserror-2.rlib"] {
                 fs::write(deps.join(name), "own").unwrap();
@@ -250,7 +266,18 @@ mod tests {
         bytes[600] ^= 1;
         fs::write(&archive, bytes).unwrap();
         assert!(checkout.run("restore", "new", "", false).contains("damaged"));
-        assert!(!checkout.path("new").exists() && checkout.archives().is_empty());
+        assert!(!checkout.target("new").exists() && checkout.archives().is_empty());
+    }
+
+    #[test]
+    fn a_target_folder_that_is_shared_is_left_alone() {
+        let checkout = Checkout::new();
+        checkout.save();
+        let shared = checkout.path("shared");
+        fs::create_dir(&shared).unwrap();
+        assert_eq!(checkout.run("restore", "../shared", "", false), "");
+        checkout.run("restore", "../shared/target", "", false);
+        assert_eq!(fs::read_dir(&shared).unwrap().count(), 0);
     }
 
     #[test]
@@ -260,7 +287,7 @@ mod tests {
         assert!(checkout.archives().is_empty());
         checkout.save();
         assert_eq!(checkout.run("restore", "new", "", true), "");
-        assert!(!checkout.path("new").exists());
+        assert!(!checkout.target("new").exists());
     }
 
     #[test]
@@ -307,7 +334,7 @@ mod tests {
         fs::write(&sources, "four").unwrap();
         assert!(checkout.run("restore", "newest", "", false).contains("earlier build"));
         // What of it is good is not known yet, and so nothing of it is kept without being used.
-        assert_eq!(fs::read_to_string(checkout.path("newest/libraries")).unwrap(), "");
-        assert_eq!(fs::read_to_string(checkout.path("new/libraries")).unwrap(), "1\n");
+        assert_eq!(fs::read_to_string(checkout.target("newest/libraries")).unwrap(), "");
+        assert_eq!(fs::read_to_string(checkout.target("new/libraries")).unwrap(), "1\n");
     }
 }

@@ -139,9 +139,13 @@ fn install_bpf_linker() -> anyhow::Result<Linker> {
     } else {
         command.env("RUSTUP_TOOLCHAIN", "nightly");
     }
+    // Not where the project is built: cargo would wait for that, and the build for the linker.
+    let target = tempfile::tempdir()?;
+    command.arg("--target-dir").arg(target.path());
     let lock = toolchain::announce_linker()?;
     Ok(Linker(Some(thread::spawn(move || {
         let installed = crate::run(&mut command);
+        drop(target);
         drop(lock);
         installed
     }))))
@@ -155,7 +159,7 @@ fn install_cargo_command(command: &CargoCommand) -> anyhow::Result<()> {
         Ok(()) => return Ok(()),
         Err(error) => println!("  not as a wheel of Python's: {error:#}\n  from crates.io, then (some minutes)"),
     }
-    crate::run(Command::new("cargo").args(["install", "--locked", name, "--version", version]))
+    crate::run(Command::new("cargo").args(["install", "--locked", "--force", name, "--version", version]))
 }
 
 /// pip compares the wheel with its checksum before it unpacks it.
@@ -169,6 +173,7 @@ fn install_wheel(command: &CargoCommand) -> anyhow::Result<()> {
         version,
         wheel,
         sha256,
+        ..
     } = command;
     let folder = tempfile::tempdir()?;
     let wanted = folder.path().join("requirements");
@@ -196,7 +201,7 @@ fn install_wheel(command: &CargoCommand) -> anyhow::Result<()> {
     );
     let program = folder.path().join("bin").join(name);
     let works = Command::new(&program)
-        .args([&name["cargo-".len()..], "--version"])
+        .args([command.subcommand(), "--version"])
         .output();
     ensure!(
         works.is_ok_and(|output| output.status.success()),
@@ -206,8 +211,10 @@ fn install_wheel(command: &CargoCommand) -> anyhow::Result<()> {
     if let Some(folder) = place.parent() {
         fs::create_dir_all(folder)?;
     }
-    fs::copy(&program, &place).with_context(|| place.display().to_string())?;
-    Ok(())
+    // It may run, or be looked for, at this moment.
+    let aside = place.with_extension(format!("{}.new", std::process::id()));
+    let put = fs::copy(&program, &aside).and_then(|_| fs::rename(&aside, &place));
+    put.with_context(|| place.display().to_string())
 }
 
 /// Where cargo installs programs.

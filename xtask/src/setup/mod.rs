@@ -118,8 +118,8 @@ fn find(purpose: Purpose, say: bool) -> Missing {
         }
     }
     missing.bpf_linker = no_linker;
-    let is_missing = |command: &&CargoCommand| find_program(command.name).is_none();
-    missing.cargo_commands = purpose.cargo_commands().iter().filter(is_missing).collect();
+    let commands = purpose.cargo_commands().iter();
+    missing.cargo_commands = commands.filter(|command| !command.is_there()).collect();
     missing
 }
 
