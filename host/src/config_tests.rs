@@ -73,6 +73,8 @@ fn the_example_shows_every_default() {
         "fragments",
         "collect_seconds",
         "prefix",
+        "hold_seconds",
+        "answer_seconds",
     ] {
         assert!(
             example.contains(&format!("#:{key} = ")),

@@ -1,8 +1,8 @@
 //! What every store has to do.
 
-use super::{connect, key, next, put};
+use super::{configuration, key, next, put};
 use harness::{Etcd, EtcdOptions};
-use hostd::store::{Change, Collection, Expect, FileStore, Key, Store, StoreError};
+use hostd::store::{Change, Collection, EtcdConfig, EtcdStore, Expect, FileStore, Key, Store, StoreError};
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 /// A store, with what it is kept in.
@@ -16,7 +16,12 @@ fn file() -> Kept {
 
 fn etcd(options: EtcdOptions) -> Kept {
     let etcd = Etcd::local(options).unwrap();
-    let store = connect(&etcd);
+    // Also on a busy machine: it is not what this is about.
+    let patient = EtcdConfig {
+        answer_seconds: 30,
+        ..configuration(&etcd)
+    };
+    let store = EtcdStore::open(&format!("etcd:{}", etcd.url()), &patient).unwrap();
     (Box::new(etcd), Arc::new(store))
 }
 

@@ -37,6 +37,8 @@ pub struct EtcdConfig {
     pub password_file: Option<PathBuf>,
     /// What is missing after etcd was made anew counts as deleted after so many seconds, or up to a half less.
     pub hold_seconds: u32,
+    /// An answer may take so many seconds, and half a second more for each mebibyte that is sent or asked for.
+    pub answer_seconds: u32,
 }
 
 impl Default for EtcdConfig {
@@ -49,6 +51,7 @@ impl Default for EtcdConfig {
             user: None,
             password_file: None,
             hold_seconds: 90,
+            answer_seconds: 2,
         }
     }
 }
@@ -93,6 +96,10 @@ impl EtcdConfig {
         if self.certificate.is_some() != self.key.is_some() || (self.certificate.is_some() && https == 0) {
             let problem = "goes with `etcd.key`, and with https in `store`";
             return Err(("etcd.certificate", problem.to_owned()));
+        }
+        if !(1..=60).contains(&self.answer_seconds) {
+            let problem = format!("{} is not between 1 and 60", self.answer_seconds);
+            return Err(("etcd.answer_seconds", problem));
         }
         if self.hold_seconds < LEAST_HOLD {
             let problem = format!(

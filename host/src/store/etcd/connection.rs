@@ -13,8 +13,7 @@ use std::{
 };
 use tokio::time::timeout;
 
-/// An answer may take so long, and so much longer for each mebibyte that is sent or asked for.
-const ANSWER: Duration = Duration::from_secs(2);
+/// An answer may take so much longer for each mebibyte that is sent or asked for.
 const FOR_A_MEBIBYTE: Duration = Duration::from_millis(500);
 /// A request is tried so often, and once more for each further member, with a pause that doubles; not again where it has taken
 /// so long already that every member could have answered.
@@ -30,6 +29,8 @@ pub struct Connection {
     store: String,
     members: u32,
     options: ConnectOptions,
+    /// An answer may take so long.
+    answer: Duration,
     /// What may be the reason where nobody answers.
     hint: &'static str,
     /// A key that is asked for to see whether anybody does.
@@ -64,6 +65,7 @@ impl Connection {
             store: store.to_owned(),
             members: u32::try_from(endpoints(store).len()).unwrap_or(u32::MAX),
             options,
+            answer: Duration::from_secs(u64::from(config.answer_seconds)),
             // Members that ask for a certificate end the connection of whoever has none.
             hint: if config.ca.is_some() && config.certificate.is_none() {
                 " (do they ask for a certificate? `etcd.certificate`)"
@@ -88,7 +90,7 @@ impl Connection {
         if let Some(away) = &self.state().away {
             return Err(self.unavailable(away));
         }
-        let limit = ANSWER + FOR_A_MEBIBYTE * mebibytes;
+        let limit = self.answer + FOR_A_MEBIBYTE * mebibytes;
         let began = Instant::now();
         let mut pause = PAUSE;
         let mut tries = 0;
@@ -129,7 +131,7 @@ impl Connection {
             let Some(this) = connection.upgrade() else { return };
             // Each member has its turn.
             for _ in 0..this.members {
-                let asked = timeout(ANSWER, async {
+                let asked = timeout(this.answer, async {
                     get(&this.client().await?, this.probe.as_bytes(), GetOptions::new()).await
                 });
                 let problem = match asked.await {
@@ -138,7 +140,7 @@ impl Connection {
                         Problem::Away(problem) => problem,
                         Problem::Refused(_) => return this.answered(),
                     },
-                    Err(_) => format!("no answer within {} ms", ANSWER.as_millis()),
+                    Err(_) => format!("no answer within {} ms", this.answer.as_millis()),
                 };
                 match &mut this.state().away {
                     Some(away) if away.since == since => away.problem = problem,
