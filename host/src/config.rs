@@ -1,5 +1,9 @@
 //! The node's configuration: a TOML file, every key of which is documented in `node.example.toml`.
 
+mod lease;
+
+pub use lease::Lease;
+
 use crate::store::{ETCD, EtcdConfig};
 use abi::conntrack::Timeouts;
 use ipnet::IpNet;
@@ -7,7 +11,6 @@ use serde::Deserialize;
 use std::{
     net::{IpAddr, Ipv6Addr},
     path::{Path, PathBuf},
-    time::Duration,
 };
 
 /// The configuration of one node.
@@ -99,42 +102,6 @@ impl Default for Vni {
             tenant_bits: 8,
             collect_seconds: 600,
         }
-    }
-}
-
-/// When a node is stale, and when it is gone.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
-#[serde(deny_unknown_fields, default)]
-pub struct Lease {
-    /// A node that has not renewed its lease for this many seconds is shown as stale.
-    pub ttl_seconds: u64,
-    /// A node that has been stale for this many seconds is removed with its pods. 0: never.
-    pub grace_seconds: u64,
-    /// A policy load waits so many seconds for all nodes to prepare, and as many for them to switch. The same on all nodes.
-    pub load_seconds: u32,
-}
-
-impl Default for Lease {
-    fn default() -> Self {
-        Self {
-            ttl_seconds: 15,
-            grace_seconds: 86400,
-            load_seconds: 10,
-        }
-    }
-}
-
-impl Lease {
-    /// Time to live of the lease.
-    #[must_use]
-    pub const fn ttl(&self) -> Duration {
-        Duration::from_secs(self.ttl_seconds)
-    }
-
-    /// Time for each phase of a policy load.
-    #[must_use]
-    pub const fn phase(&self) -> Duration {
-        Duration::from_secs(self.load_seconds as u64)
     }
 }
 

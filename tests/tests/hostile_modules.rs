@@ -18,7 +18,7 @@ const REFUSED_WITHIN: Duration = Duration::from_secs(20);
 fn one_node() -> Cluster {
     let options = Options {
         nodes: 1,
-        tables: "[wasm]\ncompile_seconds = 1\nevaluate_ms = 1500".to_owned(),
+        tables: "[wasm]\ncompile_seconds = 1\nevaluate_ms = 15000".to_owned(),
         ..Options::default()
     };
     let mut cluster = Cluster::with(&options).unwrap();
