@@ -38,7 +38,13 @@ impl Node {
         writeln!(text, "state_dir = \"{}\"", self.folder.join("state").display())?;
         writeln!(text, "socket = \"{}\"", self.socket().display())?;
         writeln!(text, "bpffs = \"{}\"", self.bpffs().display())?;
-        writeln!(text, "{}\n{table}\n{}", options.keys, options.tables)?;
+        // On a busy machine, or a busy disk, a load may take long; whoever waits for its end says so.
+        let tables = match options.tables.split_once("[lease]") {
+            _ if options.tables.contains("load_seconds") => options.tables.clone(),
+            Some((before, lease)) => format!("{before}[lease]\nload_seconds = 60{lease}"),
+            None => format!("{}\n[lease]\nload_seconds = 60", options.tables),
+        };
+        writeln!(text, "{}\n{table}\n{tables}", options.keys)?;
         Ok(fs::write(self.config(), text)?)
     }
 
