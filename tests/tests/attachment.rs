@@ -236,7 +236,7 @@ fn a_tcx_program_that_comes_before_links_take_over_is_overtaken() {
         let late = stage.cluster.pod(&format!("red/{name}")).netns.name();
         let reaches = |to| tcp_exchange(late, stage.cluster.pod(to).address, 80, WAIT).unwrap() == TcpOutcome::Open;
         assert!(reaches("red/b") && !reaches("blue/c"));
-        if came_before == 2 {
+        if came_before == 3 {
             return;
         }
     }

@@ -294,7 +294,7 @@ fn hostd_killed_at_any_moment_loses_nothing_and_leaves_nothing() {
         let loaded = loads.join().unwrap();
         eprintln!("{answered} of {asked} new flows were answered, {loaded} policies were put in force meanwhile");
         assert_eq!(answered, asked, "new flows");
-        assert!(denied > 0 && leaked == 0, "{leaked} of {denied}");
+        assert!(denied > 1000 && leaked == 0, "{leaked} of {denied}");
     });
     streams.lost_nothing();
     drop(streams);
@@ -377,7 +377,7 @@ fn another_build_keeps_the_maps_that_it_can_read_and_makes_the_others_anew() {
         let denied: u64 = never.map(|one| one.join().unwrap()).iter().sum();
         let asked = asked.load(Ordering::Relaxed);
         assert_eq!(answered, asked, "new flows");
-        assert!(denied > 0 && leaked == 0, "{leaked} of {denied}");
+        assert!(denied > 1000 && leaked == 0, "{leaked} of {denied}");
     });
     streams.lost_nothing();
     old.into_iter().for_each(Traffic::lost_nothing);
