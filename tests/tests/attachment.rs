@@ -17,7 +17,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use std::{net::IpAddr, time::Duration};
 
 const WAIT: Duration = Duration::from_millis(400);
-const LONG: Duration = Duration::from_secs(20);
+const LONG: Duration = Duration::from_secs(90);
 
 /// Two pods that may talk, and one that may not, on one node.
 struct Stage {

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use std::{collections::BTreeSet, net::IpAddr, time::Duration};
 
 const WAIT: Duration = Duration::from_millis(400);
-const LONG: Duration = Duration::from_secs(20);
+const LONG: Duration = Duration::from_secs(90);
 
 fn one_node(policy: &str) -> Cluster {
     let options = Options {

@@ -12,7 +12,7 @@ use std::{
 };
 
 const WAIT: Duration = Duration::from_millis(400);
-const LONG: Duration = Duration::from_secs(20);
+const LONG: Duration = Duration::from_secs(90);
 
 fn node(tables: &str) -> Cluster {
     let mut cluster = Cluster::with(&Options {

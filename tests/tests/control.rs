@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-const LONG: Duration = Duration::from_secs(20);
+const LONG: Duration = Duration::from_secs(90);
 
 #[test]
 fn only_root_may_control_hostd() {

@@ -8,7 +8,7 @@ use harness::{
 use std::{net::IpAddr, process::Command, thread, time::Duration};
 
 const WAIT: Duration = Duration::from_millis(400);
-const LONG: Duration = Duration::from_secs(20);
+const LONG: Duration = Duration::from_secs(90);
 
 /// Three red pods and a blue one on two nodes, all listening on port 80, under tenant isolation.
 fn tenants(options: &Options) -> (Cluster, Vec<Listener>) {

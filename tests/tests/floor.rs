@@ -5,7 +5,7 @@ use harness::{Cluster, Listener, Options, TcpOutcome, kernel_test, tcp_exchange,
 use std::{net::IpAddr, time::Duration};
 
 /// What is allowed happens in this time, also where the processor is emulated.
-const LONG: Duration = Duration::from_secs(20);
+const LONG: Duration = Duration::from_secs(90);
 /// What is denied has not happened by then.
 const WAIT: Duration = Duration::from_secs(3);
 

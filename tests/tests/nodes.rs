@@ -5,7 +5,7 @@ use harness::{Cluster, Listener, Options, TcpOutcome, kernel_test, run, tcp_exch
 use std::{collections::BTreeSet, fs, process::Output, time::Duration};
 
 const WAIT: Duration = Duration::from_millis(400);
-const LONG: Duration = Duration::from_secs(20);
+const LONG: Duration = Duration::from_secs(90);
 
 fn with_lease(lease: &str) -> Cluster {
     let options = Options {

@@ -16,7 +16,7 @@ use std::{
 };
 
 const WAIT: Duration = Duration::from_millis(400);
-const LONG: Duration = Duration::from_secs(30);
+const LONG: Duration = Duration::from_secs(90);
 
 /// Two nodes over etcd, with a frontend and a backend on either node.
 fn cluster(etcd: EtcdOptions, policy: &str) -> Cluster {

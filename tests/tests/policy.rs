@@ -12,7 +12,7 @@ use hostd::store::{
 use std::{collections::BTreeMap, time::Duration};
 
 const WAIT: Duration = Duration::from_millis(400);
-const LONG: Duration = Duration::from_secs(20);
+const LONG: Duration = Duration::from_secs(90);
 
 /// Pods of two tenants on two nodes, each listening on these ports.
 fn two_tenants(ports: &[u16]) -> (Cluster, Vec<Listener>) {

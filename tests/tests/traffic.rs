@@ -17,7 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-const LONG: Duration = Duration::from_secs(20);
+const LONG: Duration = Duration::from_secs(90);
 const VIPS: [&str; 2] = ["172.16.0.1", "fd00:96::1"];
 
 /// A client and a server on one node, a server on another, a host outside; and services of either server.

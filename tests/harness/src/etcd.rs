@@ -14,7 +14,7 @@ use std::{
 };
 
 /// It has to answer within this time.
-const START: Duration = Duration::from_secs(20);
+const START: Duration = Duration::from_secs(90);
 /// Password of the users `root` and `hostd`.
 const PASSWORD: &str = "correct horse";
 

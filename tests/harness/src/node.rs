@@ -13,7 +13,7 @@ use std::{
 };
 
 /// hostd has to be ready within this time, also on a busy machine.
-pub(crate) const START: Duration = Duration::from_secs(30);
+pub(crate) const START: Duration = Duration::from_secs(90);
 
 /// A node: a namespace with a hostd in it.
 #[derive(Debug)]

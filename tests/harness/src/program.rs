@@ -9,7 +9,7 @@ use std::{
 };
 
 /// How long a program may take until it listens, or until another one can be asked.
-const START: Duration = Duration::from_secs(20);
+const START: Duration = Duration::from_secs(90);
 
 /// A program that runs until it is dropped.
 #[derive(Debug)]

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-const WAIT: Duration = Duration::from_secs(20);
+const WAIT: Duration = Duration::from_secs(90);
 /// Threads that accept.
 const SERVERS: usize = 4;
 

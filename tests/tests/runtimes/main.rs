@@ -23,7 +23,7 @@ use std::{
 /// Runtimes share folders of the machine: one test after the other.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
-const LONG: Duration = Duration::from_secs(30);
+const LONG: Duration = Duration::from_secs(90);
 /// How many containers of a burst there are at a time.
 const AT_ONCE: usize = 8;
 

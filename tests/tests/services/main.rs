@@ -14,7 +14,7 @@ use std::{
 };
 
 const WAIT: Duration = Duration::from_millis(500);
-const LONG: Duration = Duration::from_secs(20);
+const LONG: Duration = Duration::from_secs(90);
 const VIPS: [&str; 2] = ["172.16.0.1", "fd00:96::1"];
 
 /// The service's addresses, as options.

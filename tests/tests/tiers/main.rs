@@ -11,7 +11,7 @@ use serde_json::Value;
 use std::{fs, time::Duration};
 
 const WAIT: Duration = Duration::from_millis(400);
-const LONG: Duration = Duration::from_secs(20);
+const LONG: Duration = Duration::from_secs(90);
 
 /// Pods of two tenants on two nodes, all listening on port 80.
 fn two_tenants() -> (Cluster, Vec<Listener>) {
