@@ -133,7 +133,8 @@ impl Etcd {
     /// Lines of a node's configuration by which hostd finds it: keys, and a table.
     #[must_use]
     pub fn configuration(&self) -> (String, String) {
-        let mut table = String::from("[etcd]\n");
+        // As long as the machine may be busy with other things: an etcd that is to be away refuses at once.
+        let mut table = String::from("[etcd]\nanswer_seconds = 30\n");
         let mut set = |key: &str, value: &str| table.extend([key, " = \"", value, "\"\n"]);
         if self.options.tls {
             for (key, file) in [("ca", "ca.pem"), ("certificate", "hostd.pem"), ("key", "hostd.key")] {
