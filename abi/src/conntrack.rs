@@ -10,7 +10,8 @@ pub struct ConntrackKey {
     pub lower: Address,
     /// The upper end's address.
     pub upper: Address,
-    /// The lower end's port, in network byte order. An ICMP echo has its identifier at the end that asks, 0 at the other.
+    /// The lower end's port, in network byte order. A request of ICMP has its identifier at the end that asks, and its type at the
+    /// other: 0 for an echo. Protocols without ports have 0.
     pub lower_port: u16,
     /// The upper end's port, in network byte order.
     pub upper_port: u16,
@@ -165,14 +166,15 @@ pub struct Timeouts {
     pub assured: u32,
 }
 
-/// TCP's are Cilium's defaults, but for half closed flows (RFC 5382, section 5: 4 minutes at least); the others are the
+/// TCP's are Cilium's defaults, but for half closed flows, which may go on for long in one direction (an hour is what
+/// kube-proxy sets for `CLOSE_WAIT`, `--conntrack-tcp-timeout-close-wait`); the others are the
 /// kernel's `nf_conntrack_udp_timeout` and `nf_conntrack_udp_timeout_stream`.
 impl Default for Timeouts {
     fn default() -> Self {
         Self {
             tcp_syn: 60,
             tcp_established: 8000,
-            tcp_half_closed: 240,
+            tcp_half_closed: 3600,
             tcp_closed: 10,
             unreplied: 30,
             assured: 120,

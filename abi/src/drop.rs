@@ -37,30 +37,30 @@ reasons! {
     6 InvalidHeader "invalid_header" "An IP header with a wrong version, header length or total length.";
     7 IpOptions "ip_options" "IPv4 options are not carried.";
     8 FragmentUnknown "fragment_unknown" "A later fragment without its first one, between two that policy lets not talk at all.";
-    9 UnknownProtocol "unknown_protocol" "The IP protocol is none of TCP, UDP, SCTP and ICMP.";
-    10 IcmpType "icmp_type" "An ICMP type that is neither echo nor an error.";
-    11 IcmpUnrelated "icmp_unrelated" "An ICMP error or echo reply that belongs to no flow.";
+    9 UnknownProtocol "unknown_protocol" "ICMP in IPv6, or ICMPv6 in IPv4.";
+    10 IcmpType "icmp_type" "An ICMP type that is neither a request that is carried (echo, timestamp, extended echo), nor its reply, nor an error.";
+    11 IcmpUnrelated "icmp_unrelated" "An ICMP error or reply that belongs to no flow.";
     12 SpoofedAddress "spoofed_address" "A pod sent from an address that is not its own.";
     13 SpoofedMac "spoofed_mac" "A pod sent from a MAC address that is not its own.";
     14 SpoofedArp "spoofed_arp" "A pod sent an ARP packet with an address that is not its own.";
     15 UnexpectedArp "unexpected_arp" "An ARP packet other than a pod's request for its gateway.";
     16 NotForGateway "not_for_gateway" "A pod sent a frame to another MAC address than its gateway's.";
-    17 TunnelPort "tunnel_port" "A pod sent UDP to the tunnel port of an address that is no pod's.";
+    17 TunnelPort "tunnel_port" "UDP to the tunnel port of an address that is no pod's, or from that port to a node port, whose answers would go there.";
     18 UnknownDestination "unknown_destination" "No pod has the destination address, which is one of a pod CIDR or no unicast address.";
     19 UnknownSource "unknown_source" "The node routed a packet to a pod from an address that is a pod's, its own, or no unicast address.";
     20 TtlExceeded "ttl_exceeded" "The time to live, or the hop limit, ran out.";
     21 EgressDenied "egress_denied" "Policy does not let the sender reach this destination.";
     22 IngressDenied "ingress_denied" "Policy does not let the receiver be reached by this source.";
-    23 MidStream "mid_stream" "A TCP packet in the middle of a flow that is not tracked and not allowed both ways.";
+    23 MidStream "mid_stream" "A TCP packet in the middle of a flow that is not tracked and not allowed both ways; a pod of this node that sent it was told.";
     24 ConntrackFull "conntrack_full" "The conntrack map took no new entry.";
     25 NoTunnelKey "no_tunnel_key" "A packet on the vxlan device without tunnel metadata.";
-    26 UnknownNode "unknown_node" "A vxlan packet from an outer source that is no node of the cluster.";
+    26 UnknownNode "unknown_node" "A vxlan packet whose outer source is not the underlay address of another node.";
     27 WrongNode "wrong_node" "A vxlan packet whose inner source does not live behind the node that sent it.";
     28 ReservedVni "reserved_vni" "A VNI that neither a pod, nor another node, nor what came in by its node ports may have.";
     29 WrongVni "wrong_vni" "A VNI that is not the identity of the inner source.";
     30 NotLocal "not_local" "A packet from the tunnel for an address that is neither a pod of this node nor the node itself.";
     31 TunnelFailed "tunnel_failed" "The kernel refused the tunnel key.";
-    32 ExtensionHeaders "extension_headers" "IPv6 extension headers that are not carried: too many, too long, a source route, or of unknown kind.";
+    32 ExtensionHeaders "extension_headers" "IPv6 extension headers that are not carried: too many, too long, or a source route.";
     33 LinkControl "link_control" "Neighbour discovery or multicast control that concerns no gateway; pods have no neighbours.";
     34 SpoofedNeighbour "spoofed_neighbour" "A pod asked for its gateway from an address that is not its own, or in a malformed way.";
     35 FragmentTiny "fragment_tiny" "A first fragment without its whole transport header, or one that begins inside it.";
@@ -70,11 +70,13 @@ reasons! {
     39 NoService "no_service" "The address is a service's, which has no such port; the sender was told.";
     40 NoBackends "no_backends" "The service has no backends; the sender was told.";
     41 BackendGone "backend_gone" "The backend of a connection through a service is gone; the sender was told.";
-    42 ServicePorts "service_ports" "The client has too many connections from this port to one backend, by way of different services.";
+    42 ServicePorts "service_ports" "The client has a connection from this port to the same backend, by way of another service or directly; where that is TCP, it was told.";
+    43 ForeignTunnel "foreign_tunnel" "A vxlan packet that was not sent to this node's underlay address.";
+    44 NoRouteBack "no_route_back" "A client asked at a node port from an address that the node's routes reach by another interface, or not at all.";
 }
 
 /// Elements of the counter map: one more than the highest number.
-pub const DROP_REASONS: u32 = 43;
+pub const DROP_REASONS: u32 = 45;
 
 impl DropReason {
     /// The reason with this number.

@@ -42,10 +42,12 @@ pub enum Path {
     NodePort = 9,
     /// From a pod to outside, which had asked at a node port.
     NodePortReply = 10,
+    /// An echo request for the gateway, answered.
+    EchoReply = 11,
 }
 
 /// Elements of the counter map.
-pub const PATHS: u32 = 11;
+pub const PATHS: u32 = 12;
 
 impl Path {
     /// All paths, by number.
@@ -61,6 +63,7 @@ impl Path {
         Self::NeighbourReply,
         Self::NodePort,
         Self::NodePortReply,
+        Self::EchoReply,
     ];
 
     /// Name, as in metrics and on the command line.
@@ -78,6 +81,7 @@ impl Path {
             Self::NeighbourReply => "neighbour_reply",
             Self::NodePort => "node_port",
             Self::NodePortReply => "node_port_reply",
+            Self::EchoReply => "echo_reply",
         }
     }
 }

@@ -23,6 +23,8 @@ pub struct NodeConfig {
     pub vxlan_ifindex: u32,
     /// [`REPORT_DROPS`] and [`REPORT_FLOWS`].
     pub report: u32,
+    /// This node's underlay address: tunnel packets leave from it, and only those for it are believed.
+    pub underlay: Address,
     /// UDP port of the tunnel.
     pub tunnel_port: u16,
     /// Family of the underlay, a [`Family`](crate::Family).
@@ -55,4 +57,4 @@ pub const GATEWAY_V6: Address = Address([0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 
 pub const TUNNEL_PORT: u16 = 8472;
 
 const _: () = assert!(size_of::<NodeEntry>() == 4);
-const _: () = assert!(size_of::<NodeConfig>() == 60);
+const _: () = assert!(size_of::<NodeConfig>() == 76);

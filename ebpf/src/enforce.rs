@@ -25,10 +25,11 @@ const ICMPV6_ECHO: u16 = 128;
 /// 2. A tracked flow whose verdict is of another generation, or one of whose addresses means something else by now, is
 ///    judged again as it was opened. If it may not go on, it is forgotten, and both directions stop.
 /// 3. A SYN against the direction of a flow, or on one that is closed, asks for a new one, and is judged as such.
-/// 4. An ICMP error or an echo reply passes only with its flow.
+/// 4. An ICMP error or reply passes only with its flow. A request is never a reply, though both look the same where the
+///    identifier is the type's own number.
 /// 5. A later fragment whose first one has not been here passes where the two may talk at all.
 /// 6. Anything else opens a flow, if policy lets it. TCP that is no SYN must be allowed both ways, since nobody knows
-///    which end opened it.
+///    which end opened it; a pod of this node that sent it is told where it goes no farther.
 #[inline(never)]
 pub fn admit(flow: &mut Flow, from: &Party, to: &Party) -> Result<(), DropReason> {
     if flow.fragment == Fragment::Ahead {
@@ -47,7 +48,11 @@ pub fn admit(flow: &mut Flow, from: &Party, to: &Party) -> Result<(), DropReason
     if let Some(tracked) = tracked {
         let crossed = is_crossed(flow, &tracked);
         if crossed && flow.protocol == TCP && !tracked.is_closed() {
+            flow.is_lost = true;
             return Err(DropReason::ServicePorts);
+        }
+        if flow.answer && !tracked.reply {
+            return Err(DropReason::IcmpUnrelated);
         }
         if !crossed && !opens_anew(flow, &tracked) {
             tracked.goes_via_node(flow);
@@ -88,8 +93,9 @@ pub fn admit(flow: &mut Flow, from: &Party, to: &Party) -> Result<(), DropReason
         return Err(DropReason::UnknownDestination);
     }
 
+    flow.is_lost = flow.protocol == TCP && !flow.is_syn();
     judge(flow, from, to, flow.ends.destination_port)?;
-    if flow.protocol == TCP && !flow.is_syn() {
+    if flow.is_lost {
         judge(flow, to, from, flow.ends.source_port).map_err(|_| DropReason::MidStream)?;
     }
     conntrack::open(&mut place, flow, peers, account(from, to), now)?;
@@ -124,7 +130,8 @@ fn is_answer_to_itself(flow: &Flow) -> bool {
 
 #[inline(always)]
 fn opens_anew(flow: &Flow, tracked: &Tracked) -> bool {
-    !flow.related && flow.is_syn() && (tracked.reply || tracked.is_closed())
+    let asks_back = flow.request && tracked.reply;
+    !flow.related && (asks_back || flow.is_syn() && (tracked.reply || tracked.is_closed()))
 }
 
 /// What policy says of a flow from `from` to `to`, at those ends that this node enforces: egress where the sender is
@@ -200,10 +207,9 @@ fn port_set_permits(flow: &Flow, index: u32, port: u16) -> bool {
     if set.len == 0 {
         return false;
     }
-    // A flow of ICMP is an echo; its identifier is no port.
-    let port = match flow.protocol {
-        ICMP => ICMP_ECHO,
-        ICMPV6 => ICMPV6_ECHO,
+    let port = match (flow.protocol, port) {
+        (ICMP, 0) => ICMP_ECHO,
+        (ICMPV6, 0) => ICMPV6_ECHO,
         _ => port,
     };
     let key = port_key(flow.protocol, port);

@@ -9,9 +9,9 @@
 use crate::{
     conntrack,
     forward::{self, Action},
-    lookup, lru, maps,
+    identify, lookup, lru, maps,
     packet::{Ends, Flow, Fragment, TCP, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, UDP},
-    parse::{ETHERNET_LEN, IPV4_LEN, IPV6_LEN, L3},
+    parse::{self, ETHERNET_LEN, IPV4_LEN, IPV6_LEN, L3},
     verdict,
 };
 use abi::{
@@ -97,7 +97,7 @@ impl Seen {
 /// Reads what identifies the flow: TCP in the middle of a connection, or UDP, whole, right behind a plain header, and with
 /// hops to spare.
 #[inline(always)]
-fn parse(ctx: &TcContext, seen: &mut Seen) -> bool {
+fn look(ctx: &TcContext, seen: &mut Seen) -> bool {
     let start = ctx.data();
     if start + L3 + IPV4_LEN + 8 > ctx.data_end() {
         return false;
@@ -113,7 +113,7 @@ fn parse(ctx: &TcContext, seen: &mut Seen) -> bool {
         match (load!("u16", start, 12) as u16).to_be() {
             0x0800 => {
                 let fragment = (load!("u16", start, 20) as u16).to_be();
-                let total = u32::from((load!("u16", start, 16) as u16).to_be());
+                let total = parse::total(ctx, u32::from((load!("u16", start, 16) as u16).to_be()));
                 protocol = load!("u8", start, 23) as u8;
                 let least = IPV4_LEN as u32 + if protocol == TCP { 20 } else { 8 };
                 if load!("u8", start, 14) != 0x45
@@ -310,7 +310,7 @@ pub fn from_overlay(ctx: &TcContext) -> i32 {
 #[inline(always)]
 fn pod_sends(ctx: &TcContext, action: &mut Action) -> bool {
     let mut seen = Seen::new();
-    if !parse(ctx, &mut seen) {
+    if !look(ctx, &mut seen) {
         return false;
     }
     let Some(flow) = find(&seen) else {
@@ -341,7 +341,7 @@ fn pod_sends(ctx: &TcContext, action: &mut Action) -> bool {
             *action = Action::redirect(Path::Local, ifindex);
             return true;
         }
-        if forward::into_tunnel(ctx, &there, identity, action).is_err() {
+        if forward::into_tunnel(ctx, (seen.v6, seen.key.protocol), &there, identity, action).is_err() {
             return false;
         }
         one_hop(start, seen.v6);
@@ -360,7 +360,7 @@ fn overlay_delivers(ctx: &TcContext, action: &mut Action) -> bool {
     let failed =
         unsafe { bpf_skb_get_tunnel_key(ctx.skb.skb, &raw mut tunnel, size_of::<bpf_tunnel_key>() as u32, flags) };
     let mut seen = Seen::new();
-    if failed != 0 || !parse(ctx, &mut seen) {
+    if failed != 0 || !identify::is_for_tunnel(&tunnel, config) || !look(ctx, &mut seen) {
         return false;
     }
     let Some(flow) = find(&seen) else {

@@ -4,8 +4,8 @@ use crate::{
     identify::{Receiver, Way},
     lookup::is_node,
     maps,
-    packet::Flow,
-    parse::{self, ETHERNET_LEN, L3},
+    packet::{Flow, Service, TCP, UDP},
+    parse::{self, ETHERNET_LEN, IPV4_LEN, IPV6_LEN, L3},
     translate::store,
 };
 use abi::{AddressKey, DropReason, Family, Identity, NodeConfig, Path, address::Address};
@@ -59,6 +59,9 @@ pub fn deliver(
     action: &mut Action,
 ) -> Result<(), DropReason> {
     let place = &receiver.place;
+    if flow.leaves || !receiver.is_pod() {
+        not_to_a_tunnel(flow)?;
+    }
     if flow.leaves {
         one_hop(ctx, flow)?;
         *action = out_of_the_node()?;
@@ -80,6 +83,22 @@ pub fn deliver(
         Way::Outside => *action = Action::go_on(Path::ToOutside),
         Way::Remote => return encapsulate(ctx, flow, sender, &place.tunnel, action),
         Way::Service => return Err(DropReason::Internal),
+    }
+    Ok(())
+}
+
+/// What a pod has made, and what is no pod's to receive, never goes to the tunnel port: other nodes believe this one, and any address may be a node's. The packet
+/// is looked at as it leaves, translated.
+#[inline(always)]
+fn not_to_a_tunnel(flow: &Flow) -> Result<(), DropReason> {
+    let config = maps::config().ok_or(DropReason::Internal)?;
+    let port = if flow.service == Service::None {
+        flow.ends.destination_port
+    } else {
+        flow.becomes.destination_port
+    };
+    if flow.protocol == UDP && !flow.related && port == config.tunnel_port.to_be() {
+        return Err(DropReason::TunnelPort);
     }
     Ok(())
 }
@@ -107,7 +126,7 @@ fn encapsulate(
 ) -> Result<(), DropReason> {
     let config = maps::config().ok_or(DropReason::Internal)?;
     one_hop(ctx, flow)?;
-    if !fits(ctx, config.tunnel_mtu) {
+    if !fits(ctx, config.tunnel_mtu, flow.family == Family::V6 as u8, flow.protocol) {
         may_be_cut(ctx, flow)?;
     }
     tunnel(ctx, config, node, sender, action)
@@ -115,9 +134,15 @@ fn encapsulate(
 
 /// The same for a packet on the fast path, which is not changed; for one that does not fit this is an error.
 #[inline(always)]
-pub fn into_tunnel(ctx: &TcContext, node: &[u32; 4], sender: Identity, action: &mut Action) -> Result<(), DropReason> {
+pub fn into_tunnel(
+    ctx: &TcContext,
+    (v6, protocol): (bool, u8),
+    node: &[u32; 4],
+    sender: Identity,
+    action: &mut Action,
+) -> Result<(), DropReason> {
     let config = maps::config().ok_or(DropReason::Internal)?;
-    if !fits(ctx, config.tunnel_mtu) {
+    if !fits(ctx, config.tunnel_mtu, v6, protocol) {
         return Err(DropReason::TooBig);
     }
     tunnel(ctx, config, node, sender, action)
@@ -178,6 +203,9 @@ pub fn from_outside(ctx: &TcContext, flow: &Flow, receiver: &Receiver, action: &
 #[inline(always)]
 pub fn from_overlay(ctx: &TcContext, flow: &Flow, receiver: &Receiver) -> Result<Action, DropReason> {
     for_host(ctx)?;
+    if flow.leaves || receiver.place.way == Way::Host {
+        not_to_a_tunnel(flow)?;
+    }
     if flow.leaves {
         return out_of_the_node();
     }
@@ -229,17 +257,21 @@ fn one_hop(ctx: &TcContext, flow: &Flow) -> Result<(), DropReason> {
     parse::write(ctx, IPV4_CHECKSUM, (folded as u16).to_be())
 }
 
-/// Whether the tunnel carries a packet whole. What stands for many packets (GSO) is as large as one of them.
+/// Whether the tunnel carries a packet whole. What stands for many packets (GSO) is as large as one of them: with the
+/// least headers that a segment has in front of its data, for options are not counted.
 #[inline(always)]
-fn fits(ctx: &TcContext, mtu: u32) -> bool {
-    /// IPv4 and TCP headers without options: less than that no segment has in front of its data.
-    const HEADERS: u32 = 40;
+fn fits(ctx: &TcContext, mtu: u32, v6: bool, protocol: u8) -> bool {
+    /// `GSO_BY_FRAGS` (`include/linux/skbuff.h`): SCTP's, whose pieces are each no larger than the sender's own MTU.
+    const BY_FRAGS: u32 = 0xffff;
     // SAFETY: the context is the kernel's `__sk_buff`, valid as long as the program runs.
     let segment = unsafe { (*ctx.skb.skb).gso_size };
-    let length = if segment == 0 {
-        ctx.len() - ETHERNET_LEN as u32
-    } else {
-        segment + HEADERS
+    let length = match segment {
+        0 => ctx.len() - ETHERNET_LEN as u32,
+        BY_FRAGS => 0,
+        _ => {
+            let ip = if v6 { IPV6_LEN } else { IPV4_LEN } as u32;
+            segment + ip + if protocol == TCP { 20 } else { 8 }
+        }
     };
     length <= mtu
 }
@@ -261,12 +293,16 @@ fn set_tunnel_key(ctx: &TcContext, config: &NodeConfig, node: &[u32; 4], vni: Id
     let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
     key.tunnel_id = vni.0;
     key.tunnel_ttl = 64;
-    // IPv6 has no other checksum than UDP's; a receiver drops what has none (RFC 6935).
+    // The local address has a field since Linux 6.0. IPv6 has no other checksum than UDP's; a receiver drops what has none
+    // (RFC 6935).
+    let own = config.underlay.words();
     let flags = if config.underlay_family == Family::V6 as u8 {
         key.__bindgen_anon_1.remote_ipv6 = *node;
+        key.__bindgen_anon_3.local_ipv6 = own;
         BPF_F_TUNINFO_IPV6
     } else {
         key.__bindgen_anon_1.remote_ipv4 = u32::from_be(node[0]);
+        key.__bindgen_anon_3.local_ipv4 = u32::from_be(own[0]);
         BPF_F_ZERO_CSUM_TX
     };
     // SAFETY: the context and the key are valid, and the size is the key's own.

@@ -4,13 +4,13 @@
 //! would do by a pointer that may be left in `r0`, which the verifier takes for a pointer that is returned.
 
 use crate::{
-    lookup::{Party, Pod, endpoint, ifindex, ipcache, is_node, is_own, key, outside, reserved},
+    lookup::{Party, Pod, endpoint, ifindex, ipcache, is_node, is_own, is_reached_by, key, outside, reserved},
     maps,
     packet::{Flow, UDP},
     parse::Frame,
     service,
 };
-use abi::{AddressKey, DropReason, Family, Identity, address::Address};
+use abi::{AddressKey, DropReason, Family, Identity, NodeConfig, address::Address};
 use aya_ebpf::{
     bindings::{BPF_F_TUNINFO_IPV6, bpf_tunnel_key},
     helpers::bpf_skb_get_tunnel_key,
@@ -49,6 +49,12 @@ pub struct Receiver {
 }
 
 impl Receiver {
+    /// Whether it is a pod, here or behind another node.
+    #[inline(always)]
+    pub fn is_pod(&self) -> bool {
+        self.party.peer.owner != 0
+    }
+
     /// Not known yet.
     #[inline(always)]
     pub fn new() -> Self {
@@ -202,6 +208,17 @@ pub fn is_asked_from_outside(flow: &Flow) -> bool {
         && !is_node(&key(flow, flow.ends.source))
 }
 
+/// Whether the routes would answer a client outside by the interface that it asks at. What comes from elsewhere under its
+/// address is forged, or the answers would go astray: the kernel has not looked yet (`rp_filter`).
+#[inline(always)]
+pub fn is_answered_by(ctx: &TcContext, flow: &Flow) -> Result<(), DropReason> {
+    if is_reached_by(ctx, flow, &flow.seen.destination, &flow.seen.source)? {
+        Ok(())
+    } else {
+        Err(DropReason::NoRouteBack)
+    }
+}
+
 /// Whom a packet from the tunnel is for: a pod of this node, or the node itself, which only pods write to this way; or a
 /// client outside, which a pod answers that was asked by way of this node.
 #[inline(never)]
@@ -238,7 +255,8 @@ pub fn local_receiver(flow: &mut Flow) -> Result<Pod, DropReason> {
     Ok(pod)
 }
 
-/// The node that a packet from the tunnel came from, which must be one of the cluster, and the VNI.
+/// The node that a packet from the tunnel came from, which must be another one of the cluster, and the VNI. It must have
+/// been sent to this node's underlay address: at others nobody keeps foreign sources out.
 #[inline(never)]
 pub fn outer_source(ctx: &TcContext, outer: &mut Outer) -> Result<(), DropReason> {
     let config = maps::config().ok_or(DropReason::Internal)?;
@@ -260,12 +278,30 @@ pub fn outer_source(ctx: &TcContext, outer: &mut Outer) -> Result<(), DropReason
         // SAFETY: without it, the IPv4 address, in host byte order.
         AddressKey::v4(unsafe { tunnel.__bindgen_anon_1.remote_ipv4 }.to_be_bytes())
     };
-    if !is_node(&node) {
+    if !is_for_tunnel(&tunnel, config) {
+        return Err(DropReason::ForeignTunnel);
+    }
+    if !is_node(&node) || node.address == config.underlay {
         return Err(DropReason::UnknownNode);
     }
     outer.node = node;
     outer.vni = Identity(tunnel.tunnel_id);
     Ok(())
+}
+
+/// Whether a packet came to this node's underlay address (`bpf_tunnel_key` has it since Linux 6.0).
+#[inline(always)]
+pub fn is_for_tunnel(tunnel: &bpf_tunnel_key, config: &NodeConfig) -> bool {
+    let own = config.underlay.words();
+    // SAFETY: the helper has filled in the address of the underlay's family: IPv4 in host byte order, IPv6 in network byte
+    // order; any bytes are one.
+    unsafe {
+        if config.underlay_family == Family::V6 as u8 {
+            tunnel.__bindgen_anon_3.local_ipv6 == own
+        } else {
+            tunnel.__bindgen_anon_3.local_ipv4.to_be() == own[0]
+        }
+    }
 }
 
 /// The pod of another node that sent a packet; that node itself, from its underlay address; or a client outside, which
@@ -310,6 +346,10 @@ pub fn client(flow: &mut Flow, sender: &mut Party) -> Result<(), DropReason> {
     let is_known = maps::ENDPOINTS.get_ptr(&key).is_some() || maps::IPCACHE.get_ptr(&key).is_some();
     if is_known || !outside(flow, &key, sender) || sender.identity == Identity::REMOTE_NODE {
         return Err(DropReason::UnknownSource);
+    }
+    let config = maps::config().ok_or(DropReason::Internal)?;
+    if flow.protocol == UDP && !flow.related && flow.ends.source_port == config.tunnel_port.to_be() {
+        return Err(DropReason::TunnelPort);
     }
     flow.from = sender.identity;
     if flow.related && flow.about != flow.ends.source {

@@ -7,6 +7,7 @@
 mod affinity;
 mod arp;
 mod conntrack;
+mod echo;
 mod enforce;
 mod fast;
 mod forward;
@@ -61,6 +62,10 @@ fn pod_sends(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReason> {
     }
     let mut sender = Party::new();
     identify::sending_pod(ctx, &frame, flow, &mut sender)?;
+    if echo::is_for_gateway(flow) {
+        echo::answer(ctx, &frame, flow)?;
+        return Ok(Action::redirect(Path::EchoReply, lookup::ifindex(ctx)));
+    }
     fragment::track(flow)?;
     let mut receiver = Receiver::new();
     identify::receiver(ctx, flow, &mut receiver)?;
@@ -208,6 +213,10 @@ fn outside_asks(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReason> 
         fragment::track(flow)?;
     }
     service::choose(flow, &sender)?;
+    let is_new = flow.frontend_expires == 0;
+    if is_new {
+        identify::is_answered_by(ctx, flow)?;
+    }
     let mut receiver = Receiver::new();
     identify::backend(ctx, flow, &mut receiver)?;
     forward::has_way_back(&receiver)?;

@@ -20,7 +20,8 @@ pub enum Fragment {
 pub struct Ends {
     pub source: Address,
     pub destination: Address,
-    /// In network byte order; an ICMP echo has its identifier at the end that asks, and zero at the other.
+    /// In network byte order. A request of ICMP has its identifier at the end that asks, and its type at the other: zero for an
+    /// echo. Protocols without ports have zero.
     pub source_port: u16,
     pub destination_port: u16,
 }
@@ -65,7 +66,8 @@ pub struct Flow {
     pub related: bool,
     /// Whom the packet that an ICMP error quotes was for.
     pub about: Address,
-    /// An echo reply: it opens no flow.
+    /// A request of ICMP: it is never a reply; and a reply to one: it opens no flow.
+    pub request: bool,
     pub answer: bool,
     /// Type of an ICMPv6 message that stays on the link, or zero.
     pub link: u8,
@@ -97,6 +99,8 @@ pub struct Flow {
     pub leaves: bool,
     /// The node by way of which the other end asks or is answered, which is outside; or none.
     pub via: Address,
+    /// It is in the middle of a connection of TCP that nobody knows, or that somebody else's looks like.
+    pub is_lost: bool,
     /// The packet is of a connection that is open, whose entry says who its backend was.
     pub is_open: bool,
     pub backend_owner: u32,
@@ -142,6 +146,7 @@ impl Flow {
             tcp_flags: 0,
             related: false,
             about: Address::NONE,
+            request: false,
             answer: false,
             link: 0,
             fragment: Fragment::None,
@@ -161,6 +166,7 @@ impl Flow {
             in_transit: false,
             leaves: false,
             via: Address::NONE,
+            is_lost: false,
             is_open: false,
             backend_owner: 0,
             affinity: 0,

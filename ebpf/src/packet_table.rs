@@ -17,19 +17,21 @@ use aya_ebpf::{
 #[btf_map]
 static TARGET: ProgramArray<1> = ProgramArray::new();
 
-/// `cb[0]`: outer source address, 0 for none; `cb[1]`: VNI; both in host byte order. The kernel reads the remote end
-/// of a received packet from where a sender puts its local one.
+/// `cb[0]`: outer source address, 0 for none; `cb[1]`: VNI; `cb[2]`: outer destination; all in host byte order. The kernel
+/// reads the remote end of a received packet from where a sender puts its local one, and the local end likewise.
 #[classifier]
 pub fn packet_table(ctx: TcContext) -> i32 {
     // SAFETY: the context is the kernel's `__sk_buff`; helper and context are used as the verifier demands.
     unsafe {
-        let [outer_source, vni, ..] = (*ctx.skb.skb).cb;
+        let [outer_source, vni, outer_destination, ..] = (*ctx.skb.skb).cb;
         (*ctx.skb.skb).cb[0] = 0;
         (*ctx.skb.skb).cb[1] = 0;
+        (*ctx.skb.skb).cb[2] = 0;
         if outer_source != 0 {
             let mut key: bpf_tunnel_key = core::mem::zeroed();
             key.tunnel_id = vni;
             key.__bindgen_anon_3.local_ipv4 = outer_source;
+            key.__bindgen_anon_1.remote_ipv4 = outer_destination;
             if bpf_skb_set_tunnel_key(ctx.skb.skb, &raw mut key, size_of::<bpf_tunnel_key>() as u32, 0) != 0 {
                 return TC_ACT_SHOT;
             }

@@ -38,7 +38,13 @@ pub fn sender(ctx: &TcContext, flow: &Flow, reason: DropReason) -> Option<()> {
         reason,
         DropReason::NoService | DropReason::NoBackends | DropReason::BackendGone
     );
-    if refused && flow.protocol == TCP && !flow.related {
+    // A pod hears when nobody knows its connection any more; who is outside does not, whose address nobody has checked.
+    let denied = matches!(
+        reason,
+        DropReason::MidStream | DropReason::ServicePorts | DropReason::EgressDenied | DropReason::IngressDenied
+    );
+    let is_lost = denied && flow.is_lost && !flow.from_outside;
+    if (refused || is_lost) && flow.protocol == TCP && !flow.related {
         return reset::tell_sender(ctx, flow);
     }
     icmp::tell_sender(ctx, flow, reason)

@@ -39,11 +39,13 @@ pub struct Replay {
     destination_ports: u32,
     /// The same of destinations, counted up in the last two bytes of the address, in step with the source ports.
     destinations: u32,
-    /// Where it comes from the tunnel: the outer source address and the VNI, in host byte order.
+    /// Where it comes from the tunnel: the outer source and destination address and the VNI, in host byte order.
     outer: u32,
+    outer_destination: u32,
     vni: u32,
     /// Whether what became of each packet is counted.
     watch: u32,
+    zero: u32,
 }
 
 /// A way that packets may go, and how many went it.
@@ -154,6 +156,7 @@ pub fn replay(ctx: TcContext) -> i32 {
             let mut key: bpf_tunnel_key = core::mem::zeroed();
             key.tunnel_id = replay.vni;
             key.__bindgen_anon_3.local_ipv4 = replay.outer;
+            key.__bindgen_anon_1.remote_ipv4 = replay.outer_destination;
             if bpf_skb_set_tunnel_key(ctx.skb.skb, &raw mut key, size_of::<bpf_tunnel_key>() as u32, 0) != 0 {
                 return TC_ACT_SHOT;
             }

@@ -27,9 +27,11 @@ pub struct Replay {
     pub destination_ports: u32,
     pub destinations: u32,
     pub outer: u32,
+    pub outer_destination: u32,
     pub vni: u32,
     /// Whether what became of each packet is counted: [`Watch`].
     pub watch: u32,
+    zero: u32,
 }
 
 /// A way that packets may go, and how many went it.
@@ -95,8 +97,10 @@ impl Replay {
             destination_ports: 0,
             destinations: 0,
             outer: 0,
+            outer_destination: 0,
             vni: 0,
             watch: 0,
+            zero: 0,
         }
     }
 }

@@ -313,7 +313,11 @@ fn a_node_that_is_away_is_not_forgotten_with_what_etcd_has_lost() {
 /// What a value is in etcd, or what it becomes.
 fn raw(cluster: &Cluster, key: &Key, value: Option<Vec<u8>>) -> Option<Vec<u8>> {
     let store = format!("etcd:{}", cluster.etcd.as_ref().unwrap().url());
-    let store = EtcdStore::open(&store, &EtcdConfig::default()).unwrap();
+    let patient = EtcdConfig {
+        answer_seconds: 30,
+        ..EtcdConfig::default()
+    };
+    let store = EtcdStore::open(&store, &patient).unwrap();
     let external = cluster.external.as_ref().unwrap();
     let asked = in_netns(external.name(), || {
         let runtime = tokio::runtime::Runtime::new().unwrap();

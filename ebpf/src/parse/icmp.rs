@@ -1,4 +1,5 @@
-//! ICMP (RFC 792) and ICMPv6 (RFC 4443): echo, and errors about other flows.
+//! ICMP (RFC 792) and ICMPv6 (RFC 4443): requests with their replies (echo, timestamp, extended echo of RFC 8335), and errors
+//! about other flows.
 
 use super::{
     IPV4_LEN, IPV6_LEN,
@@ -19,11 +20,17 @@ const UNREACHABLE: u8 = 3;
 const ECHO: u8 = 8;
 const TIME_EXCEEDED: u8 = 11;
 const PARAMETER_PROBLEM: u8 = 12;
+const TIMESTAMP: u8 = 13;
+const TIMESTAMP_REPLY: u8 = 14;
+const EXTENDED_ECHO: u8 = 42;
+const EXTENDED_ECHO_REPLY: u8 = 43;
 
 // Types of ICMPv6: errors are 1 to 4; then what stays on the link (RFC 2710, 3810, 4861).
 const LAST_ERROR6: u8 = 4;
 const ECHO6: u8 = 128;
 const ECHO_REPLY6: u8 = 129;
+const EXTENDED_ECHO6: u8 = 160;
+const EXTENDED_ECHO_REPLY6: u8 = 161;
 const FIRST_LINK: u8 = 130;
 const LAST_LINK: u8 = 137;
 const MULTICAST_LISTENER_REPORT: u8 = 143;
@@ -35,8 +42,9 @@ const ICMP_LEN: usize = 8;
 
 /// What the message belongs to.
 enum Kind {
-    Echo,
-    Reply,
+    /// A request or its reply: the request's type, or zero for a plain echo's.
+    Request(u8),
+    Reply(u8),
     Error,
     Link,
 }
@@ -44,8 +52,12 @@ enum Kind {
 #[inline(always)]
 fn kind(protocol: u8, number: u8) -> Option<Kind> {
     match (protocol, number) {
-        (ICMP, ECHO) | (ICMPV6, ECHO6) => Some(Kind::Echo),
-        (ICMP, ECHO_REPLY) | (ICMPV6, ECHO_REPLY6) => Some(Kind::Reply),
+        (ICMP, ECHO) | (ICMPV6, ECHO6) => Some(Kind::Request(0)),
+        (ICMP, TIMESTAMP | EXTENDED_ECHO) | (ICMPV6, EXTENDED_ECHO6) => Some(Kind::Request(number)),
+        (ICMP, ECHO_REPLY) | (ICMPV6, ECHO_REPLY6) => Some(Kind::Reply(0)),
+        (ICMP, TIMESTAMP_REPLY) => Some(Kind::Reply(TIMESTAMP)),
+        (ICMP, EXTENDED_ECHO_REPLY) => Some(Kind::Reply(EXTENDED_ECHO)),
+        (ICMPV6, EXTENDED_ECHO_REPLY6) => Some(Kind::Reply(EXTENDED_ECHO6)),
         (ICMP, UNREACHABLE | TIME_EXCEEDED | PARAMETER_PROBLEM) | (ICMPV6, 1..=LAST_ERROR6) => Some(Kind::Error),
         (ICMPV6, FIRST_LINK..=LAST_LINK | MULTICAST_LISTENER_REPORT) => Some(Kind::Link),
         _ => None,
@@ -57,9 +69,14 @@ pub fn message(ctx: &TcContext, flow: &mut Flow, offset: usize) -> Result<(), Dr
     let header: [u8; 8] = super::read(ctx, offset)?;
     let identifier = u16::from_ne_bytes([header[4], header[5]]);
     match kind(flow.protocol, header[0]) {
-        Some(Kind::Echo) => flow.ends.source_port = identifier,
-        Some(Kind::Reply) => {
+        Some(Kind::Request(of)) => {
+            flow.request = true;
+            flow.ends.source_port = identifier;
+            flow.ends.destination_port = u16::from(of).to_be();
+        }
+        Some(Kind::Reply(of)) => {
             flow.answer = true;
+            flow.ends.source_port = u16::from(of).to_be();
             flow.ends.destination_port = identifier;
         }
         Some(Kind::Error) if flow.fragment == Fragment::None => return quoted(ctx, flow, offset + ICMP_LEN),
@@ -127,8 +144,14 @@ fn quoted(ctx: &TcContext, flow: &mut Flow, offset: usize) -> Result<(), DropRea
             flow.ends.source_port = ports[1];
         }
         ICMP | ICMPV6 => match kind(flow.protocol, (ports[0].to_ne_bytes())[0]) {
-            Some(Kind::Echo) => flow.ends.destination_port = ports[2],
-            Some(Kind::Reply) => flow.ends.source_port = ports[2],
+            Some(Kind::Request(of)) => {
+                flow.ends.destination_port = ports[2];
+                flow.ends.source_port = u16::from(of).to_be();
+            }
+            Some(Kind::Reply(of)) => {
+                flow.ends.source_port = ports[2];
+                flow.ends.destination_port = u16::from(of).to_be();
+            }
             _ => return Err(DropReason::IcmpUnrelated),
         },
         _ => return Err(DropReason::IcmpUnrelated),

@@ -1,6 +1,6 @@
 //! IPv4 (RFC 791). Without options every offset is a constant, which keeps the verifier's work small.
 
-use super::{ETHERNET_LEN, IPV4_LEN, L3, Upper, read};
+use super::{ETHERNET_LEN, IPV4_LEN, L3, Upper, read, total};
 use crate::packet::Flow;
 use abi::{DropReason, Family, address::Address, policy::ICMPV6};
 use aya_ebpf::programs::TcContext;
@@ -17,7 +17,7 @@ pub fn header(ctx: &TcContext, flow: &mut Flow) -> Result<Upper, DropReason> {
     flow.ends.destination = Address::v4([header[16], header[17], header[18], header[19]]);
 
     let (version, words) = (header[0] >> 4, header[0] & 0x0f);
-    let total = u32::from(u16::from_be_bytes([header[2], header[3]]));
+    let total = total(ctx, u32::from(u16::from_be_bytes([header[2], header[3]])));
     if version != 4 || words < 5 || total < IPV4_LEN as u32 {
         return Err(DropReason::InvalidHeader);
     }

@@ -12,11 +12,7 @@ const MAX_HEADERS: usize = 6;
 pub const HOP_BY_HOP: u8 = 0;
 pub const ROUTING: u8 = 43;
 pub const FRAGMENT: u8 = 44;
-const AUTHENTICATION: u8 = 51;
 pub const DESTINATION_OPTIONS: u8 = 60;
-const MOBILITY: u8 = 135;
-const HOST_IDENTITY: u8 = 139;
-const SHIM6: u8 = 140;
 
 #[inline(always)]
 pub fn header(ctx: &TcContext, flow: &mut Flow) -> Result<Upper, DropReason> {
@@ -74,7 +70,6 @@ fn extensions(ctx: &TcContext, flow: &mut Flow, payload: u32) -> Result<Upper, D
                 }
                 8
             }
-            AUTHENTICATION | MOBILITY | HOST_IDENTITY | SHIM6 => return Err(DropReason::ExtensionHeaders),
             ICMP => return Err(DropReason::UnknownProtocol),
             _ => {
                 return Ok(Upper {

@@ -85,6 +85,19 @@ fn pull(ctx: &TcContext, len: usize) {
     }
 }
 
+/// Bytes of an IPv4 packet whose header says `length`. What stands for several packets of more than 65,535 bytes together has
+/// no length of its own (BIG TCP; `iph_set_totlen` in `include/linux/ip.h`, Linux 6.3).
+#[inline(always)]
+pub fn total(ctx: &TcContext, length: u32) -> u32 {
+    // SAFETY: the context is the kernel's `__sk_buff`, valid as long as the program runs.
+    let is_many = unsafe { (*ctx.skb.skb).gso_size } != 0;
+    if length == 0 && is_many {
+        ctx.len() - ETHERNET_LEN as u32
+    } else {
+        length
+    }
+}
+
 /// The ethernet header. Answers only for ethertypes that are carried.
 #[inline(always)]
 pub fn frame(ctx: &TcContext) -> Result<Frame, DropReason> {
@@ -131,7 +144,11 @@ pub fn packet(ctx: &TcContext, frame: &Frame, flow: &mut Flow) -> Result<(), Dro
 
 #[inline(always)]
 fn transport(ctx: &TcContext, flow: &mut Flow, upper: &Upper) -> Result<(), DropReason> {
-    let least = if flow.protocol == TCP { 20 } else { 8 };
+    let least = match flow.protocol {
+        TCP => 20,
+        UDP | SCTP | ICMP | ICMPV6 => 8,
+        _ => 0,
+    };
     if upper.length < least {
         return Err(DropReason::Truncated);
     }
@@ -160,6 +177,7 @@ fn transport(ctx: &TcContext, flow: &mut Flow, upper: &Upper) -> Result<(), Drop
             Ok(())
         }
         ICMP | ICMPV6 => icmp::message(ctx, flow, offset),
-        _ => Err(DropReason::UnknownProtocol),
+        // Without ports: decided by what policy says of every port of every protocol.
+        _ => Ok(()),
     }
 }

@@ -216,6 +216,7 @@ impl Datapath {
             node_config: NodeConfig {
                 vxlan_ifindex: 0,
                 report: 0,
+                underlay: abi::Address::NONE,
                 tunnel_port: abi::node::TUNNEL_PORT,
                 underlay_family: Family::V4 as u8,
                 zero: 0,
@@ -266,7 +267,9 @@ impl Datapath {
     pub fn set_vxlan(&mut self, ifindex: u32, mtu: u32, underlay: IpAddr) -> Result<(), DatapathError> {
         self.node_config.vxlan_ifindex = ifindex;
         self.node_config.tunnel_mtu = mtu;
-        self.node_config.underlay_family = AddressKey::from(underlay).family;
+        let underlay = AddressKey::from(underlay);
+        self.node_config.underlay = underlay.address;
+        self.node_config.underlay_family = underlay.family;
         self.write_config()
     }
 

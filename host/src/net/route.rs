@@ -107,7 +107,7 @@ pub fn set_tunnel_routes(
                     .destination_prefix(cidr.network(), cidr.prefix_len())
                     .and_then(|route| route.pref_source(own))
                     .map_err(NetError::kernel(what.as_str()))?;
-                let route = into_tunnel(route, node, device).build();
+                let route = into_tunnel(route, own, node, device).build();
                 let added = handle.route().add(route).replace().execute().await;
                 added.map_err(NetError::kernel(what.as_str()))?;
             }
@@ -134,22 +134,31 @@ pub fn has_tunnel_routes(wanted: &BTreeMap<IpNet, IpAddr>, own: IpAddr) -> Resul
     })
 }
 
-fn into_tunnel(route: RouteMessageBuilder<IpAddr>, node: IpAddr, device: u32) -> RouteMessageBuilder<IpAddr> {
+fn into_tunnel(
+    route: RouteMessageBuilder<IpAddr>,
+    own: IpAddr,
+    node: IpAddr,
+    device: u32,
+) -> RouteMessageBuilder<IpAddr> {
     let id = u64::from(Identity::REMOTE_NODE.0);
     let route = route.output_interface(device).scope(RouteScope::Link);
-    match node {
-        IpAddr::V4(node) => route.encap_ip(vec![
+    match (own, node) {
+        (IpAddr::V4(own), IpAddr::V4(node)) => route.encap_ip(vec![
             RouteIpTunnel::Id(id),
+            RouteIpTunnel::Source(own),
             RouteIpTunnel::Destination(node),
             RouteIpTunnel::Ttl(TUNNEL_TTL),
         ]),
-        IpAddr::V6(node) => route.encap_ip6(vec![
+        (IpAddr::V6(own), IpAddr::V6(node)) => route.encap_ip6(vec![
             RouteIp6Tunnel::Id(id),
+            RouteIp6Tunnel::Source(own),
             RouteIp6Tunnel::Destination(node),
             RouteIp6Tunnel::Hoplimit(TUNNEL_TTL),
             // A receiver drops what has none (RFC 6935).
             RouteIp6Tunnel::Flags(RouteIp6TunnelFlags::Checksum),
         ]),
+        // Nodes of a cluster have underlay addresses of one family.
+        _ => route,
     }
 }
 

@@ -67,6 +67,7 @@ impl Packets {
         };
         if hook == Hook::FromOverlay {
             (replay.outer, replay.vni) = (u32::from_be_bytes(OTHER_NODE), GREEN.0);
+            replay.outer_destination = u32::from_be_bytes(NODE);
         }
         Self {
             bench: Rc::clone(bench),

@@ -50,6 +50,7 @@ impl Packets {
         let config = NodeConfig {
             vxlan_ifindex: ifindex,
             report: 0,
+            underlay: abi::Address::NONE,
             tunnel_port: TUNNEL_PORT,
             underlay_family: Family::V4 as u8,
             zero: 0,

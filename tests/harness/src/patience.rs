@@ -35,13 +35,10 @@ pub(crate) fn patiently<T>(wait: Duration, mut receive: impl FnMut(Duration) -> 
     }
 }
 
-/// Opens a TCP connection. One that is not answered is tried again only where the machine is busy.
+/// Opens a TCP connection. One that is not answered is tried once more, for longer where the machine is busy.
 pub(crate) fn connect(to: SocketAddr, wait: Duration) -> io::Result<TcpStream> {
     match TcpStream::connect_timeout(&to, wait) {
-        Err(error) if is_silence(&error) => match more_time() {
-            more if more > wait => TcpStream::connect_timeout(&to, more),
-            _ => Err(error),
-        },
+        Err(error) if is_silence(&error) => TcpStream::connect_timeout(&to, more_time().max(wait)),
         other => other,
     }
 }

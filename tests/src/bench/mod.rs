@@ -142,6 +142,7 @@ impl Bench {
             } else {
                 0
             },
+            underlay: AddressKey::v4(NODE).address,
             tunnel_port: TUNNEL_PORT,
             underlay_family: Family::V4 as u8,
             zero: 0,
@@ -207,11 +208,13 @@ impl Bench {
         })
         .unwrap()
         .unwrap();
-        let route = ["route", "add", "default", "dev", "vb"];
+        let route = ["route", "add", "default", "dev", "pb"];
         self.netns.ip(&["link", "set", "vb", "up"]).unwrap();
-        self.netns.ip(&["link", "set", "va", "up"]).unwrap();
+        for link in ["pb", "va"] {
+            self.netns.ip(&["link", "set", link, "up"]).unwrap();
+        }
         self.netns.ip(&route).unwrap();
-        self.netns.ip(&["-6", "route", "add", "default", "dev", "vb"]).unwrap();
+        self.netns.ip(&["-6", "route", "add", "default", "dev", "pb"]).unwrap();
     }
 
     /// Puts the next generation in force.

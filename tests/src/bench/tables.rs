@@ -119,6 +119,13 @@ impl Bench {
         trie.insert(&key, entry, 0).unwrap();
     }
 
+    /// One more node of the cluster.
+    pub fn put_node(&mut self, node: [u8; 4]) {
+        self.hash(map::NODES)
+            .insert(AddressKey::v4(node), NodeEntry { local: 0 }, 0)
+            .unwrap();
+    }
+
     /// A node is none any more; those of its pods that are known are looked at anew, as hostd has it.
     pub fn remove_node(&mut self, node: [u8; 4], pods: &[[u8; 4]]) {
         for pod in pods {

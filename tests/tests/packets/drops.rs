@@ -5,7 +5,7 @@ use super::{
     frame::{ACK, Frame, GATEWAY_B, NOBODY, NODE, OTHER_NODE, POD_A, POD_A_MAC, POD_B, POD_B_MAC, REMOTE, SYN},
     run::{Arrival, BadPacket, every_one_is_dropped_for_its_own_reason},
 };
-use abi::{Direction, DropReason, Identity, Path, policy::CELL_PORT_SET};
+use abi::{Direction, DropReason, Hook, Identity, Path, policy::CELL_PORT_SET};
 use harness::kernel_test;
 use std::collections::BTreeSet;
 
@@ -17,6 +17,7 @@ const OUT_OF_REACH: [DropReason; 3] = [
     DropReason::TunnelFailed,
 ];
 
+const THIRD_NODE: [u8; 4] = [192, 0, 2, 3];
 const GATEWAY: [u8; 4] = abi::node::GATEWAY_V4;
 
 fn syn() -> Frame {
@@ -143,9 +144,15 @@ const TABLE: &[BadPacket] = &[
     (DropReason::InvalidHeader, "a TCP header of four words", |b| {
         b.from_pod_a(&syn().with(46, &[0x40]))
     }),
-    (DropReason::UnknownProtocol, "GRE", |b| {
-        b.from_pod_a(&Frame::ipv4(POD_A, POD_B, 47, &[0; 20]))
-    }),
+    (
+        DropReason::EgressDenied,
+        "GRE where only some protocols may pass",
+        |b| {
+            b.set_port_set(1, &[(Some(6), 0, u16::MAX), (None, 1, 100)]);
+            b.set_cell(Direction::Egress, RED_PLACE.0, BLUE_PLACE.1, CELL_PORT_SET + 1);
+            b.from_pod_a(&Frame::ipv4(POD_A, POD_B, 47, &[0; 20]))
+        },
+    ),
     (DropReason::IcmpType, "an ICMP redirect", |b| {
         b.from_pod_a(&Frame::echo(POD_A, POD_B, false, 1).with(34, &[5]))
     }),
@@ -306,13 +313,35 @@ const TABLE: &[BadPacket] = &[
         },
     ),
     (DropReason::NoTunnelKey, "a packet without metadata", |b| {
-        b.run(&Arrival::new(abi::Hook::FromOverlay, &green(), b.vxlan))
+        b.run(&Arrival::new(Hook::FromOverlay, &green(), b.vxlan))
     }),
     (DropReason::UnknownNode, "an outer source that is no node", |b| {
         b.from_overlay(&green(), NOBODY, GREEN)
     }),
+    (
+        DropReason::UnknownNode,
+        "this node's own address as outer source",
+        |b| b.from_overlay(&green(), NODE, GREEN),
+    ),
+    (
+        DropReason::ForeignTunnel,
+        "a tunnel packet for another address of this node",
+        |b| {
+            b.run(&Arrival {
+                outer: Some((OTHER_NODE, GREEN)),
+                outer_destination: [192, 0, 2, 77],
+                ..Arrival::new(Hook::FromOverlay, &green(), b.vxlan)
+            })
+        },
+    ),
+    (
+        DropReason::TunnelPort,
+        "a pod of another node to the tunnel port of this one",
+        |b| b.from_overlay(&Frame::udp(REMOTE, 5000, NODE, 8472), OTHER_NODE, GREEN),
+    ),
     (DropReason::WrongNode, "an inner source behind another node", |b| {
-        b.from_overlay(&green(), NODE, GREEN)
+        b.put_node(THIRD_NODE);
+        b.from_overlay(&green(), THIRD_NODE, GREEN)
     }),
     (DropReason::WrongNode, "an inner source that nobody has", |b| {
         b.from_overlay(&Frame::tcp(NOBODY, 1, POD_A, 2, SYN), OTHER_NODE, GREEN)
@@ -369,7 +398,10 @@ fn every_bad_packet_is_dropped_for_its_own_reason() {
 #[test]
 fn the_table_has_every_reason() {
     let tables = TABLE.iter().chain(super::ipv6::TABLE);
-    let elsewhere = OUT_OF_REACH.into_iter().chain(super::services::REASONS);
+    let elsewhere = OUT_OF_REACH
+        .into_iter()
+        .chain(super::services::REASONS)
+        .chain(super::node_ports::REASONS);
     let covered: BTreeSet<_> = tables.map(|(reason, ..)| *reason).chain(elsewhere).collect();
     let missing: Vec<_> = DropReason::ALL
         .iter()

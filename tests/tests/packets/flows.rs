@@ -2,9 +2,10 @@
 
 use super::{
     bench::{BLUE, BLUE_PLACE, Bench, FULL, GREEN, GREEN_COLUMN, RED, RED_PLACE},
-    frame::{ACK, FIN, Frame, NODE, OTHER_NODE, POD_A, POD_B, REMOTE, RST, SYN},
+    frame::{ACK, FIN, Frame, NOBODY, NODE, OTHER_NODE, POD_A, POD_B, REMOTE, RST, SYN},
+    run::Outcome,
 };
-use abi::{AddressKey, Direction, DropReason, Endpoint, Path, map};
+use abi::{AddressKey, Direction, DropReason, Endpoint, Identity, Path, map, policy::CELL_PORT_SET};
 use harness::kernel_test;
 
 fn there(flags: u8) -> Frame {
@@ -132,6 +133,78 @@ fn a_relabelled_pod_has_its_flows_judged_again() {
     assert_eq!(bench.from_pod_a(&there(ACK)).reason(), DropReason::EgressDenied);
     // Blue may open connections to what the pod is now, but this flow was not opened by blue.
     assert_eq!(bench.from_pod_b(&back(ACK)).reason(), DropReason::MidStream);
+}
+
+#[test]
+fn a_pod_is_told_that_nobody_knows_its_connection_any_more() {
+    kernel_test!();
+    let mut bench = one_way();
+    let lost = back(ACK).with(38, &7_u32.to_be_bytes()).with(42, &9_u32.to_be_bytes());
+    let Outcome::Told(DropReason::EgressDenied, told) = bench.from_pod_b(&lost) else {
+        panic!("it is told");
+    };
+    let (there, back) = (there(RST), back(RST));
+    // From the other end, with the number that it expects.
+    assert_eq!((&told.0[26..38], told.0[47]), (&there.0[26..38], RST));
+    assert_eq!(
+        (&told.0[38..42], &told.0[42..46]),
+        (&9_u32.to_be_bytes()[..], &[0; 4][..])
+    );
+    // A reset is not answered, and nobody else is told whose address nobody has checked.
+    assert_eq!(bench.from_pod_b(&back), Outcome::Dropped(DropReason::EgressDenied));
+    // So does who has opened it.
+    let outcome = bench.from_pod_a(&Frame::tcp(POD_A, 40000, POD_B, 80, ACK));
+    assert!(
+        matches!(outcome, Outcome::Told(DropReason::MidStream, _)),
+        "{outcome:?}"
+    );
+    let mut bench = Bench::new();
+    bench.deny_egress(RED_PLACE.0, Identity::WORLD.0);
+    let stray = Frame::tcp(NOBODY, 80, POD_A, 5000, ACK);
+    let by = bench.underlay;
+    assert_eq!(bench.to_pod(&stray, by), Outcome::Dropped(DropReason::MidStream));
+}
+
+#[test]
+fn an_echo_request_is_never_a_reply() {
+    kernel_test!();
+    // With the identifier zero both directions look the same.
+    for identifier in [0, 13] {
+        let mut bench = Bench::new();
+        bench.deny_egress(BLUE_PLACE.0, RED_PLACE.1);
+        let ask = |from, to| Frame::echo(from, to, false, identifier);
+        let answer = |from, to| Frame::echo(from, to, true, identifier);
+        assert_eq!(bench.from_pod_a(&ask(POD_A, POD_B)).path(), Path::Local);
+        assert_eq!(bench.from_pod_b(&answer(POD_B, POD_A)).path(), Path::Local);
+        assert_eq!(bench.from_pod_b(&ask(POD_B, POD_A)).reason(), DropReason::EgressDenied);
+        assert_eq!(bench.from_pod_b(&answer(POD_B, POD_A)).path(), Path::Local);
+        assert_eq!(
+            bench.from_pod_a(&answer(POD_A, POD_B)).reason(),
+            DropReason::IcmpUnrelated
+        );
+    }
+}
+
+#[test]
+fn a_request_for_the_time_has_a_flow_of_its_own() {
+    kernel_test!();
+    let mut bench = Bench::new();
+    // Echo and timestamp requests are types of ICMP, as policy sees them.
+    bench.set_port_set(1, &[(Some(1), 8, 8)]);
+    bench.set_cell(Direction::Egress, RED_PLACE.0, BLUE_PLACE.1, CELL_PORT_SET + 1);
+    let request = Frame::echo(POD_A, POD_B, false, 7);
+    let time = Frame::echo(POD_A, POD_B, false, 7).with(34, &[13]);
+    assert_eq!(bench.from_pod_a(&request).path(), Path::Local);
+    assert_eq!(bench.from_pod_a(&time).reason(), DropReason::EgressDenied);
+    bench.set_port_set(1, &[(Some(1), 13, 13)]);
+    assert_eq!(bench.from_pod_a(&time).path(), Path::Local);
+    let reply = Frame::echo(POD_B, POD_A, true, 7).with(34, &[14]);
+    bench.deny_egress(BLUE_PLACE.0, RED_PLACE.1);
+    assert_eq!(bench.from_pod_b(&reply).path(), Path::Local);
+    assert_eq!(
+        bench.from_pod_b(&reply.with(34, &[43])).reason(),
+        DropReason::IcmpUnrelated
+    );
 }
 
 #[test]
@@ -286,8 +359,8 @@ fn a_flow_is_remembered_as_long_as_its_state_deserves() {
             (|| back(SYN | ACK), 60, "half open"),
             (|| there(ACK), 8000, "established"),
             (|| back(ACK), 8000, "in use"),
-            (|| there(FIN | ACK), 240, "half closed"),
-            (|| back(ACK), 240, "half closed, in use"),
+            (|| there(FIN | ACK), 3600, "half closed"),
+            (|| back(ACK), 3600, "half closed, in use"),
             (|| back(FIN | ACK), 10, "closed"),
             (|| there(ACK), 10, "the last packet"),
         ],

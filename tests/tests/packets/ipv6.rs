@@ -221,17 +221,11 @@ pub const TABLE: &[BadPacket] = &[
         header[..2].copy_from_slice(&[17, 32]);
         b.from_pod_a(&behind(60, &header))
     }),
-    (DropReason::ExtensionHeaders, "an authentication header", |b| {
-        b.from_pod_a(&behind(51, &[17, 4, 0, 0, 0, 0, 0, 0]))
-    }),
     (
         DropReason::InvalidHeader,
         "hop-by-hop options in the second place",
         |b| b.from_pod_a(&behind(60, &[options(0), options(17)].concat())),
     ),
-    (DropReason::UnknownProtocol, "no next header", |b| {
-        b.from_pod_a(&behind(59, &[]))
-    }),
     (DropReason::UnknownProtocol, "ICMP for IPv4", |b| {
         b.from_pod_a(&Frame::ipv6(POD_A6, POD_B6, 1, &[8, 0, 0, 0, 0, 1, 0, 1]))
     }),

@@ -21,6 +21,9 @@ use std::{
     net::{IpAddr, Ipv4Addr},
 };
 
+/// What clients outside are dropped for, as shown here.
+pub const REASONS: [DropReason; 1] = [DropReason::NoRouteBack];
+
 const PORT: u16 = 30080;
 const SYN_ACK: u8 = SYN | ACK;
 /// What a frame from outside has.
@@ -413,6 +416,78 @@ fn only_pods_answer_at_node_ports() {
         let outcome = bench.from_netdev(&asked);
         assert_eq!(outcome.reason(), DropReason::BackendGone, "{other:?}");
     }
+}
+
+#[test]
+fn no_pod_answers_to_a_tunnel_port() {
+    kernel_test!();
+    // Any address may be another node's, whose tunnel believes what this node sends.
+    let client = [192, 0, 2, 22];
+    let mut bench = bench_with(&[POD_B]);
+    let asked = Frame::udp(client, TUNNEL_PORT, NODE, PORT).summed();
+    assert_eq!(bench.from_netdev(&asked).reason(), DropReason::TunnelPort);
+    // TCP has no tunnel, and datagrams from other ports are served.
+    let tcp = Frame::tcp(client, TUNNEL_PORT, NODE, PORT, SYN).summed();
+    assert_eq!(bench.from_netdev(&tcp).path(), Path::NodePort);
+    // The same where another node says that it was asked.
+    let asked = Frame::udp(client, TUNNEL_PORT, POD_A, 8080).summed();
+    let outcome = bench.from_overlay(&asked, OTHER_NODE, Identity::WORLD);
+    assert_eq!(outcome.reason(), DropReason::TunnelPort);
+    // Whatever has let a flow in, its answers are looked at as they leave: here the port becomes the tunnel's later.
+    let sent = bench.from_netdev(&Frame::udp(client, 5000, NODE, PORT).summed());
+    let port = port_of(&sent);
+    let answer = Frame::udp(POD_B, 8080, client, port).summed();
+    assert_eq!(bench.from_pod_b(&answer).path(), Path::NodePortReply);
+    bench.configure(|config| config.tunnel_port = 5000);
+    assert_eq!(bench.from_pod_b(&answer).reason(), DropReason::TunnelPort);
+    // Also those that a pod of another node gives by way of this one.
+    let mut bench = bench_with(&[REMOTE]);
+    let port = port_of(&bench.from_netdev(&Frame::udp(client, 5000, NODE, PORT).summed()));
+    let answer = Frame::udp(REMOTE, 8080, client, port).summed();
+    assert_eq!(
+        bench.from_overlay(&answer, OTHER_NODE, GREEN).path(),
+        Path::NodePortReply
+    );
+    bench.configure(|config| config.tunnel_port = 5000);
+    let outcome = bench.from_overlay(&answer, OTHER_NODE, GREEN);
+    assert_eq!(outcome.reason(), DropReason::TunnelPort);
+    // And what a service makes of a pod's own packet.
+    let mut bench = Bench::new();
+    let service = frontend(Ipv4Addr::new(172, 16, 0, 1), UDP, 53);
+    bench.put_service(service, &[(IpAddr::from(client), TUNNEL_PORT)], 0);
+    let asked = Frame::udp(POD_A, 5000, [172, 16, 0, 1], 53).summed();
+    assert_eq!(bench.from_pod_a(&asked).reason(), DropReason::TunnelPort);
+}
+
+#[test]
+fn a_client_outside_asks_by_the_interface_that_leads_to_it() {
+    kernel_test!();
+    let mut bench = bench_with(&[POD_B]);
+    let elsewhere = [198, 51, 100, 9];
+    bench
+        .netns
+        .ip(&["route", "add", "198.51.100.0/24", "dev", "va"])
+        .unwrap();
+    bench
+        .netns
+        .ip(&["route", "add", "unreachable", "198.51.101.0/24"])
+        .unwrap();
+    for client in [elsewhere, [198, 51, 101, 9], [127, 0, 0, 1]] {
+        let asked = Frame::tcp(client, 5000, NODE, PORT, SYN).summed();
+        assert_eq!(
+            bench.from_netdev(&asked).reason(),
+            DropReason::NoRouteBack,
+            "{client:?}"
+        );
+    }
+    // A connection that has begun goes on: its answers leave as they came.
+    let asked = |flags| Frame::tcp(NOBODY, 5000, NODE, PORT, flags).summed();
+    assert_eq!(bench.from_netdev(&asked(SYN)).path(), Path::NodePort);
+    bench
+        .netns
+        .ip(&["route", "add", "203.0.113.0/24", "dev", "va"])
+        .unwrap();
+    assert_eq!(bench.from_netdev(&asked(ACK)).path(), Path::NodePort);
 }
 
 #[test]

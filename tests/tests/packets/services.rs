@@ -279,7 +279,6 @@ fn a_pod_reaches_itself() {
         Frame::tcp(POD_A, 8080, gateway, 4001, SYN_ACK),
         Frame::tcp(POD_A, 5000, gateway, 80, SYN),
         Frame::udp(POD_A, 5000, gateway, 53),
-        Frame::echo(POD_A, gateway, false, 1),
     ] {
         assert_eq!(bench.from_pod_a(&stray).reason(), DropReason::UnknownDestination);
     }

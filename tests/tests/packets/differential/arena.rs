@@ -275,6 +275,7 @@ impl Arena {
             ifindex,
             came_in_by,
             outer,
+            outer_destination,
             ..
         } = &arrival;
         let expected = self.model.run(
@@ -282,7 +283,7 @@ impl Arena {
             &frame.0,
             *ifindex,
             *came_in_by,
-            outer.map(|(node, vni)| (ip4(node), vni)),
+            outer.map(|(node, vni)| (ip4(node), ip4(*outer_destination), vni)),
         );
         let actual = self.bench.run_here(&arrival);
         let counter = match &expected {

@@ -199,6 +199,7 @@ impl Arena {
                 self.bench.underlay
             },
             outer: (hook == Hook::FromOverlay && !dice.chance(2)).then_some((node, vni)),
+            outer_destination: if dice.chance(2) { OWN } else { NODE },
             segment: 0,
         }
     }
@@ -227,11 +228,11 @@ impl Arena {
         let (protocol, payload) = match dice.below(20) {
             0 => {
                 let kind = dice.pick(if v6 {
-                    &[128, 129, 3, 1, 130, 200][..]
+                    &[128, 129, 3, 1, 130, 160, 161, 200][..]
                 } else {
-                    &[8, 0, 3, 11, 13][..]
+                    &[8, 0, 3, 11, 13, 14, 42, 43, 5][..]
                 });
-                let body = [kind, 0, 0, 0, 0, dice.pick(&[1, 2]), 0, 1];
+                let body = [kind, 0, 0, 0, 0, dice.pick(&[0, 1, 2, 13]), 0, dice.pick(&[0, 1, 13])];
                 (if v6 { ICMPV6 } else { ICMP }, body.to_vec())
             }
             1 => (dice.pick(&[ICMP, ICMPV6, 89, 47, 50, 51]), vec![0; 24]),
@@ -346,6 +347,7 @@ impl Arena {
             },
             came_in_by: 0,
             outer: Some((OTHER_NODE, GREEN)),
+            outer_destination: NODE,
             segment: 0,
         }
     }

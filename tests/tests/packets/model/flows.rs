@@ -10,7 +10,7 @@ use abi::{
         CONFIRMED, FIN_ORIGINAL, FIN_REPLY, FRONTEND, HAIRPIN, NODE_PORT, OUTSIDE, RESET, SEEN_REPLY, TRANSLATED,
         VIA_NODE,
     },
-    policy::{ICMP, ICMPV6, TCP},
+    policy::{ICMP, ICMPV6, SCTP, TCP, UDP},
 };
 use std::{
     collections::{BTreeMap, HashMap},
@@ -62,13 +62,15 @@ fn permits(cells: &Cells, egress: bool, row: Option<u32>, column: u32, protocol:
         None => true,
         Some(Cell::Deny) => false,
         Some(Cell::Ports(rules)) => {
-            let port = match protocol {
-                ICMP => 8,
-                ICMPV6 => 128,
+            let port = match (protocol, port) {
+                (ICMP, 0) => 8,
+                (ICMPV6, 0) => 128,
                 _ => port,
             };
-            let matches = |(of, first, last): &(Option<u8>, u16, u16)| {
-                of.is_none_or(|of| of == protocol) && (*first..=*last).contains(&port)
+            let has_ports = matches!(protocol, TCP | UDP | SCTP);
+            let matches = |(of, first, last): &(Option<u8>, u16, u16)| match of {
+                Some(of) => *of == protocol && (*first..=*last).contains(&port),
+                None => (*first, *last) == (0, u16::MAX) || (has_ports && (*first..=*last).contains(&port)),
             };
             rules.iter().any(matches)
         }
@@ -133,6 +135,8 @@ pub struct Travel {
     pub leaves: bool,
     pub via: Option<IpAddr>,
     pub opened: bool,
+    /// In the middle of a connection that nobody knows, or that looks like another.
+    pub lost: bool,
     /// Owner of the backend of a connection that is open.
     pub backend_owner: Option<u32>,
     /// Where the client's backend is remembered, once it has got there.
@@ -160,6 +164,7 @@ impl Travel {
             leaves: false,
             via: None,
             opened: false,
+            lost: false,
             backend_owner: None,
             sticky: None,
         }
@@ -254,9 +259,15 @@ pub fn admit(
         // Datagrams are answered where they were sent last; of a connection there can be only one.
         let crossed = !packet.related && !reply && (entry.state & TRANSLATED != 0) != travel.asked;
         if crossed && packet.protocol == TCP && !is_closed(&entry) {
+            travel.lost = true;
             return Err(DropReason::ServicePorts);
         }
-        let anew = crossed || (!packet.related && packet.is_syn() && (reply || is_closed(&entry)));
+        if packet.answer && !reply {
+            return Err(DropReason::IcmpUnrelated);
+        }
+        let asks_back = packet.request && reply;
+        let again = packet.is_syn() && (reply || is_closed(&entry));
+        let anew = crossed || (!packet.related && (asks_back || again));
         if !anew {
             if reply {
                 travel.via = entry.via.or(travel.via);
@@ -319,8 +330,9 @@ pub fn admit(
     if nowhere(travel) {
         return Err(DropReason::UnknownDestination);
     }
+    travel.lost = packet.protocol == TCP && !packet.is_syn();
     judge(cells, travel, from, to, travel.destination.1)?;
-    if packet.protocol == TCP && !packet.is_syn() {
+    if travel.lost {
         judge(cells, travel, to, from, travel.source.1).map_err(|_| DropReason::MidStream)?;
     }
     conntrack.insert(key, opened(generation, travel, from, to));

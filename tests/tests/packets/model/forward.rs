@@ -24,6 +24,20 @@ pub(super) enum Place {
     Service,
 }
 
+/// Nothing leaves for the tunnel port, whatever a service has made of the packet.
+pub(super) fn not_to_a_tunnel(travel: &Travel) -> Step<()> {
+    let packet = &travel.packet;
+    let port = if travel.asked || travel.answered {
+        travel.rewrite.becomes[1].1
+    } else {
+        travel.destination.1
+    };
+    if packet.protocol == UDP && !packet.related && port == TUNNEL_PORT {
+        return Err(DropReason::TunnelPort);
+    }
+    Ok(())
+}
+
 impl Model {
     pub(super) fn is_node_port(&self, travel: &mut Travel) -> bool {
         if travel.asked {
@@ -113,6 +127,14 @@ impl Model {
 
     pub(super) fn deliver(&self, frame: &mut [u8], travel: &Travel, vni: Identity, place: Place) -> Step<Sent> {
         let v6 = travel.packet.v6;
+        let is_for_pod = match &place {
+            Place::Pod(_) => true,
+            Place::Remote(_) => !self.nodes.contains(&travel.destination.0),
+            _ => false,
+        };
+        if travel.leaves || !is_for_pod {
+            not_to_a_tunnel(travel)?;
+        }
         if travel.leaves {
             write::one_hop(frame, v6)?;
             return Ok((Path::NodePortReply, self.underlay, None));

@@ -197,7 +197,7 @@ impl Model {
         frame: &[u8],
         ifindex: u32,
         came_in_by: u32,
-        outer: Option<(IpAddr, Identity)>,
+        outer: Option<(IpAddr, IpAddr, Identity)>,
     ) -> Verdict {
         let mut out = frame.to_vec();
         let mut travel = None;
@@ -232,6 +232,7 @@ impl Model {
                         reason,
                         (source.0, destination.0),
                         from,
+                        travel.lost && !travel.from_outside,
                         self.tunnel_mtu,
                     )
                 });
@@ -264,6 +265,11 @@ impl Model {
             return Err(DropReason::NotForGateway);
         }
         about_sender(travel)?;
+        let is_ping = travel.packet.request && travel.destination == (gateway(travel.packet.v6), 0);
+        if is_ping && travel.packet.fragment == Fragment::None {
+            write::pong(frame, &travel.packet);
+            return Ok((Path::EchoReply, ifindex, None));
+        }
         self.track(travel)?;
         let (mut party, mut place) = self.receiver(travel)?;
         if matches!(place, Place::Service) {

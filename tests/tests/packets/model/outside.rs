@@ -3,10 +3,11 @@
 use super::{
     Model, Place, Sent, Step, about_sender, finish,
     flows::{Party, Travel},
+    forward::not_to_a_tunnel,
     packet::{Fragment, Packet, ethertype},
     write,
 };
-use abi::{DropReason, Identity, Path};
+use abi::{DropReason, Identity, Path, node::TUNNEL_PORT, policy::UDP};
 use std::net::IpAddr;
 
 #[expect(clippy::wrong_self_convention, reason = "methods are named after the hooks")]
@@ -14,11 +15,14 @@ impl Model {
     pub fn from_overlay(
         &mut self,
         frame: &mut [u8],
-        outer: Option<(IpAddr, Identity)>,
+        outer: Option<(IpAddr, IpAddr, Identity)>,
         kept: &mut Option<Travel>,
     ) -> Step<Sent> {
-        let (node, vni) = outer.ok_or(DropReason::NoTunnelKey)?;
-        if !self.nodes.contains(&node) && !self.is_host(node) {
+        let (node, to, vni) = outer.ok_or(DropReason::NoTunnelKey)?;
+        if !self.is_host(to) {
+            return Err(DropReason::ForeignTunnel);
+        }
+        if !self.nodes.contains(&node) || self.is_host(node) {
             return Err(DropReason::UnknownNode);
         }
         ethertype(frame)?;
@@ -45,6 +49,9 @@ impl Model {
         };
         if !matches!(place, Place::Host) {
             self.admit(travel, &sender, &party)?;
+        }
+        if travel.leaves || matches!(place, Place::Host) {
+            not_to_a_tunnel(travel)?;
         }
         finish(frame, travel);
         if travel.leaves {
@@ -91,6 +98,9 @@ impl Model {
         let party = party.ok_or(DropReason::UnknownSource)?;
         if party.identity == Identity::REMOTE_NODE {
             return Err(DropReason::UnknownSource);
+        }
+        if travel.packet.protocol == UDP && !travel.packet.related && travel.source.1 == TUNNEL_PORT {
+            return Err(DropReason::TunnelPort);
         }
         if travel.packet.related && travel.packet.about != address {
             return self.addressee(travel);

@@ -29,6 +29,7 @@ pub struct Packet {
     pub flags: u8,
     pub related: bool,
     pub about: IpAddr,
+    pub request: bool,
     pub answer: bool,
     pub link: u8,
     pub fragment: Fragment,
@@ -46,16 +47,19 @@ pub const RST: u8 = 4;
 pub const ACK: u8 = 16;
 
 enum Kind {
-    Echo,
-    Reply,
+    /// With the request's type, or 0 for an echo's.
+    Request(u16),
+    Reply(u16),
     Error,
     Link,
 }
 
 fn kind(protocol: u8, number: u8) -> Option<Kind> {
     Some(match (protocol, number) {
-        (ICMP, 8) | (ICMPV6, 128) => Kind::Echo,
-        (ICMP, 0) | (ICMPV6, 129) => Kind::Reply,
+        (ICMP, 8) | (ICMPV6, 128) => Kind::Request(0),
+        (ICMP, 0) | (ICMPV6, 129) => Kind::Reply(0),
+        (ICMP, 13 | 42) | (ICMPV6, 160) => Kind::Request(number.into()),
+        (ICMP, 14 | 43) | (ICMPV6, 161) => Kind::Reply(u16::from(number) - 1),
         (ICMP, 3 | 11 | 12) | (ICMPV6, 1..=4) => Kind::Error,
         (ICMPV6, 130..=137 | 143) => Kind::Link,
         _ => return None,
@@ -112,6 +116,7 @@ impl Packet {
             flags: 0,
             related: false,
             about: none,
+            request: false,
             answer: false,
             link: 0,
             fragment: Fragment::None,
@@ -223,7 +228,6 @@ impl Packet {
                     }
                     8
                 }
-                51 | 135 | 139 | 140 => return Err(DropReason::ExtensionHeaders),
                 ICMP => return Err(DropReason::UnknownProtocol),
                 _ => {
                     self.protocol = next;
@@ -242,7 +246,12 @@ impl Packet {
     }
 
     fn upper(&mut self, frame: &[u8], transport: usize, length: u32) -> Result<(), DropReason> {
-        if length < if self.protocol == TCP { 20 } else { 8 } {
+        let least = match self.protocol {
+            TCP => 20,
+            UDP | SCTP | ICMP | ICMPV6 => 8,
+            _ => 0,
+        };
+        if length < least {
             return Err(DropReason::Truncated);
         }
         self.transport = transport;
@@ -257,7 +266,7 @@ impl Packet {
             }
             UDP | SCTP => self.ports(frame, transport),
             ICMP | ICMPV6 => self.icmp(frame, transport),
-            _ => Err(DropReason::UnknownProtocol),
+            _ => Ok(()),
         }
     }
 
@@ -270,10 +279,13 @@ impl Packet {
     fn icmp(&mut self, frame: &[u8], transport: usize) -> Result<(), DropReason> {
         let identifier = word(frame, transport + 4)?;
         match kind(self.protocol, bytes(frame, transport, 8)?[0]).ok_or(DropReason::IcmpType)? {
-            Kind::Echo => self.source.1 = identifier,
-            Kind::Reply => {
+            Kind::Request(of) => {
+                self.request = true;
+                (self.source.1, self.destination.1) = (identifier, of);
+            }
+            Kind::Reply(of) => {
                 self.answer = true;
-                self.destination.1 = identifier;
+                (self.source.1, self.destination.1) = (of, identifier);
             }
             Kind::Link => self.link = frame[transport],
             Kind::Error if self.fragment != Fragment::None => return Err(DropReason::IcmpUnrelated),
@@ -326,8 +338,12 @@ impl Packet {
                 self.destination.1 = word(frame, transport)?;
                 self.source.1 = word(frame, transport + 2)?;
             }
-            (ICMP | ICMPV6, Some(Kind::Echo)) => self.destination.1 = word(frame, transport + 4)?,
-            (ICMP | ICMPV6, Some(Kind::Reply)) => self.source.1 = word(frame, transport + 4)?,
+            (ICMP | ICMPV6, Some(Kind::Request(of))) => {
+                (self.source.1, self.destination.1) = (of, word(frame, transport + 4)?);
+            }
+            (ICMP | ICMPV6, Some(Kind::Reply(of))) => {
+                (self.source.1, self.destination.1) = (word(frame, transport + 4)?, of);
+            }
             _ => return unrelated,
         }
         Ok(())

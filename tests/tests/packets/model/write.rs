@@ -95,6 +95,17 @@ fn put_address(frame: &mut [u8], v6: bool, ip: usize, destination: bool, to: IpA
     put(frame, at, &octets(to), &covering);
 }
 
+/// Turns an echo request into the reply to it.
+pub fn pong(frame: &mut [u8], packet: &Packet) {
+    let (source, destination) = (packet.source.0, packet.destination.0);
+    let (to, from): ([u8; 6], [u8; 6]) = (frame[6..12].try_into().unwrap(), frame[..6].try_into().unwrap());
+    macs(frame, to, from);
+    put_address(frame, packet.v6, L3, false, destination, &[]);
+    put_address(frame, packet.v6, L3, true, source, &[]);
+    let (kind, code) = (if packet.v6 { 129 } else { 0 }, frame[packet.transport + 1]);
+    put(frame, packet.transport, &[kind, code], &[packet.transport + 2]);
+}
+
 /// Writes what a service makes of a packet.
 pub fn rewrite(frame: &mut [u8], packet: &Packet, rewrite: &Rewrite) {
     let Rewrite { seen, becomes } = rewrite;
@@ -187,13 +198,14 @@ fn message(
 }
 
 /// What the sender of a dropped packet is told, if anything. `from` and `to` are the ends that are in the packet, and
-/// `gateway` is who tells of what is no reset.
+/// `gateway` is who tells of what is no reset; of a connection that is `lost` a pod hears.
 pub fn told(
     frame: &[u8],
     packet: &Packet,
     reason: DropReason,
     ends: (IpAddr, IpAddr),
     gateway: IpAddr,
+    lost: bool,
     mtu: usize,
 ) -> Option<Vec<u8>> {
     let (sender, addressee) = ends;
@@ -204,7 +216,11 @@ pub fn told(
     if packet.related || matches!(packet.fragment, Fragment::Later | Fragment::Ahead) {
         return None;
     }
-    if refused && packet.protocol == TCP {
+    let denied = matches!(
+        reason,
+        DropReason::MidStream | DropReason::ServicePorts | DropReason::EgressDenied | DropReason::IngressDenied
+    );
+    if (refused || (denied && lost)) && packet.protocol == TCP {
         return reset(frame, packet, sender, addressee);
     }
     let (kind, code, value) = match (reason, packet.v6) {
