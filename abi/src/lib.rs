@@ -31,7 +31,7 @@ pub use fragment::{FragmentEntry, FragmentKey};
 pub use identity::Identity;
 pub use ipcache::IpcacheEntry;
 pub use network::NetworkEntry;
-pub use node::{NodeConfig, NodeEntry};
+pub use node::NodeConfig;
 pub use policy::{Direction, PortSet};
 pub use service::{AffinityEntry, AffinityKey, Service, ServiceKey};
 
@@ -66,7 +66,8 @@ pub mod map {
     pub const IPCACHE: &str = "IPCACHE";
     /// Array of `u64`: the stamp of the last write of an address's entries, by the slot that they name. Slot 0 is nobody's.
     pub const STAMPS: &str = "STAMPS";
-    /// Hash: [`AddressKey`](crate::AddressKey) to [`NodeEntry`](crate::NodeEntry), the underlay address of every node.
+    /// Hash: [`AddressKey`](crate::AddressKey) to [`IpcacheEntry`](crate::IpcacheEntry), the addresses of every node: what the
+    /// ipcache does not know. An underlay address lives behind itself.
     pub const NODES: &str = "NODES";
     /// LRU hash: [`ConntrackKey`](crate::ConntrackKey) to [`ConntrackEntry`](crate::ConntrackEntry).
     pub const CONNTRACK: &str = "CONNTRACK";
@@ -128,7 +129,6 @@ mod pod {
         crate::IpcacheEntry,
         crate::NetworkEntry,
         crate::NodeConfig,
-        crate::NodeEntry,
         crate::PortSet,
         crate::Service,
         crate::ServiceKey,

@@ -1,14 +1,6 @@
-//! What the programs know of the nodes: their underlay addresses, and this node's own settings.
+//! This node's own settings.
 
 use crate::{address::Address, conntrack::Timeouts};
-
-/// Value of the node map: its presence says that an underlay address belongs to a node of the cluster.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NodeEntry {
-    /// 1 where the address is this node's own.
-    pub local: u32,
-}
 
 /// Report drops through the ring buffer.
 pub const REPORT_DROPS: u32 = 1;
@@ -56,5 +48,4 @@ pub const GATEWAY_V6: Address = Address([0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 
 /// UDP port of the tunnel: Linux's and Cilium's, not the registered 4789.
 pub const TUNNEL_PORT: u16 = 8472;
 
-const _: () = assert!(size_of::<NodeEntry>() == 4);
 const _: () = assert!(size_of::<NodeConfig>() == 76);

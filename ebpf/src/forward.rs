@@ -2,7 +2,7 @@
 
 use crate::{
     identify::{Receiver, Way},
-    lookup::is_node,
+    lookup::is_underlay,
     maps,
     packet::{Flow, Service, TCP, UDP},
     parse::{self, ETHERNET_LEN, IPV4_LEN, IPV6_LEN, L3},
@@ -68,7 +68,7 @@ pub fn deliver(
         return Ok(());
     }
     if flow.via != Address::NONE {
-        if !is_node(&underlay(flow.via)?) {
+        if !is_underlay(&underlay(flow.via)?, flow.parity()) {
             return Err(DropReason::UnknownNode);
         }
         return encapsulate(ctx, flow, sender, &flow.via.words(), action);

@@ -4,7 +4,10 @@
 //! would do by a pointer that may be left in `r0`, which the verifier takes for a pointer that is returned.
 
 use crate::{
-    lookup::{Party, Pod, endpoint, ifindex, ipcache, is_node, is_own, is_reached_by, key, outside, reserved},
+    lookup::{
+        Known, Party, Pod, endpoint, ifindex, ipcache, is_node, is_own, is_reached_by, is_underlay, key, node, outside,
+        reserved,
+    },
     maps,
     packet::{Flow, UDP},
     parse::Frame,
@@ -143,16 +146,18 @@ pub fn receiver(ctx: &TcContext, flow: &mut Flow, receiver: &mut Receiver) -> Re
         if to_tunnel {
             return Err(DropReason::TunnelPort);
         }
-        if !outside(flow, &key, &mut receiver.party) {
+        let mut known = Known::new();
+        if !outside(flow, &key, &mut known) {
             return Err(DropReason::UnknownDestination);
         }
-        if receiver.party.identity == Identity::REMOTE_NODE && service::is_node_port(flow) {
+        receiver.party = known.party;
+        if known.is_node() && service::is_node_port(flow) {
             place.way = Way::Service;
             return Ok(());
         }
-        if receiver.party.identity == Identity::REMOTE_NODE {
+        if known.is_node() && known.tunnel_family != 0 {
             place.way = Way::Remote;
-            place.tunnel = flow.ends.destination.words();
+            place.tunnel = known.tunnel;
         } else if is_own(ctx, flow, &flow.ends.destination)? {
             receiver.party = reserved(Identity::HOST);
             place.way = Way::Host;
@@ -237,9 +242,11 @@ pub fn overlay_receiver(flow: &mut Flow, sender: &Party, receiver: &mut Receiver
         receiver.place.way = Way::Host;
     } else {
         let is_pod = sender.peer.owner != 0;
-        if !is_pod || !outside(flow, &key, &mut receiver.party) {
+        let mut known = Known::new();
+        if !is_pod || !outside(flow, &key, &mut known) {
             return Err(DropReason::NotLocal);
         }
+        receiver.party = known.party;
         flow.in_transit = true;
         receiver.place.way = Way::Outside;
     }
@@ -270,7 +277,7 @@ pub fn outer_source(ctx: &TcContext, outer: &mut Outer) -> Result<(), DropReason
     if failed != 0 {
         return Err(DropReason::NoTunnelKey);
     }
-    let node = if by_v6 {
+    let address = if by_v6 {
         // SAFETY: with BPF_F_TUNINFO_IPV6 the helper fills the IPv6 address, in network byte order; any bytes are one.
         let address = unsafe { core::mem::transmute::<[u32; 4], Address>(tunnel.__bindgen_anon_1.remote_ipv6) };
         AddressKey::new(Family::V6, address)
@@ -281,10 +288,10 @@ pub fn outer_source(ctx: &TcContext, outer: &mut Outer) -> Result<(), DropReason
     if !is_for_tunnel(&tunnel, config) {
         return Err(DropReason::ForeignTunnel);
     }
-    if !is_node(&node) || node.address == config.underlay {
+    if !is_underlay(&address, maps::parity()) {
         return Err(DropReason::UnknownNode);
     }
-    outer.node = node;
+    outer.node = address;
     outer.vni = Identity(tunnel.tunnel_id);
     Ok(())
 }
@@ -313,10 +320,11 @@ pub fn is_for_tunnel(tunnel: &bpf_tunnel_key, config: &NodeConfig) -> bool {
 pub fn remote_sender(flow: &mut Flow, outer: &Outer, sender: &mut Party) -> Result<(), DropReason> {
     flow.from = outer.vni;
     if outer.vni == Identity::REMOTE_NODE {
-        if key(flow, flow.ends.source) != outer.node {
+        let mut known = Known::new();
+        if !node(&key(flow, flow.ends.source), flow.parity(), &mut known) || !is_behind(&known, &outer.node) {
             return Err(DropReason::WrongNode);
         }
-        *sender = reserved(Identity::REMOTE_NODE);
+        *sender = known.party;
         return is_about_sender(flow);
     }
     if outer.vni == Identity::WORLD {
@@ -328,7 +336,7 @@ pub fn remote_sender(flow: &mut Flow, outer: &Outer, sender: &mut Party) -> Resu
         return Err(DropReason::ReservedVni);
     }
     let known = ipcache(&key(flow, flow.ends.source), flow.parity()).ok_or(DropReason::WrongNode)?;
-    if known.tunnel_family != outer.node.family || known.tunnel != outer.node.address.words() {
+    if !is_behind(&known, &outer.node) {
         return Err(DropReason::WrongNode);
     }
     if outer.vni != known.identity[0] && outer.vni != known.identity[1] {
@@ -339,14 +347,22 @@ pub fn remote_sender(flow: &mut Flow, outer: &Outer, sender: &mut Party) -> Resu
     is_about_sender(flow)
 }
 
+/// Whether an address lives behind the node with this underlay address.
+#[inline(always)]
+fn is_behind(known: &Known, underlay: &AddressKey) -> bool {
+    known.tunnel_family == underlay.family && known.tunnel == underlay.address.words()
+}
+
 /// A client outside, who asks at a node port. Nodes and pods have ways of their own.
 #[inline(never)]
 pub fn client(flow: &mut Flow, sender: &mut Party) -> Result<(), DropReason> {
     let key = key(flow, flow.ends.source);
     let is_known = maps::ENDPOINTS.get_ptr(&key).is_some() || maps::IPCACHE.get_ptr(&key).is_some();
-    if is_known || !outside(flow, &key, sender) || sender.identity == Identity::REMOTE_NODE {
+    let mut known = Known::new();
+    if is_known || !outside(flow, &key, &mut known) || known.is_node() {
         return Err(DropReason::UnknownSource);
     }
+    *sender = known.party;
     let config = maps::config().ok_or(DropReason::Internal)?;
     if flow.protocol == UDP && !flow.related && flow.ends.source_port == config.tunnel_port.to_be() {
         return Err(DropReason::TunnelPort);
@@ -382,13 +398,15 @@ pub fn node_or_outside(ctx: &TcContext, flow: &mut Flow, sender: &mut Party) -> 
         if known.is_some() || maps::ENDPOINTS.get_ptr(&key).is_some() {
             return Err(DropReason::UnknownSource);
         }
-        if !outside(flow, &key, sender) {
+        let mut outsider = Known::new();
+        if !outside(flow, &key, &mut outsider) {
             return Err(DropReason::UnknownSource);
         }
-        // Another node's packets come through the tunnel.
-        if sender.identity == Identity::REMOTE_NODE && !router {
+        // Another node's packets come through the tunnel; but where several nodes have the address, who knows which.
+        if outsider.is_node() && outsider.tunnel_family != 0 && !router {
             return Err(DropReason::UnknownSource);
         }
+        *sender = outsider.party;
     }
     flow.from = sender.identity;
     if router { addressee(flow, sender) } else { Ok(()) }
@@ -405,7 +423,14 @@ fn addressee(flow: &mut Flow, party: &mut Party) -> Result<(), DropReason> {
             *party = known.party;
             Ok(())
         }
-        None if outside(flow, &key, party) => Ok(()),
-        _ => Err(DropReason::IcmpUnrelated),
+        None => {
+            let mut known = Known::new();
+            if !outside(flow, &key, &mut known) {
+                return Err(DropReason::IcmpUnrelated);
+            }
+            *party = known.party;
+            Ok(())
+        }
+        Some(_) => Err(DropReason::IcmpUnrelated),
     }
 }

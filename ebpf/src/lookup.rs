@@ -5,7 +5,7 @@ use abi::{
     AddressKey, DropReason, Family, Identity,
     address::Address,
     conntrack::{Link, Peer},
-    ipcache::{IPCACHE_HOST, IPCACHE_SERVICE},
+    ipcache::{IPCACHE_HOST, IPCACHE_NODE, IPCACHE_SERVICE},
     network::{NETWORK_KEY_BITS, UNROUTED},
     policy::NOT_ENFORCED,
 };
@@ -67,11 +67,29 @@ pub struct Known {
     pub tunnel: [u32; 4],
     pub tunnel_family: u8,
     pub identity: [Identity; 2],
-    /// [`IPCACHE_HOST`], [`IPCACHE_SERVICE`] or zero.
+    /// [`IPCACHE_HOST`], [`IPCACHE_SERVICE`], [`IPCACHE_NODE`] or zero.
     pub flags: u8,
 }
 
 impl Known {
+    /// Not known yet.
+    #[inline(always)]
+    pub fn new() -> Self {
+        Self {
+            party: reserved(Identity::NONE),
+            tunnel: [0; 4],
+            tunnel_family: 0,
+            identity: [Identity::NONE; 2],
+            flags: 0,
+        }
+    }
+
+    /// Another node has it; behind a tunnel, unless several nodes do.
+    #[inline(always)]
+    pub fn is_node(&self) -> bool {
+        self.flags & IPCACHE_NODE != 0
+    }
+
     #[inline(always)]
     pub fn is_host(&self) -> bool {
         self.flags & IPCACHE_HOST != 0
@@ -165,19 +183,31 @@ fn look_at_endpoint(key: &AddressKey, parity: usize, pod: &mut Pod) -> Look {
     })
 }
 
+/// Looks into the ipcache, or into the map of nodes, whose entries are alike.
+macro_rules! look_at_address {
+    ($map:expr, $key:expr, $parity:expr, $known:expr) => {
+        look!($map, $key, |entry| {
+            $known.party.identity = volatile!(entry, identity[$parity & 1]);
+            $known.party.row = NOT_ENFORCED;
+            $known.party.column = volatile!(entry, column[$parity & 1]);
+            $known.party.peer.owner = volatile!(entry, owner);
+            $known.party.peer.epoch = volatile!(entry, epoch);
+            $known.tunnel = volatile_words!(entry, tunnel_endpoint);
+            $known.tunnel_family = volatile!(entry, tunnel_family);
+            $known.identity = [volatile!(entry, identity[0]), volatile!(entry, identity[1])];
+            $known.flags = volatile!(entry, flags);
+        })
+    };
+}
+
 #[inline(never)]
 fn look_at_address(key: &AddressKey, parity: usize, known: &mut Known) -> Look {
-    look!(maps::IPCACHE, key, |entry| {
-        known.party.identity = volatile!(entry, identity[parity & 1]);
-        known.party.row = NOT_ENFORCED;
-        known.party.column = volatile!(entry, column[parity & 1]);
-        known.party.peer.owner = volatile!(entry, owner);
-        known.party.peer.epoch = volatile!(entry, epoch);
-        known.tunnel = volatile_words!(entry, tunnel_endpoint);
-        known.tunnel_family = volatile!(entry, tunnel_family);
-        known.identity = [volatile!(entry, identity[0]), volatile!(entry, identity[1])];
-        known.flags = volatile!(entry, flags);
-    })
+    look_at_address!(maps::IPCACHE, key, parity, known)
+}
+
+#[inline(never)]
+fn look_at_node(key: &AddressKey, parity: usize, known: &mut Known) -> Look {
+    look_at_address!(maps::NODES, key, parity, known)
 }
 
 #[inline(never)]
@@ -238,13 +268,7 @@ pub fn endpoint(key: &AddressKey, parity: usize) -> Option<Pod> {
 /// An address of the cluster, likewise.
 #[inline(always)]
 pub fn ipcache(key: &AddressKey, parity: usize) -> Option<Known> {
-    let mut known = Known {
-        party: reserved(Identity::NONE),
-        tunnel: [0; 4],
-        tunnel_family: 0,
-        identity: [Identity::NONE; 2],
-        flags: 0,
-    };
+    let mut known = Known::new();
     let mut look = look_at_address(key, parity, &mut known);
     if look == Look::Torn {
         look = look_at_address(key, parity, &mut known);
@@ -252,9 +276,27 @@ pub fn ipcache(key: &AddressKey, parity: usize) -> Option<Known> {
     (look == Look::Whole).then_some(known)
 }
 
+/// Whether a node has the address.
 #[inline(always)]
 pub fn is_node(key: &AddressKey) -> bool {
     maps::NODES.get_ptr(key).is_some()
+}
+
+/// An address of another node; false where it is none, or this node's own. What it is, its tunnel included, goes to `known`.
+#[inline(always)]
+pub fn node(key: &AddressKey, parity: usize, known: &mut Known) -> bool {
+    let mut look = look_at_node(key, parity, known);
+    if look == Look::Torn {
+        look = look_at_node(key, parity, known);
+    }
+    look == Look::Whole
+}
+
+/// Whether it is the underlay address of another node, by which packets come through the tunnel and go into it.
+#[inline(never)]
+pub fn is_underlay(key: &AddressKey, parity: usize) -> bool {
+    let mut known = Known::new();
+    node(key, parity, &mut known) && known.tunnel_family == key.family && known.tunnel == key.address.words()
 }
 
 /// An address that is no pod's has no owner. What it is takes the place of the epoch, so that its flows are judged again
@@ -280,11 +322,14 @@ pub fn reserved(identity: Identity) -> Party {
 /// What an address is that the ipcache does not know: another node, or whatever the networks say of it. False where
 /// nothing is routed to or from it.
 #[inline(never)]
-pub fn outside(flow: &Flow, address: &AddressKey, party: &mut Party) -> bool {
-    if is_node(address) {
-        *party = reserved(Identity::REMOTE_NODE);
+pub fn outside(flow: &Flow, address: &AddressKey, known: &mut Known) -> bool {
+    *known = Known::new();
+    if node(address, flow.parity(), known) {
+        known.party.peer = nobodys(known.party.identity);
         return true;
     }
+    known.flags = 0;
+    let party = &mut known.party;
     let Some(scratch) = maps::scratch() else { return false };
     // SAFETY: as in `Flow::begin`; nothing else refers to this part.
     let key: &mut Key<AddressKey> = unsafe { &mut (*scratch).network };

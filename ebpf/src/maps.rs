@@ -3,7 +3,7 @@
 use crate::packet::Flow;
 use abi::{
     AddressKey, AffinityEntry, AffinityKey, ConntrackEntry, ConntrackKey, Endpoint, Event, FragmentEntry, FragmentKey,
-    IpcacheEntry, NetworkEntry, NodeConfig, NodeEntry, PortSet, Service, ServiceKey,
+    IpcacheEntry, NetworkEntry, NodeConfig, PortSet, Service, ServiceKey,
     conntrack::Account,
     drop::DROP_REASONS,
     event::{Counter, PATHS},
@@ -27,7 +27,7 @@ pub static ENDPOINTS: HashMap<AddressKey, Endpoint, 1024, NO_PREALLOC> = HashMap
 #[btf_map]
 pub static IPCACHE: HashMap<AddressKey, IpcacheEntry, 65536, NO_PREALLOC> = HashMap::new();
 #[btf_map]
-pub static NODES: HashMap<AddressKey, NodeEntry, 8192, NO_PREALLOC> = HashMap::new();
+pub static NODES: HashMap<AddressKey, IpcacheEntry, 65536, NO_PREALLOC> = HashMap::new();
 #[btf_map]
 pub static NETWORKS: LpmTrie<AddressKey, NetworkEntry, 16384> = LpmTrie::new();
 #[btf_map]
@@ -154,6 +154,12 @@ pub fn record_action() -> bool {
 #[inline(always)]
 pub fn config() -> Option<&'static NodeConfig> {
     CONFIG.get(0)
+}
+
+/// Parity of the generation in force, for what is the same in both.
+#[inline(always)]
+pub fn parity() -> usize {
+    (generation() & 1) as usize
 }
 
 /// The generation in force. A packet asks once.

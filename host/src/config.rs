@@ -49,6 +49,9 @@ pub struct Config {
     /// Destinations that see the pods' own addresses all the same.
     #[serde(default)]
     pub masquerade_except: Vec<IpNet>,
+    /// Interfaces whose addresses other nodes are not told of, besides those of pods and of container bridges.
+    #[serde(default)]
+    pub ignore_interfaces: Vec<String>,
     /// First and last node port that a service may have.
     #[serde(default = "defaults::node_port_range")]
     pub node_port_range: [u16; 2],

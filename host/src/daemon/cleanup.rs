@@ -144,7 +144,12 @@ pub(super) async fn forget(store: &dyn Store, node: &str) -> Result<(), StoreErr
             }
         }
     }
-    for collection in [Collection::Alive, Collection::Seen, Collection::Nodes] {
+    for collection in [
+        Collection::Alive,
+        Collection::Seen,
+        Collection::Addresses,
+        Collection::Nodes,
+    ] {
         store.delete(&Key::new(collection, node), Expect::Any).await?;
     }
     Ok(())

@@ -132,9 +132,9 @@ impl Daemon {
     /// What one side makes of an address that is no pod's.
     fn outside_identity(&self, side: &Side, address: &AddressKey) -> Identity {
         let ip = address.ip();
-        if ip == self.config.underlay {
+        if self.addresses.is_own(ip) {
             Identity::HOST
-        } else if self.nodes.values().any(|node| node.record.underlay == ip) {
+        } else if self.is_another_nodes(ip) {
             Identity::REMOTE_NODE
         } else {
             let index = side.stack.networks().find(ip.into());

@@ -60,6 +60,9 @@ impl Daemon {
         self.check_unknown(&pod).await?;
         let netns = Netns::open(&netns)?;
         let (address, second) = endpoint::choose_addresses(&self.config.pod_cidrs, &addresses, |address| {
+            if self.addresses.is_own(address) {
+                return Some("this node".to_owned());
+            }
             let owner = self.pods.find(&address.into());
             owner.map(|(_, pod)| pod.record.full_name())
         })?;

@@ -207,10 +207,9 @@ impl Daemon {
         }
         // From what the kernel was given, as the programs would find it.
         let placed = self.datapath.placed().find(|(placed, _)| **placed == key);
-        let is_node = |node: &super::Node| node.record.underlay == address;
         let identity = if placed.is_some() {
             Identity::HOST
-        } else if self.nodes.values().any(is_node) {
+        } else if self.is_another_nodes(address) {
             Identity::REMOTE_NODE
         } else {
             match self.datapath.network_of(address) {

@@ -1,5 +1,6 @@
 //! The daemon: one task owns the node's state, and everything that changes it is a message to that task.
 
+mod addresses;
 mod attachments;
 mod audit;
 mod cleanup;
@@ -199,6 +200,7 @@ struct Daemon {
     unplaced: BTreeSet<AddressKey>,
     made_up: Instant,
     nodes: BTreeMap<String, Node>,
+    addresses: addresses::NodeAddresses,
     /// Nodes that have a lease, also those of which there is no record yet.
     alive: BTreeSet<String>,
     pods: Directory,

@@ -63,6 +63,10 @@ impl Daemon {
         match change {
             Change::Put(key, value) => match key.collection {
                 Collection::Nodes => self.node_seen(records::decode(&key, &value.value)?)?,
+                Collection::Addresses => {
+                    let record = records::decode(&key, &value.value)?;
+                    self.addresses_seen(&key.name, Some(record))?;
+                }
                 Collection::Alive => {
                     if let Some(node) = self.nodes.get_mut(&key.name) {
                         node.stale_since = None;
@@ -100,6 +104,7 @@ impl Daemon {
             Change::Delete(key) => match key.collection {
                 Collection::Nodes if key.name == self.config.node => self.register().await?,
                 Collection::Nodes => self.node_gone(&key.name)?,
+                Collection::Addresses => self.addresses_seen(&key.name, None)?,
                 Collection::Alive => self.lease_expired(&key.name).await?,
                 Collection::Pods => self.pod_gone(&key).await?,
                 Collection::Namespaces => self.namespace_seen(&key.name, BTreeMap::new()).await?,
@@ -235,18 +240,11 @@ impl Daemon {
     }
 
     pub(super) fn node_seen(&mut self, record: NodeRecord) -> Result<(), DaemonError> {
-        let local = record.name == self.config.node;
-        let before = self.nodes.get(&record.name).map(|node| node.record.underlay);
-        self.datapath.add_node(record.underlay, local)?;
-        if let Some(before) = before
-            && before != record.underlay
-        {
-            self.forget_underlay(before, &record.name)?;
-        }
         let (name, underlay) = (record.name.clone(), record.underlay);
         let known = self.nodes.get(&name).map(|node| node.stale_since);
         let stale_since = known.unwrap_or_else(|| (!self.alive.contains(&name)).then(Instant::now));
         self.nodes.insert(name.clone(), Node { record, stale_since });
+        self.place_nodes()?;
         let its: Vec<AddressKey> = self.pods_of(&name);
         for address in its {
             self.place(&address)?;
@@ -268,9 +266,10 @@ impl Daemon {
         Ok(())
     }
 
-    /// CIDRs of the other nodes' pods, of the underlay's family, each with its node.
+    /// CIDRs of the other nodes' pods, each with its node; of a family of which this node has an address.
     pub(super) fn tunnel_routes(&self) -> BTreeMap<IpNet, IpAddr> {
         let own = self.config.underlay;
+        let has_address = |v4: bool| v4 == own.is_ipv4() || !v4 && self.has_ipv6_address();
         let others = self.nodes.values().filter(|node| node.record.name != self.config.node);
         others
             .flat_map(|node| {
@@ -279,7 +278,7 @@ impl Daemon {
                     .iter()
                     .map(|cidr| (cidr.trunc(), node.record.underlay))
             })
-            .filter(|(cidr, node)| cidr.addr().is_ipv4() == own.is_ipv4() && node.is_ipv4() == own.is_ipv4())
+            .filter(|(cidr, node)| node.is_ipv4() == own.is_ipv4() && has_address(cidr.addr().is_ipv4()))
             .collect()
     }
 
@@ -290,7 +289,7 @@ impl Daemon {
 
     fn node_gone(&mut self, name: &str) -> Result<(), DaemonError> {
         if let Some(node) = self.nodes.remove(name) {
-            self.forget_underlay(node.record.underlay, name)?;
+            self.place_nodes()?;
             if self.is_a_services(node.record.underlay) {
                 self.place_services();
             }
@@ -301,15 +300,6 @@ impl Daemon {
         }
         self.route_to_nodes()?;
         self.place_networks()
-    }
-
-    /// A node has this underlay address no longer; another one may have been heard of that has it by now.
-    fn forget_underlay(&mut self, underlay: IpAddr, name: &str) -> Result<(), DaemonError> {
-        let has_it = |node: &Node| node.record.underlay == underlay && node.record.name != name;
-        if !self.nodes.values().any(has_it) {
-            self.datapath.remove_node(underlay)?;
-        }
-        Ok(())
     }
 
     async fn lease_expired(&mut self, name: &str) -> Result<(), DaemonError> {
@@ -364,6 +354,8 @@ impl Daemon {
         self.renew().await?;
         let key = Key::new(Collection::Nodes, &record.name);
         records::put(&*self.store, &key, &record, Expect::Any).await?;
+        self.tell_addresses_again();
+        self.follow_own_addresses().await?;
         self.announce().await
     }
 
@@ -444,6 +436,9 @@ impl Daemon {
             }
         }
         self.watch_attachment();
+        if let Err(error) = self.watch_addresses().await {
+            error.complain("following this node's addresses");
+        }
         if let Err(error) = block_in_place(|| self.datapath.collect_flows()) {
             tracing::warn!("collecting flows: {error}");
         }

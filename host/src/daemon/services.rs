@@ -394,8 +394,7 @@ impl Daemon {
 
     /// Whether an address is a pod's or a node's.
     fn has_somebody(&self, address: &AddressKey) -> bool {
-        let is_node = |node: &super::Node| AddressKey::from(node.record.underlay) == *address;
-        self.pods.find(address).is_some() || self.nodes.values().any(is_node)
+        self.pods.find(address).is_some() || self.datapath.is_node(address)
     }
 
     /// Attaches the program for node ports while there are any, and takes it away when there are none.
@@ -410,7 +409,7 @@ impl Daemon {
     /// port that is asked for.
     pub(super) fn service_at(&self, address: IpAddr, port: Option<(u8, u16)>) -> Option<(&str, BTreeSet<IpAddr>)> {
         let place = AddressKey::from(address);
-        let is_node = self.nodes.values().any(|node| node.record.underlay == address);
+        let is_node = self.datapath.is_node(&place);
         let answers = |key: &ServiceKey| {
             let is_asked_for = port == Some((key.protocol, u16::from_be(key.port)));
             let at_node = key.address == Address::NONE;

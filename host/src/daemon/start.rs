@@ -3,6 +3,7 @@
 
 use super::{
     Daemon, DaemonError, Local, Names, Node, Pod,
+    addresses::NodeAddresses,
     audit::Audit,
     collect::Unused,
     coordinate::Coordinator,
@@ -23,7 +24,6 @@ use crate::{
     identity::{Layout, Registry},
     invariant::Invariants,
     net::{self, Netns, VXLAN_DEVICE},
-    plan::{self, Facts, Stance},
     source,
     store::{
         self, Change, Collection, Expect, Key, Store,
@@ -50,10 +50,11 @@ use tokio::{
 };
 
 /// What the daemon follows in the store.
-const WATCHED: [Collection; 8] = [
+const WATCHED: [Collection; 9] = [
     Collection::Tenants,
     Collection::Identities,
     Collection::Nodes,
+    Collection::Addresses,
     Collection::Alive,
     Collection::Namespaces,
     Collection::Pods,
@@ -244,6 +245,7 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
         unplaced: BTreeSet::new(),
         made_up: Instant::now(),
         nodes: BTreeMap::new(),
+        addresses: NodeAddresses::default(),
         alive: BTreeSet::new(),
         pods: Directory::default(),
         services: super::services::Services::default(),
@@ -272,7 +274,7 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
 impl Daemon {
     /// Fills the maps before anything is attached, and tells the cluster of this node.
     async fn begin(&mut self, record: &NodeRecord, underlay: u32) -> anyhow::Result<mpsc::Receiver<Change>> {
-        let vxlan = block_in_place(|| net::ensure_vxlan(abi::node::TUNNEL_PORT, self.pod_mtu, self.config.underlay))?;
+        let vxlan = block_in_place(|| net::ensure_vxlan(abi::node::TUNNEL_PORT, self.pod_mtu, self.config.has_ipv6()))?;
         self.datapath.set_vxlan(vxlan, self.pod_mtu, self.config.underlay)?;
         self.datapath.set_underlay(underlay)?;
         self.restore().await?;
@@ -280,9 +282,11 @@ impl Daemon {
         self.renew().await?;
         let key = Key::new(Collection::Nodes, &record.name);
         records::put(&*self.store, &key, record, Expect::Any).await?;
+        self.look_at_own_addresses()?;
         let mut changes = self.store.watch(&WATCHED).await?;
         self.take_stock(&mut changes).await?;
-        self.place_host()?;
+        self.place_nodes()?;
+        self.follow_own_addresses().await?;
         let recalled = self.recall_policy();
         self.enforce_from_start().await.context("the policy in force")?;
         self.services_from_start();
@@ -363,13 +367,15 @@ impl Daemon {
                 Change::Put(key, value) if key.collection == Collection::Policy => {
                     self.policy = Some((records::decode(&key, &value.value)?, value.revision));
                 }
+                Change::Put(key, value) if key.collection == Collection::Addresses => {
+                    let record = records::decode(&key, &value.value)?;
+                    self.note_addresses(&key.name, Some(record));
+                }
                 Change::Put(key, _) if key.collection == Collection::Alive => {
                     self.alive.insert(key.name);
                 }
                 Change::Put(key, value) if key.collection == Collection::Nodes => {
                     let record: NodeRecord = records::decode(&key, &value.value)?;
-                    self.datapath
-                        .add_node(record.underlay, record.name == self.config.node)?;
                     let node = Node {
                         record,
                         stale_since: Some(Instant::now()),
@@ -399,22 +405,6 @@ impl Daemon {
         self.name(&record);
         self.pods.insert(address, Pod { record, epoch: 1 });
         Ok(())
-    }
-
-    /// The node's own address is in the ipcache, whatever the policy.
-    fn place_host(&mut self) -> Result<(), DaemonError> {
-        let address = AddressKey::from(self.config.underlay);
-        let facts = Facts {
-            owner: 0,
-            epoch: Identity::HOST.0,
-            stance: Stance::Host,
-        };
-        self.names_mut().set_address(address, "host".to_owned());
-        let parity = self.datapath.parity();
-        match plan::entry(&address, &address, &facts, parity, &self.active.generation, None) {
-            Some(desired) => Ok(self.datapath.place(address, desired)?),
-            None => Ok(()),
-        }
     }
 
     /// From here on packets meet this hostd's programs and maps.

@@ -32,6 +32,7 @@ pub struct Watch {
     /// Hooks that are still to be looked at in this round.
     round: VecDeque<(Hook, String)>,
     looked_at_stack: Instant,
+    looked_at_addresses: Instant,
     /// When a pod came or went last.
     pub moved: Instant,
     /// When the next link may take over from a filter.
@@ -54,6 +55,7 @@ impl Watch {
             looked: Instant::now(),
             round: VecDeque::new(),
             looked_at_stack: Instant::now(),
+            looked_at_addresses: Instant::now(),
             moved: Instant::now(),
             next: Instant::now(),
             routes: BTreeMap::new(),
@@ -70,7 +72,7 @@ impl Watch {
         self.round.retain(|(_, name)| name != interface);
     }
 
-    fn complain(&mut self, problem: String) {
+    pub(super) fn complain(&mut self, problem: String) {
         if self.problems.contains(&problem) {
             return;
         }
@@ -122,6 +124,15 @@ impl Daemon {
             hooks.push_back((Hook::FromNetdev, self.underlay.clone()));
         }
         hooks
+    }
+
+    /// Looks at the node's addresses, if that is due.
+    pub(super) async fn watch_addresses(&mut self) -> Result<(), DaemonError> {
+        if self.watch.looked_at_addresses.elapsed() < WATCH {
+            return Ok(());
+        }
+        self.watch.looked_at_addresses = Instant::now();
+        self.follow_own_addresses().await
     }
 
     fn watch_stack(&mut self) {
@@ -183,7 +194,7 @@ impl Daemon {
             wrong.push("the table `wasmgate` of nftables was gone or changed");
         }
         let routes = self.tunnel_routes();
-        if !block_in_place(|| net::has_tunnel_routes(&routes, self.config.underlay))? {
+        if !block_in_place(|| net::has_tunnel_routes(&routes))? {
             self.route_to_nodes()?;
             wrong.push("a route to another node's pods was gone");
         }

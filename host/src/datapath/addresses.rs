@@ -1,41 +1,67 @@
 //! Whose an address is: the ipcache, the endpoint map, and the nodes.
 
 use super::{Datapath, DatapathError, full, gone};
-use crate::plan::Desired;
-use abi::{AddressKey, Endpoint, IpcacheEntry, NodeEntry, map};
-use std::net::IpAddr;
+use crate::plan::{self, Desired};
+use abi::{AddressKey, Endpoint, IpcacheEntry, ipcache::IPCACHE_HOST, map};
+use std::collections::BTreeMap;
 
 impl Datapath {
-    /// Makes an underlay address one of a node.
+    /// Makes the programs know the nodes' addresses, each with the underlay address that it is behind, where it is behind one. Flows
+    /// that lead to an underlay address that is none any more, or come from there, are looked at anew.
     ///
     /// # Errors
     ///
     /// Where the map is full.
-    pub fn add_node(&mut self, underlay: IpAddr, local: bool) -> Result<(), DatapathError> {
-        let entry = NodeEntry {
-            local: u32::from(local),
-        };
-        self.nodes
-            .insert(AddressKey::from(underlay), entry, 0)
-            .map_err(DatapathError::map(map::NODES))
+    pub fn place_nodes(&mut self, desired: BTreeMap<AddressKey, Option<AddressKey>>) -> Result<(), DatapathError> {
+        for (address, behind) in &desired {
+            if self.placed_nodes.get(address) == Some(behind) {
+                continue;
+            }
+            self.node_writes = self.node_writes.wrapping_add(1);
+            let entry = IpcacheEntry {
+                first_stamp: self.node_writes,
+                last_stamp: self.node_writes,
+                ..plan::node_entry(address, behind.as_ref())
+            };
+            self.nodes
+                .insert(*address, entry, 0)
+                .map_err(DatapathError::map(map::NODES))?;
+            let before = self.placed_nodes.insert(*address, *behind);
+            if before == Some(Some(*address)) {
+                self.look_anew_behind(address);
+            }
+        }
+        let known = self.placed_nodes.keys();
+        for address in known.filter(|known| !desired.contains_key(*known)).copied().collect::<Vec<_>>() {
+            self.look_anew_behind(&address);
+            gone(self.nodes.remove(&address), map::NODES)?;
+            self.placed_nodes.remove(&address);
+        }
+        Ok(())
     }
 
-    /// Makes an underlay address no longer one of a node. Flows that lead there, or come from there, are looked at anew.
-    ///
-    /// # Errors
-    ///
-    /// Where the map can't be written.
-    pub fn remove_node(&mut self, underlay: IpAddr) -> Result<(), DatapathError> {
-        let key = AddressKey::from(underlay);
+    fn look_anew_behind(&mut self, underlay: &AddressKey) {
         let is_behind = |desired: &Desired| {
             let entry = &desired.ipcache;
-            (entry.tunnel_endpoint, entry.tunnel_family) == (key.address, key.family)
+            (entry.tunnel_endpoint, entry.tunnel_family) == (underlay.address, underlay.family)
         };
         let its = self.placed.iter().filter(|(_, desired)| is_behind(desired));
         for address in its.map(|(address, _)| *address).collect::<Vec<_>>() {
             self.stamps.touch(address);
         }
-        gone(self.nodes.remove(&key), map::NODES)
+    }
+
+    /// Whether a node has the address, this one included.
+    #[must_use]
+    pub fn is_node(&self, address: &AddressKey) -> bool {
+        self.placed_nodes.contains_key(address)
+    }
+
+    /// Whether the address is placed as one of this node's own.
+    #[must_use]
+    pub fn is_host(&self, address: &AddressKey) -> bool {
+        let placed = self.placed.get(address);
+        placed.is_some_and(|desired| desired.ipcache.flags & IPCACHE_HOST != 0)
     }
 
     /// Makes the maps hold this of an address: the ipcache first, then the endpoint map, so that a pod is never

@@ -36,7 +36,7 @@ use crate::{
     plan::{Desired, Numbers, Shape},
 };
 use abi::{
-    AddressKey, Endpoint, Family, IpcacheEntry, NetworkEntry, NodeConfig, NodeEntry, PortSet, Service, ServiceKey,
+    AddressKey, Endpoint, Family, IpcacheEntry, NetworkEntry, NodeConfig, PortSet, Service, ServiceKey,
     conntrack::{Account, OUTSIDE, Timeouts},
     event::Counter,
     map,
@@ -80,7 +80,7 @@ pub struct Datapath {
     attacher: Attacher,
     endpoints: HashMap<MapData, AddressKey, Endpoint>,
     ipcache: HashMap<MapData, AddressKey, IpcacheEntry>,
-    nodes: HashMap<MapData, AddressKey, NodeEntry>,
+    nodes: HashMap<MapData, AddressKey, IpcacheEntry>,
     networks: LpmTrie<MapData, AddressKey, NetworkEntry>,
     port_sets: [Array<MapData, PortSet>; 2],
     port_pool: [Mapped; 2],
@@ -97,6 +97,9 @@ pub struct Datapath {
     shape: Shape,
     /// What the maps hold, so that what has not changed is not written.
     placed: BTreeMap<AddressKey, Desired>,
+    /// Nodes' addresses, with what they are behind; and how often one was written.
+    placed_nodes: BTreeMap<AddressKey, Option<AddressKey>>,
+    node_writes: u32,
     placed_networks: BTreeMap<IpNet, NetworkEntry>,
     network_capacity: u32,
     services: HashOfMaps<MapData, ServiceKey, Array<MapData, Service>>,
@@ -207,6 +210,8 @@ impl Datapath {
             config,
             shape,
             placed: BTreeMap::new(),
+            placed_nodes: BTreeMap::new(),
+            node_writes: 0,
             placed_networks: BTreeMap::new(),
             network_capacity: settings.maps.networks,
             placed_services: BTreeMap::new(),

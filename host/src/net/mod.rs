@@ -1,5 +1,6 @@
 //! Interfaces, addresses and routes, by netlink; and work in other network namespaces.
 
+mod addresses;
 mod check;
 mod filter;
 mod netlink;
@@ -11,6 +12,7 @@ mod table;
 mod veth;
 mod vxlan;
 
+pub use addresses::{Addresses, addresses};
 pub use check::{Made, check_pod_link};
 pub use filter::filters;
 pub use netlink::{bring_up, delete_link};

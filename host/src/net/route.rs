@@ -5,7 +5,7 @@ use super::{
     netlink::{get, netlink_here},
 };
 use abi::Identity;
-use futures::{FutureExt, TryStreamExt};
+use futures::{FutureExt, StreamExt, TryStreamExt};
 use ipnet::IpNet;
 use rtnetlink::{
     Handle, RouteMessageBuilder,
@@ -77,8 +77,8 @@ const NO_SUCH_PROCESS: i32 = 3;
 const TUNNEL_TTL: u8 = 64;
 
 /// Makes the node reach the pods of other nodes through the tunnel, as the remote node that it is to them: CIDRs, each
-/// with the underlay address of its node, all of the family of this node's own address. Other routes into the tunnel go; those
-/// that are there as they are `known` to have been set stay.
+/// with the underlay address of its node. Where the CIDR is of the family of this node's own address, that is what the node sends
+/// from; of the other one the kernel chooses. Other routes into the tunnel go; those that are there as they are `known` to have been set stay.
 ///
 /// # Errors
 ///
@@ -93,7 +93,7 @@ pub fn set_tunnel_routes(
         async move {
             let device = get(&handle, VXLAN_DEVICE).await?.header.index;
             let mut there = BTreeSet::new();
-            for (cidr, route) in tunnel_routes(&handle, device, own).await? {
+            for (cidr, route) in tunnel_routes(&handle, device).await? {
                 there.insert(cidr);
                 if !wanted.contains_key(&cidr) {
                     let deleted = handle.route().del(route).execute().await;
@@ -103,10 +103,12 @@ pub fn set_tunnel_routes(
             let is_set = |cidr: &IpNet, node: &IpAddr| there.contains(cidr) && known.get(cidr) == Some(node);
             for (cidr, node) in wanted.into_iter().filter(|(cidr, node)| !is_set(cidr, node)) {
                 let what = format!("setting the node's route to {cidr}");
-                let route = RouteMessageBuilder::<IpAddr>::new()
+                let mut route = RouteMessageBuilder::<IpAddr>::new()
                     .destination_prefix(cidr.network(), cidr.prefix_len())
-                    .and_then(|route| route.pref_source(own))
                     .map_err(NetError::kernel(what.as_str()))?;
+                if cidr.addr().is_ipv4() == own.is_ipv4() {
+                    route = route.pref_source(own).map_err(NetError::kernel(what.as_str()))?;
+                }
                 let route = into_tunnel(route, own, node, device).build();
                 let added = handle.route().add(route).replace().execute().await;
                 added.map_err(NetError::kernel(what.as_str()))?;
@@ -122,12 +124,12 @@ pub fn set_tunnel_routes(
 /// # Errors
 ///
 /// Where the kernel refuses.
-pub fn has_tunnel_routes(wanted: &BTreeMap<IpNet, IpAddr>, own: IpAddr) -> Result<bool, NetError> {
+pub fn has_tunnel_routes(wanted: &BTreeMap<IpNet, IpAddr>) -> Result<bool, NetError> {
     let wanted: BTreeSet<IpNet> = wanted.keys().copied().collect();
     netlink_here(move |handle| {
         async move {
             let device = get(&handle, VXLAN_DEVICE).await?.header.index;
-            let there = tunnel_routes(&handle, device, own).await?;
+            let there = tunnel_routes(&handle, device).await?;
             Ok(wanted.is_subset(&there.iter().map(|(cidr, _)| *cidr).collect()))
         }
         .boxed()
@@ -162,14 +164,11 @@ fn into_tunnel(
     }
 }
 
-/// The routes into the tunnel that are there, of one family.
-async fn tunnel_routes(handle: &Handle, device: u32, family: IpAddr) -> Result<Vec<(IpNet, RouteMessage)>, NetError> {
-    let query = if family.is_ipv4() {
-        RouteMessageBuilder::<Ipv4Addr>::new().build()
-    } else {
-        RouteMessageBuilder::<Ipv6Addr>::new().build()
-    };
-    let mut listed = handle.route().get(query).execute();
+/// The routes into the tunnel that are there.
+async fn tunnel_routes(handle: &Handle, device: u32) -> Result<Vec<(IpNet, RouteMessage)>, NetError> {
+    let of_v4 = RouteMessageBuilder::<Ipv4Addr>::new().build();
+    let of_v6 = RouteMessageBuilder::<Ipv6Addr>::new().build();
+    let mut listed = handle.route().get(of_v4).execute().chain(handle.route().get(of_v6).execute());
     let mut routes = Vec::new();
     while let Some(route) = listed.try_next().await.map_err(NetError::kernel("listing routes"))? {
         let ours = route.header.kind == RouteType::Unicast && route.attributes.contains(&RouteAttribute::Oif(device));

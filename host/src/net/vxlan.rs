@@ -92,7 +92,7 @@ pub fn pod_mtu(underlay: IpAddr, mtu: u32, ipv6: bool) -> Result<u32, NetError> 
 /// # Errors
 ///
 /// Where it can't be made.
-pub fn ensure_vxlan(port: u16, mtu: u32, underlay: IpAddr) -> Result<u32, NetError> {
+pub fn ensure_vxlan(port: u16, mtu: u32, ipv6: bool) -> Result<u32, NetError> {
     netlink_here(move |handle| {
         async move {
             if let Some(link) = find(&handle, VXLAN_DEVICE).await?
@@ -121,8 +121,8 @@ pub fn ensure_vxlan(port: u16, mtu: u32, underlay: IpAddr) -> Result<u32, NetErr
                     )))?;
             }
             let index = get(&handle, VXLAN_DEVICE).await?.header.index;
-            // What the node itself sends to pods of other nodes, in the family of its address.
-            if underlay.is_ipv6() {
+            // For what the node itself and pods of other nodes send each other, whatever the tunnel's own family is.
+            if ipv6 {
                 set_ipv6(VXLAN_DEVICE, &NODE_SIDE)?;
             } else {
                 disable_ipv6(VXLAN_DEVICE)?;

@@ -21,6 +21,8 @@ pub enum Collection {
     Cluster,
     /// Nodes, by name.
     Nodes,
+    /// Addresses of the nodes besides their underlay address, by name.
+    Addresses,
     /// Leases of the nodes whose hostd is alive, by name.
     Alive,
     /// What nodes have seen, by name.
@@ -45,9 +47,10 @@ pub enum Collection {
 
 impl Collection {
     /// All of them.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Cluster,
         Self::Nodes,
+        Self::Addresses,
         Self::Alive,
         Self::Seen,
         Self::Pods,
@@ -66,6 +69,7 @@ impl Collection {
         match self {
             Self::Cluster => "cluster",
             Self::Nodes => "nodes",
+            Self::Addresses => "addresses",
             Self::Alive => "alive",
             Self::Seen => "seen",
             Self::Pods => "pods",

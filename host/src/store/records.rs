@@ -59,6 +59,13 @@ pub struct NodeRecord {
     pub pod_cidrs: Vec<IpNet>,
 }
 
+/// What addresses a node has besides its underlay address.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AddressesRecord {
+    /// They, in order.
+    pub addresses: Vec<IpAddr>,
+}
+
 /// A pod.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PodRecord {

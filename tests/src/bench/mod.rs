@@ -8,7 +8,7 @@ pub use flows::now;
 
 use crate::frame::{NODE, OTHER_NODE, POD_A, POD_A6, POD_B, POD_B6, REMOTE, REMOTE6};
 use abi::{
-    AddressKey, Endpoint, Family, Hook, Identity, IpcacheEntry, NodeConfig, NodeEntry, ServiceKey,
+    AddressKey, Endpoint, Family, Hook, Identity, IpcacheEntry, NodeConfig, ServiceKey,
     conntrack::Account,
     ipcache::IPCACHE_HOST,
     map,
@@ -157,12 +157,8 @@ impl Bench {
         self.array::<NodeConfig>(map::CONFIG).set(0, config, 0).unwrap();
         let generation = self.generation;
         self.array::<u64>(map::GENERATION).set(0, generation, 0).unwrap();
-        for node in [NODE, OTHER_NODE] {
-            let local = u32::from(node == NODE);
-            self.hash(map::NODES)
-                .insert(AddressKey::v4(node), NodeEntry { local }, 0)
-                .unwrap();
-        }
+        self.put_node(NODE, None);
+        self.put_node(OTHER_NODE, Some(OTHER_NODE));
         let (a, b) = (self.pod_a, self.pod_b);
         self.put_pod(POD_A, [RED; 2], RED_PLACE, 1, a);
         self.put_pod(POD_B, [BLUE; 2], BLUE_PLACE, 2, b);

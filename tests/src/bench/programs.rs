@@ -3,7 +3,7 @@
 use super::Setup;
 use abi::{
     AddressKey, AffinityEntry, AffinityKey, ConntrackEntry, ConntrackKey, Endpoint, FragmentEntry, FragmentKey, Hook,
-    IpcacheEntry, NetworkEntry, NodeConfig, NodeEntry, PortSet, Service, ServiceKey, conntrack::Account, map,
+    IpcacheEntry, NetworkEntry, NodeConfig, PortSet, Service, ServiceKey, conntrack::Account, map,
 };
 use aya::{
     Ebpf, EbpfLoader, Pod,
@@ -115,7 +115,7 @@ impl Programs {
         self.clear::<u32, Account>(map::ACCOUNTS);
         self.clear::<AddressKey, Endpoint>(map::ENDPOINTS);
         self.clear::<AddressKey, IpcacheEntry>(map::IPCACHE);
-        self.clear::<AddressKey, NodeEntry>(map::NODES);
+        self.clear::<AddressKey, IpcacheEntry>(map::NODES);
         self.clear_networks();
         self.clear_services();
         self.zero(map::TRACKED, &[0_u64], 1);

@@ -3,7 +3,7 @@
 use super::{Bench, GREEN_COLUMN};
 use crate::frame::{GATEWAY_A, GATEWAY_B, POD_A_MAC, POD_B_MAC};
 use abi::{
-    AddressKey, Direction, Endpoint, Identity, IpcacheEntry, NetworkEntry, NodeEntry, PortSet, Service, ServiceKey,
+    AddressKey, Direction, Endpoint, Identity, IpcacheEntry, NetworkEntry, PortSet, Service, ServiceKey,
     address::Address,
     ipcache::{IPCACHE_HOST, IPCACHE_SERVICE},
     map,
@@ -16,7 +16,7 @@ use aya::maps::{
     lpm_trie::{Key, LpmTrie},
     of_maps::HashOfMaps,
 };
-use hostd::plan::{Decision, Ports, Shape};
+use hostd::plan::{self, Decision, Ports, Shape};
 use std::net::IpAddr;
 
 impl Bench {
@@ -119,11 +119,17 @@ impl Bench {
         trie.insert(&key, entry, 0).unwrap();
     }
 
-    /// One more node of the cluster.
-    pub fn put_node(&mut self, node: [u8; 4]) {
-        self.hash(map::NODES)
-            .insert(AddressKey::v4(node), NodeEntry { local: 0 }, 0)
-            .unwrap();
+    /// An address of a node, behind this underlay address; behind none, where it is this node's or several nodes have it.
+    pub fn put_node(&mut self, address: impl Into<IpAddr>, behind: Option<[u8; 4]>) {
+        self.stamp += 1;
+        let stamp = self.stamp;
+        let key = AddressKey::from(address.into());
+        let entry = IpcacheEntry {
+            first_stamp: stamp,
+            last_stamp: stamp,
+            ..plan::node_entry(&key, behind.map(AddressKey::v4).as_ref())
+        };
+        self.hash(map::NODES).insert(key, entry, 0).unwrap();
     }
 
     /// A node is none any more; those of its pods that are known are looked at anew, as hostd has it.
@@ -131,7 +137,7 @@ impl Bench {
         for pod in pods {
             self.next_stamp(AddressKey::v4(*pod));
         }
-        self.hash::<NodeEntry>(map::NODES)
+        self.hash::<IpcacheEntry>(map::NODES)
             .remove(&AddressKey::v4(node))
             .unwrap();
     }

@@ -340,7 +340,7 @@ const TABLE: &[BadPacket] = &[
         |b| b.from_overlay(&Frame::udp(REMOTE, 5000, NODE, 8472), OTHER_NODE, GREEN),
     ),
     (DropReason::WrongNode, "an inner source behind another node", |b| {
-        b.put_node(THIRD_NODE);
+        b.put_node(THIRD_NODE, Some(THIRD_NODE));
         b.from_overlay(&green(), THIRD_NODE, GREEN)
     }),
     (DropReason::WrongNode, "an inner source that nobody has", |b| {

@@ -404,3 +404,49 @@ fn the_gateway_answers_a_ping() {
     let forged = Frame::echo(POD_B, GATEWAY_V4, false, 7).summed();
     assert_eq!(bench.from_pod_a(&forged).reason(), DropReason::SpoofedAddress);
 }
+
+#[test]
+fn every_address_of_a_node_is_that_nodes() {
+    kernel_test!();
+    let mut bench = Bench::new();
+    bench.forward();
+    let (second, shared): ([u8; 4], [u8; 4]) = ([198, 51, 100, 22], [198, 51, 100, 77]);
+    let second6: [u8; 16] = [0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x22];
+    bench.put_node(second, Some(OTHER_NODE));
+    bench.put_node(second6, Some(OTHER_NODE));
+    bench.put_node(shared, None);
+    let to = |address| Frame::tcp(POD_A, 40000, address, 22, SYN);
+    let to6 = Frame::tcp6(super::frame::POD_A6, 40000, second6, 22, SYN);
+    // There through the tunnel, whatever the family; what several nodes have the stack has to find.
+    for frame in [to(second), to6.clone()] {
+        let Outcome::Sent { path, tunnel, .. } = bench.from_pod_a(&frame) else {
+            panic!("it is sent")
+        };
+        assert_eq!((path, tunnel), (Path::Encap, Some((RED, OTHER_NODE))));
+    }
+    assert_eq!(bench.from_pod_a(&to(shared)).path(), Path::ToOutside);
+    // A policy that lets pods out to the world is not one that lets them to nodes, nor the other way round.
+    bench.forget();
+    bench.deny_egress(RED_PLACE.0, Identity::REMOTE_NODE.0);
+    for frame in [to(second), to(shared), to6] {
+        assert_eq!(bench.from_pod_a(&frame).reason(), DropReason::EgressDenied);
+    }
+    assert_eq!(bench.from_pod_a(&to(NOBODY)).path(), Path::ToOutside);
+    // From there it is that node, and it comes through its tunnel alone.
+    let from = |address| Frame::tcp(address, 40000, POD_A, 22, SYN);
+    let mut by_tunnel = |frame: &Frame, node| bench.from_overlay(frame, node, Identity::REMOTE_NODE);
+    assert_eq!(by_tunnel(&from(second), OTHER_NODE).path(), Path::Overlay);
+    let from6 = Frame::tcp6(second6, 40000, super::frame::POD_A6, 22, SYN);
+    assert_eq!(by_tunnel(&from6, OTHER_NODE).path(), Path::Overlay);
+    for stranger in [shared, NOBODY, NODE] {
+        assert_eq!(by_tunnel(&from(stranger), OTHER_NODE).reason(), DropReason::WrongNode);
+    }
+    // No tunnel packet comes from an address that is not the underlay's.
+    assert_eq!(by_tunnel(&from(second), second).reason(), DropReason::UnknownNode);
+    let by = bench.underlay;
+    assert_eq!(bench.to_pod(&from(second), by).reason(), DropReason::UnknownSource);
+    assert_eq!(bench.to_pod(&from(shared), by).path(), Path::FromOutside);
+    bench.set_cell(Direction::Ingress, RED_PLACE.0, Identity::REMOTE_NODE.0, 0);
+    bench.forget();
+    assert_eq!(bench.to_pod(&from(shared), by).reason(), DropReason::IngressDenied);
+}

@@ -348,7 +348,7 @@ fn answers_do_not_go_to_a_node_that_is_none_any_more() {
         Path::Overlay
     );
     bench
-        .hash::<abi::NodeEntry>(abi::map::NODES)
+        .hash::<abi::IpcacheEntry>(abi::map::NODES)
         .remove(&abi::AddressKey::v4(OTHER_NODE))
         .unwrap();
     let answer = Frame::tcp(POD_A, 8080, NOBODY, 5000, SYN_ACK).summed();

@@ -17,13 +17,16 @@ fn key(name: &str) -> Key {
     Key::new(Collection::Pods, name)
 }
 
-/// The configuration by which a test's etcd is reached.
+/// The configuration by which a test's etcd is reached. How long an etcd that hangs is waited for is what some tests are about.
 fn configuration(etcd: &Etcd) -> EtcdConfig {
     #[derive(serde::Deserialize)]
     struct Tables {
         etcd: EtcdConfig,
     }
-    toml::from_str::<Tables>(&etcd.configuration().1).unwrap().etcd
+    EtcdConfig {
+        answer_seconds: EtcdConfig::default().answer_seconds,
+        ..toml::from_str::<Tables>(&etcd.configuration().1).unwrap().etcd
+    }
 }
 
 fn connect(etcd: &Etcd) -> EtcdStore {

@@ -59,11 +59,19 @@ pub fn ip4(octets: [u8; 4]) -> IpAddr {
     octets.into()
 }
 
+/// Other addresses of the other node, and one that several nodes have.
+pub const OTHER_SECOND: [u8; 4] = [198, 51, 100, 22];
+pub const OTHER_SECOND6: [u8; 16] = [0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x22];
+pub const SHARED: [u8; 4] = [198, 51, 100, 77];
+
 impl Arena {
     pub fn new() -> Self {
         let mut bench = Bench::new();
         bench.forward();
         bench.address(OWN);
+        bench.put_node(OTHER_SECOND, Some(OTHER_NODE));
+        bench.put_node(OTHER_SECOND6, Some(OTHER_NODE));
+        bench.put_node(SHARED, None);
         // Time does not pass in the model, and nobody's share is spent.
         let long = 1 << 20;
         bench.configure(|config| {
@@ -85,7 +93,13 @@ impl Arena {
         }
         let mut model = Model {
             own: vec![ip4(NODE), ip4(OWN)],
-            nodes: vec![ip4(OTHER_NODE)],
+            nodes: [
+                (ip4(OTHER_NODE), Some(ip4(OTHER_NODE))),
+                (ip4(OTHER_SECOND), Some(ip4(OTHER_NODE))),
+                (OTHER_SECOND6.into(), Some(ip4(OTHER_NODE))),
+                (ip4(SHARED), None),
+            ]
+            .into(),
             generation: u32::try_from(bench.generation).unwrap(),
             vxlan: bench.vxlan,
             underlay: bench.underlay,

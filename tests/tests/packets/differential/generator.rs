@@ -6,7 +6,7 @@ use super::{
         Frame, NOBODY, NOBODY6, NODE, OTHER_NODE, POD_A, POD_A_MAC, POD_A6, POD_B, POD_B_MAC, POD_B6, REMOTE, REMOTE6,
     },
     super::run::Arrival,
-    arena::{Arena, OTHER_VIP, OWN, ROUTER, VIP, VIP6, ip4},
+    arena::{Arena, OTHER_SECOND, OTHER_SECOND6, OTHER_VIP, OWN, SHARED, ROUTER, VIP, VIP6, ip4},
 };
 use abi::{
     Hook, Identity,
@@ -50,7 +50,7 @@ fn is_v6(frame: &Frame) -> bool {
 }
 
 const PORTS: [u16; 10] = [80, 8080, 53, 5353, 81, 30080, 30053, 8472, 4000, 4001];
-const ANY4: [[u8; 4]; 14] = [
+const ANY4: [[u8; 4]; 16] = [
     POD_A,
     POD_B,
     POD_A,
@@ -58,6 +58,8 @@ const ANY4: [[u8; 4]; 14] = [
     REMOTE,
     NODE,
     OTHER_NODE,
+    OTHER_SECOND,
+    SHARED,
     OWN,
     NOBODY,
     ROUTER,
@@ -66,7 +68,8 @@ const ANY4: [[u8; 4]; 14] = [
     GATEWAY_V4,
     [10, 9, 9, 9],
 ];
-const ANY6: [[u8; 16]; 9] = [
+const ANY6: [[u8; 16]; 10] = [
+    OTHER_SECOND6,
     POD_A6,
     POD_B6,
     POD_A6,
@@ -140,13 +143,14 @@ impl Arena {
         let by_pod_b = [IpAddr::from(POD_B), POD_B6.into()].contains(&source);
         let by_pod = by_pod_b || [IpAddr::from(POD_A), POD_A6.into()].contains(&source);
         let remote = [IpAddr::from(REMOTE), REMOTE6.into()].contains(&source);
+        let other_node = [ip4(OTHER_NODE), ip4(OTHER_SECOND), OTHER_SECOND6.into()].contains(&source);
         let hook = if dice.chance(3) {
             dice.pick(&Hook::ALL)
         } else if by_pod {
             Hook::FromPod
         } else if remote {
             Hook::FromOverlay
-        } else if source == ip4(OTHER_NODE) {
+        } else if other_node {
             dice.pick(&[Hook::FromOverlay, Hook::FromOverlay, Hook::FromNetdev])
         } else if source == ip4(NODE) || source == ip4(OWN) {
             Hook::ToPod
@@ -155,7 +159,7 @@ impl Arena {
         };
         let vni = if remote {
             GREEN
-        } else if source == ip4(OTHER_NODE) {
+        } else if other_node {
             Identity::REMOTE_NODE
         } else {
             Identity::WORLD
@@ -166,7 +170,7 @@ impl Arena {
             vni
         };
         let node = if dice.chance(4) {
-            dice.pick(&[NODE, NOBODY])
+            dice.pick(&[NODE, NOBODY, OTHER_SECOND])
         } else {
             OTHER_NODE
         };

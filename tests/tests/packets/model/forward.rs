@@ -95,12 +95,13 @@ impl Model {
             return Ok((Party::reserved(Identity::HOST), Place::Host));
         }
         let party = self.outside(address).ok_or(DropReason::UnknownDestination)?;
-        if party.identity == Identity::REMOTE_NODE {
-            return if self.is_node_port(travel) {
-                Ok((nobody, Place::Service))
-            } else {
-                Ok((party, Place::Remote(address)))
-            };
+        if let Some(behind) = self.nodes.get(&address) {
+            if self.is_node_port(travel) {
+                return Ok((nobody, Place::Service));
+            }
+            if let Some(node) = behind {
+                return Ok((party, Place::Remote(*node)));
+            }
         }
         if self.own.contains(&address) {
             return Ok((Party::reserved(Identity::HOST), Place::Host));
@@ -129,7 +130,7 @@ impl Model {
         let v6 = travel.packet.v6;
         let is_for_pod = match &place {
             Place::Pod(_) => true,
-            Place::Remote(_) => !self.nodes.contains(&travel.destination.0),
+            Place::Remote(_) => self.remotes.contains_key(&travel.destination.0),
             _ => false,
         };
         if travel.leaves || !is_for_pod {

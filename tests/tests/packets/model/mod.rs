@@ -94,7 +94,8 @@ pub struct Model {
     pub remotes: BTreeMap<IpAddr, Remote>,
     /// The node's own address, as its pods and other nodes know it, and others that it has.
     pub own: Vec<IpAddr>,
-    pub nodes: Vec<IpAddr>,
+    /// Addresses of other nodes, each with the underlay address that it is behind; with none, where several nodes have it.
+    pub nodes: BTreeMap<IpAddr, Option<IpAddr>>,
     pub networks: Vec<Network>,
     pub services: Services,
     /// Both generations' cells, by parity.
@@ -177,7 +178,7 @@ impl Model {
 
     /// Who has an address that is no pod's and not the node's.
     fn outside(&self, address: IpAddr) -> Option<Party> {
-        if self.nodes.contains(&address) {
+        if self.nodes.contains_key(&address) {
             return Some(Party::reserved(Identity::REMOTE_NODE));
         }
         let longest = self.networks.iter().filter(|network| network.holds(address));
@@ -359,7 +360,8 @@ impl Model {
         } else {
             let party = self.outside(source).filter(|_| !self.is_known(source));
             let party = party.ok_or(DropReason::UnknownSource)?;
-            if party.identity == Identity::REMOTE_NODE && !router {
+            let is_behind = self.nodes.get(&source).is_some_and(Option::is_some);
+            if is_behind && !router {
                 return Err(DropReason::UnknownSource);
             }
             party

@@ -22,7 +22,7 @@ impl Model {
         if !self.is_host(to) {
             return Err(DropReason::ForeignTunnel);
         }
-        if !self.nodes.contains(&node) || self.is_host(node) {
+        if self.nodes.get(&node) != Some(&Some(node)) {
             return Err(DropReason::UnknownNode);
         }
         ethertype(frame)?;
@@ -69,7 +69,7 @@ impl Model {
     pub fn remote_sender(&self, travel: &mut Travel, node: IpAddr, vni: Identity) -> Step<Party> {
         let source = travel.source.0;
         if vni == Identity::REMOTE_NODE {
-            if source != node {
+            if self.nodes.get(&source) != Some(&Some(node)) {
                 return Err(DropReason::WrongNode);
             }
             about_sender(travel)?;
@@ -96,7 +96,7 @@ impl Model {
         let address = travel.source.0;
         let party = self.outside(address).filter(|_| !self.is_known(address));
         let party = party.ok_or(DropReason::UnknownSource)?;
-        if party.identity == Identity::REMOTE_NODE {
+        if self.nodes.contains_key(&address) {
             return Err(DropReason::UnknownSource);
         }
         if travel.packet.protocol == UDP && !travel.packet.related && travel.source.1 == TUNNEL_PORT {
@@ -126,7 +126,7 @@ impl Model {
     /// Nothing, where the packet is nobody's business here.
     pub fn from_netdev(&mut self, frame: &mut [u8], kept: &mut Option<Travel>) -> Option<Step<Sent>> {
         let mut travel = Travel::new(Packet::parse(frame).ok()?);
-        let from_node = self.nodes.contains(&travel.source.0) || self.is_host(travel.source.0);
+        let from_node = self.nodes.contains_key(&travel.source.0) || self.is_host(travel.source.0);
         if travel.packet.link != 0 || !self.is_host(travel.destination.0) || from_node {
             return None;
         }
