@@ -34,6 +34,9 @@ const ICMPV6_ECHO: u16 = 128;
 pub fn admit(flow: &mut Flow, from: &Party, to: &Party) -> Result<(), DropReason> {
     if flow.fragment == Fragment::Ahead {
         // Whether it belongs to a flow of those that alone may go on this way nobody knows.
+        if flow.must_answer {
+            return Err(DropReason::UnknownSource);
+        }
         return match (flow.in_transit, is_answer_to_itself(flow)) {
             (true, _) => Err(DropReason::NotLocal),
             (_, true) => Err(DropReason::UnknownDestination),
@@ -46,6 +49,9 @@ pub fn admit(flow: &mut Flow, from: &Party, to: &Party) -> Result<(), DropReason
 
     let tracked = conntrack::find(&place, now).filter(|tracked| tracked.is_flow_between(&peers));
     if let Some(tracked) = tracked {
+        if flow.must_answer && (!tracked.reply || opens_anew(flow, &tracked)) {
+            return Err(DropReason::UnknownSource);
+        }
         let crossed = is_crossed(flow, &tracked);
         if crossed && flow.protocol == TCP && !tracked.is_closed() {
             flow.is_lost = true;
@@ -83,6 +89,8 @@ pub fn admit(flow: &mut Flow, from: &Party, to: &Party) -> Result<(), DropReason
             }
             return verdict;
         }
+    } else if flow.must_answer {
+        return Err(DropReason::UnknownSource);
     } else if flow.related || flow.answer {
         return Err(DropReason::IcmpUnrelated);
     }

@@ -392,8 +392,11 @@ pub fn node_or_outside(ctx: &TcContext, flow: &mut Flow, sender: &mut Party) -> 
         Some(known) => known.is_host(),
         None => came_in_by == 0 && is_own(ctx, flow, &flow.ends.source)?,
     };
-    if came_in_by == 0 && is_own {
+    if is_own && (came_in_by == 0 || !flow.related) {
         *sender = reserved(Identity::HOST);
+        // From elsewhere under the node's address comes what answers a pod that has asked there, where somebody has it sent on:
+        // a container runtime that publishes a port.
+        flow.must_answer = came_in_by != 0;
     } else {
         if known.is_some() || maps::ENDPOINTS.get_ptr(&key).is_some() {
             return Err(DropReason::UnknownSource);

@@ -12,6 +12,7 @@ mod enforce;
 mod fast;
 mod forward;
 mod fragment;
+mod guard;
 mod icmp;
 mod identify;
 mod lookup;
@@ -28,7 +29,10 @@ mod translate;
 mod verdict;
 
 use abi::{DropReason, Hook, Identity, Path};
-use aya_ebpf::{macros::classifier, programs::TcContext};
+use aya_ebpf::{
+    macros::{cgroup_skb, classifier},
+    programs::{SkBuffContext, TcContext},
+};
 use forward::Action;
 use identify::{Outer, Receiver, Way};
 use lookup::Party;
@@ -121,6 +125,12 @@ fn overlay_delivers(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReas
         fast::arm(flow);
     }
     Ok(action)
+}
+
+/// Egress of the node's own sockets, by their cgroup: none passes for the tunnel.
+#[cgroup_skb(egress)]
+pub fn guard_tunnel(ctx: SkBuffContext) -> i32 {
+    guard::judge(&ctx)
 }
 
 /// In front of everything for the moment in which a program is moved on its hook: rather no packet than one past it.

@@ -97,6 +97,8 @@ pub struct Flow {
     pub in_transit: bool,
     /// It is such an answer, and leaves with the node's address.
     pub leaves: bool,
+    /// It came from elsewhere with the node's own address: it must be an answer to what a pod has sent there.
+    pub must_answer: bool,
     /// The node by way of which the other end asks or is answered, which is outside; or none.
     pub via: Address,
     /// It is in the middle of a connection of TCP that nobody knows, or that somebody else's looks like.
@@ -164,6 +166,7 @@ impl Flow {
             at_node: false,
             from_outside: false,
             in_transit: false,
+            must_answer: false,
             leaves: false,
             via: Address::NONE,
             is_lost: false,

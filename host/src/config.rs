@@ -52,6 +52,9 @@ pub struct Config {
     /// Interfaces whose addresses other nodes are not told of, besides those of pods and of container bridges.
     #[serde(default)]
     pub ignore_interfaces: Vec<String>,
+    /// The cgroup (version 2) whose processes are kept from sending for the tunnel; that of all processes, where none is given.
+    #[serde(default)]
+    pub cgroup: Option<PathBuf>,
     /// First and last node port that a service may have.
     #[serde(default = "defaults::node_port_range")]
     pub node_port_range: [u16; 2],

@@ -233,9 +233,7 @@ fn vxlan_from_a_stranger_is_not_believed() {
     cluster.add_pod(0, "red/a", &[]).unwrap();
     cluster.add_pod(1, "red/b", &[]).unwrap();
     let node = &cluster.nodes[0];
-    let known = wait_until(Duration::from_secs(10), || {
-        node.json(&["ipcache", "list"]).unwrap().as_array().unwrap().len() == 3
-    });
+    let known = wait_until(Duration::from_secs(10), || node.others_addresses().unwrap().len() == 2);
     assert!(known);
     let identity = node.json(&["endpoint", "list"]).unwrap()[0]["identity"]
         .as_u64()

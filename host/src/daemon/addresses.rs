@@ -10,6 +10,7 @@ use crate::{
     },
 };
 use abi::{AddressKey, Identity};
+use ipnet::IpNet;
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
@@ -180,8 +181,13 @@ impl Daemon {
         self.datapath.is_node(&AddressKey::from(address)) && !self.addresses.is_own(address)
     }
 
-    /// Whether this node can send IPv6 by itself: without an address it can't answer there.
-    pub(super) fn has_ipv6_address(&self) -> bool {
-        self.addresses.own.published.iter().any(IpAddr::is_ipv6)
+    /// What this node sends from to a network; none, where it has no address of its family.
+    pub(super) fn source_towards(&self, network: IpNet) -> Option<IpAddr> {
+        let underlay = self.config.underlay;
+        if network.addr().is_ipv4() == underlay.is_ipv4() {
+            Some(underlay)
+        } else {
+            self.addresses.own.second
+        }
     }
 }

@@ -266,19 +266,16 @@ impl Daemon {
         Ok(())
     }
 
-    /// CIDRs of the other nodes' pods, each with its node; of a family of which this node has an address.
-    pub(super) fn tunnel_routes(&self) -> BTreeMap<IpNet, IpAddr> {
-        let own = self.config.underlay;
-        let has_address = |v4: bool| v4 == own.is_ipv4() || !v4 && self.has_ipv6_address();
+    /// CIDRs of the other nodes' pods, each with the way there; of a family of which this node has an address.
+    pub(super) fn tunnel_routes(&self) -> BTreeMap<IpNet, net::Tunnel> {
         let others = self.nodes.values().filter(|node| node.record.name != self.config.node);
-        others
-            .flat_map(|node| {
-                node.record
-                    .pod_cidrs
-                    .iter()
-                    .map(|cidr| (cidr.trunc(), node.record.underlay))
+        let cidrs = others.flat_map(|node| node.record.pod_cidrs.iter().map(|cidr| (*cidr, node.record.underlay)));
+        cidrs
+            .filter(|(_, node)| node.is_ipv4() == self.config.underlay.is_ipv4())
+            .filter_map(|(cidr, node)| {
+                let source = self.source_towards(cidr)?;
+                Some((cidr.trunc(), net::Tunnel { node, source }))
             })
-            .filter(|(cidr, node)| node.is_ipv4() == own.is_ipv4() && has_address(cidr.addr().is_ipv4()))
             .collect()
     }
 

@@ -413,6 +413,7 @@ impl Daemon {
         self.datapath.adopt_pins()?;
         self.datapath.set_pods(self.locals.len())?;
         self.datapath.count_flows()?;
+        self.guard_tunnel();
         self.datapath.attach(Hook::FromOverlay, VXLAN_DEVICE)?;
         // Only now: without the program everybody's packets would reach the node's own stack.
         block_in_place(|| net::bring_up(VXLAN_DEVICE))?;

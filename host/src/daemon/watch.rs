@@ -2,12 +2,14 @@
 //! the node's stack has for the pods.
 
 use super::{Daemon, DaemonError};
-use crate::net::{self, VXLAN_DEVICE};
+use crate::{
+    datapath,
+    net::{self, VXLAN_DEVICE},
+};
 use abi::Hook;
 use ipnet::IpNet;
 use std::{
     collections::{BTreeMap, VecDeque},
-    net::IpAddr,
     time::{Duration, Instant},
 };
 use tokio::task::block_in_place;
@@ -38,7 +40,7 @@ pub struct Watch {
     /// When the next link may take over from a filter.
     next: Instant,
     /// Routes into the tunnel as they were set.
-    pub routes: BTreeMap<IpNet, IpAddr>,
+    pub routes: BTreeMap<IpNet, net::Tunnel>,
     /// The table of nftables as it was shown when it was set.
     table: Option<String>,
     /// Times that something was put right.
@@ -94,6 +96,7 @@ impl Daemon {
             self.watch.round = self.hooks();
             self.watch.said = std::mem::take(&mut self.watch.problems);
             self.watch_stack();
+            self.watch_guard();
         }
         let began = Instant::now();
         while began.elapsed() < LOOK
@@ -124,6 +127,30 @@ impl Daemon {
             hooks.push_back((Hook::FromNetdev, self.underlay.clone()));
         }
         hooks
+    }
+
+    /// Keeps the node's own processes from sending for the tunnel.
+    pub(super) fn guard_tunnel(&mut self) {
+        let cgroup = self.config.cgroup.clone().map_or_else(datapath::cgroup_root, Ok);
+        let guarded = match cgroup {
+            Ok(cgroup) => self.datapath.guard_tunnel(&cgroup).map_err(|error| error.to_string()),
+            Err(error) => Err(format!(
+                "the node's own processes are not kept from the tunnel port: {error} (`cgroup` in the configuration)"
+            )),
+        };
+        if let Err(problem) = guarded {
+            self.watch.complain(problem);
+        }
+    }
+
+    fn watch_guard(&mut self) {
+        if !self.datapath.is_guarded() {
+            self.guard_tunnel();
+            if self.datapath.is_guarded() {
+                self.watch.repairs += 1;
+                tracing::warn!("the guard of the tunnel was gone; put right");
+            }
+        }
     }
 
     /// Looks at the node's addresses, if that is due.

@@ -32,7 +32,11 @@ impl Datapath {
             }
         }
         let known = self.placed_nodes.keys();
-        for address in known.filter(|known| !desired.contains_key(*known)).copied().collect::<Vec<_>>() {
+        for address in known
+            .filter(|known| !desired.contains_key(*known))
+            .copied()
+            .collect::<Vec<_>>()
+        {
             self.look_anew_behind(&address);
             gone(self.nodes.remove(&address), map::NODES)?;
             self.placed_nodes.remove(&address);

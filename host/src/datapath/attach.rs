@@ -10,7 +10,7 @@ use abi::Hook;
 use aya::{
     Ebpf,
     programs::{
-        LinkOrder, ProgramError, SchedClassifier, TcAttachType,
+        LinkOrder, Program, ProgramError, SchedClassifier, TcAttachType,
         links::{FdLink, Link as _, PinnedLink},
         tc::{self, NlOptions, SchedClassifierLink, SchedClassifierLinkId, TcAttachOptions, TcHandle},
     },
@@ -201,6 +201,11 @@ impl Attacher {
             std::thread::sleep(Duration::from_millis(1));
         }
         Ok(())
+    }
+
+    /// A program of any type.
+    pub fn program_of(&mut self, name: &str) -> Option<&mut Program> {
+        self.ebpf.program_mut(name)
     }
 
     fn program(&mut self, name: &str) -> Result<&mut SchedClassifier, String> {

@@ -37,6 +37,17 @@ pub enum DatapathError {
         /// Why.
         problem: String,
     },
+    /// The guard of the tunnel could not be attached.
+    #[error(
+        "the node's own processes are not kept from the tunnel port: cgroup {}: {problem} (`cgroup` in the configuration)",
+        cgroup.display()
+    )]
+    Guard {
+        /// The cgroup.
+        cgroup: std::path::PathBuf,
+        /// Why.
+        problem: String,
+    },
     /// A pin, a mount or a memory map failed.
     #[error("{what}: {source}")]
     Io {

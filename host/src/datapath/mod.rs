@@ -5,6 +5,7 @@
 //! | pin | what |
 //! | --- | --- |
 //! | `maps/NAME` | the maps that the attached programs use |
+//! | `guard/link` | the link of the guard to a cgroup |
 //! | `links/INTERFACE-HOOK` | the tcx links; a clsact filter has no link, it stays by itself |
 //!
 //! A hostd that starts builds maps anew, but for conntrack, fills them, and then swaps the programs in the links: each
@@ -16,6 +17,7 @@ mod cells;
 mod conntrack;
 mod error;
 mod events;
+mod guard;
 mod matrix;
 mod networks;
 mod object;
@@ -26,6 +28,7 @@ mod stamps;
 pub use attach::detach_node_ports;
 pub use error::DatapathError;
 pub use events::EventStream;
+pub use guard::cgroup_root;
 pub use object::{Constants, load_programs};
 pub use read::{Counters, Flow};
 pub use services::Placed as PlacedService;

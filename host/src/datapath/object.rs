@@ -1,6 +1,6 @@
 //! The eBPF object: its constants, its map sizes, and the folder of its pins.
 
-use super::{DatapathError, attach::CLOSED, chain};
+use super::{DatapathError, attach::CLOSED, chain, guard::GUARD};
 use crate::{
     config::Maps,
     plan::{Numbers, Shape},
@@ -9,7 +9,7 @@ use abi::{Kept, Service, ServiceKey, map, policy::CELLS_PER_ELEMENT};
 use aya::{
     Ebpf, EbpfLoader, include_bytes_aligned,
     maps::{Array, Map, MapData, MapError, of_maps::HashOfMaps},
-    programs::{ProgramError, SchedClassifier},
+    programs::{CgroupSkb, ProgramError, SchedClassifier},
 };
 use rustix::{
     fs::statfs,
@@ -79,22 +79,28 @@ pub fn load_programs(maps: &Maps, constants: &Constants, reuse: &[(&str, PathBuf
             .ok_or_else(|| DatapathError::Load(format!("the object has no program {name}")))?
             .try_into()
             .map_err(|error| DatapathError::Load(chain(&error)))?;
-        load(program).map_err(|error| DatapathError::Load(format!("{name}: {}", chain(&error))))?;
+        patiently(|| program.load()).map_err(|error| DatapathError::Load(format!("{name}: {}", chain(&error))))?;
     }
+    let guard: &mut CgroupSkb = ebpf
+        .program_mut(GUARD)
+        .ok_or_else(|| DatapathError::Load(format!("the object has no program {GUARD}")))?
+        .try_into()
+        .map_err(|error| DatapathError::Load(chain(&error)))?;
+    patiently(|| guard.load()).map_err(|error| DatapathError::Load(format!("{GUARD}: {}", chain(&error))))?;
     Ok(ebpf)
 }
 
 /// The verifier gives up with `EAGAIN` when a signal is waiting for the thread (`do_check` in `kernel/bpf/verifier.c`):
 /// then it is asked again.
-fn load(program: &mut SchedClassifier) -> Result<(), ProgramError> {
+fn patiently(mut load: impl FnMut() -> Result<(), ProgramError>) -> Result<(), ProgramError> {
     const ATTEMPTS: usize = 20;
     for _ in 1..ATTEMPTS {
-        match program.load() {
+        match load() {
             Err(ProgramError::LoadError { io_error, .. }) if io_error.kind() == io::ErrorKind::WouldBlock => {}
             result => return result,
         }
     }
-    program.load()
+    load()
 }
 
 /// The part of the generation word that the programs use.
@@ -220,7 +226,7 @@ fn remove_folder(folder: &Path) -> Result<(), DatapathError> {
 
 /// Removes all pins of a node.
 pub fn remove_all(bpffs: &Path) -> Result<(), DatapathError> {
-    for folder in ["links", "maps", "maps-new", "maps-old"] {
+    for folder in ["guard", "links", "maps", "maps-new", "maps-old"] {
         remove_folder(&bpffs.join(folder))?;
     }
     // Unless something else is in it, or mounted on it.

@@ -25,6 +25,9 @@ pub struct Addresses {
     pub own: BTreeSet<IpAddr>,
     /// Those by which other nodes know it: of global scope, and on no interface that is left out.
     pub published: BTreeSet<IpAddr>,
+    /// What it sends from in the family that is not the underlay's, of those that others know: beside the underlay address, where
+    /// there is one.
+    pub second: Option<IpAddr>,
 }
 
 /// An interface, as far as its addresses are concerned.
@@ -55,8 +58,8 @@ impl Interface {
                 LinkAttribute::Controller(index) => found.master = Some(*index),
                 LinkAttribute::LinkInfo(infos) => {
                     found.is_bridge |= infos.contains(&LinkInfo::Kind(InfoKind::Bridge));
-                    found.is_guests |=
-                        infos.contains(&LinkInfo::Kind(InfoKind::Veth)) || infos.contains(&LinkInfo::Kind(InfoKind::Tun));
+                    found.is_guests |= infos.contains(&LinkInfo::Kind(InfoKind::Veth))
+                        || infos.contains(&LinkInfo::Kind(InfoKind::Tun));
                 }
                 _ => {}
             }
@@ -109,6 +112,7 @@ pub fn addresses(underlay: IpAddr, ignored: &[String]) -> Result<Addresses, NetE
             let listed = list(&handle).await?;
             let interfaces = interfaces(&handle).await?;
             let mut found = Addresses::default();
+            let mut is_beside = false;
             for message in &listed {
                 let Some(address) = address(message).filter(|address| can_be_reached(*address)) else {
                     continue;
@@ -123,8 +127,14 @@ pub fn addresses(underlay: IpAddr, ignored: &[String]) -> Result<Addresses, NetE
                     |other: &AddressMessage| other.header.index == index && self::address(other) == Some(underlay);
                 let is_left_out = ignored.contains(&interface.name)
                     || (is_containers(index, &interfaces) && !listed.iter().any(has_underlay));
-                if message.header.scope == AddressScope::Universe && !is_left_out {
-                    found.published.insert(address);
+                if message.header.scope != AddressScope::Universe || is_left_out {
+                    continue;
+                }
+                found.published.insert(address);
+                let with_underlay = listed.iter().any(has_underlay);
+                if address.is_ipv4() != underlay.is_ipv4() && (found.second.is_none() || (with_underlay && !is_beside))
+                {
+                    (found.second, is_beside) = (Some(address), with_underlay);
                 }
             }
             Ok(found)

@@ -19,7 +19,7 @@ pub use netlink::{bring_up, delete_link};
 pub use netns::{Netns, in_netns};
 pub use ports::given_to_connections;
 pub use recover::{Found, find_pods};
-pub use route::{has_tunnel_routes, make_reachable, make_unreachable, set_tunnel_routes};
+pub use route::{Tunnel, has_tunnel_routes, make_reachable, make_unreachable, set_tunnel_routes};
 pub use table::{Routed, remove_table, set_table, table};
 pub use veth::{NODE_MTU, PairNames, Veth, find_pod_link, gateway, make_pod_link, pod_links, prepare_node};
 pub use vxlan::{Underlay, ensure_vxlan, pod_mtu, underlay};

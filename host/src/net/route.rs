@@ -76,16 +76,24 @@ const NO_SUCH_PROCESS: i32 = 3;
 /// Hop limit of what the node itself sends into the tunnel.
 const TUNNEL_TTL: u8 = 64;
 
-/// Makes the node reach the pods of other nodes through the tunnel, as the remote node that it is to them: CIDRs, each
-/// with the underlay address of its node. Where the CIDR is of the family of this node's own address, that is what the node sends
-/// from; of the other one the kernel chooses. Other routes into the tunnel go; those that are there as they are `known` to have been set stay.
+/// A way through the tunnel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tunnel {
+    /// The underlay address of the node that it leads to.
+    pub node: IpAddr,
+    /// What this node sends from, of the family of what is reached.
+    pub source: IpAddr,
+}
+
+/// Makes the node reach the pods of other nodes through the tunnel, as the remote node that it is to them: by CIDR. Other routes into
+/// the tunnel go; those that are there as they are `known` to have been set stay.
 ///
 /// # Errors
 ///
 /// Where the kernel refuses.
 pub fn set_tunnel_routes(
-    wanted: &BTreeMap<IpNet, IpAddr>,
-    known: &BTreeMap<IpNet, IpAddr>,
+    wanted: &BTreeMap<IpNet, Tunnel>,
+    known: &BTreeMap<IpNet, Tunnel>,
     own: IpAddr,
 ) -> Result<(), NetError> {
     let (wanted, known) = (wanted.clone(), known.clone());
@@ -100,16 +108,14 @@ pub fn set_tunnel_routes(
                     deleted.map_err(NetError::kernel(format!("removing the node's route to {cidr}")))?;
                 }
             }
-            let is_set = |cidr: &IpNet, node: &IpAddr| there.contains(cidr) && known.get(cidr) == Some(node);
-            for (cidr, node) in wanted.into_iter().filter(|(cidr, node)| !is_set(cidr, node)) {
+            let is_set = |cidr: &IpNet, way: &Tunnel| there.contains(cidr) && known.get(cidr) == Some(way);
+            for (cidr, way) in wanted.into_iter().filter(|(cidr, way)| !is_set(cidr, way)) {
                 let what = format!("setting the node's route to {cidr}");
-                let mut route = RouteMessageBuilder::<IpAddr>::new()
+                let route = RouteMessageBuilder::<IpAddr>::new()
                     .destination_prefix(cidr.network(), cidr.prefix_len())
+                    .and_then(|route| route.pref_source(way.source))
                     .map_err(NetError::kernel(what.as_str()))?;
-                if cidr.addr().is_ipv4() == own.is_ipv4() {
-                    route = route.pref_source(own).map_err(NetError::kernel(what.as_str()))?;
-                }
-                let route = into_tunnel(route, own, node, device).build();
+                let route = into_tunnel(route, own, way.node, device).build();
                 let added = handle.route().add(route).replace().execute().await;
                 added.map_err(NetError::kernel(what.as_str()))?;
             }
@@ -124,7 +130,7 @@ pub fn set_tunnel_routes(
 /// # Errors
 ///
 /// Where the kernel refuses.
-pub fn has_tunnel_routes(wanted: &BTreeMap<IpNet, IpAddr>) -> Result<bool, NetError> {
+pub fn has_tunnel_routes(wanted: &BTreeMap<IpNet, Tunnel>) -> Result<bool, NetError> {
     let wanted: BTreeSet<IpNet> = wanted.keys().copied().collect();
     netlink_here(move |handle| {
         async move {
@@ -168,7 +174,11 @@ fn into_tunnel(
 async fn tunnel_routes(handle: &Handle, device: u32) -> Result<Vec<(IpNet, RouteMessage)>, NetError> {
     let of_v4 = RouteMessageBuilder::<Ipv4Addr>::new().build();
     let of_v6 = RouteMessageBuilder::<Ipv6Addr>::new().build();
-    let mut listed = handle.route().get(of_v4).execute().chain(handle.route().get(of_v6).execute());
+    let mut listed = handle
+        .route()
+        .get(of_v4)
+        .execute()
+        .chain(handle.route().get(of_v6).execute());
     let mut routes = Vec::new();
     while let Some(route) = listed.try_next().await.map_err(NetError::kernel("listing routes"))? {
         let ours = route.header.kind == RouteType::Unicast && route.attributes.contains(&RouteAttribute::Oif(device));

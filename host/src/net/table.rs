@@ -28,8 +28,10 @@ pub struct Routed<'a> {
     pub underlay: IpAddr,
 }
 
-/// Sets the table. Whatever it is made of, nothing is forwarded into the tunnel, where it would pass for this node's own, nor from pod to
-/// pod, which is the programs' to do: where they are gone, nobody's policy would hold.
+/// Sets the table. Whatever it is made of, nothing is forwarded into the tunnel, where it would pass for this node's own, but for answers
+/// of what has been asked at one of the node's own addresses and was sent on by somebody else's translation (ports that container
+/// runtimes publish); nor from pod to pod, which is the programs' to do: where they are gone, nobody's policy would hold. And what
+/// others have sent does not leave for a tunnel port with this node's address, which a translation may have given it.
 ///
 /// # Errors
 ///
@@ -91,8 +93,11 @@ fn script(routed: Routed<'_>) -> String {
     let family = if underlay.is_ipv4() { "ip" } else { "ip6" };
     let mut text = format!(
         "table {TABLE}\ndelete table {TABLE}\ntable {TABLE} {{\n  chain forward {{\n    \
-         type filter hook forward priority filter; policy accept;\n    oifname \"{VXLAN_DEVICE}\" drop\n    \
-         iifgroup {GROUP} oifgroup {GROUP} drop\n  }}\n"
+         type filter hook forward priority filter; policy accept;\n    \
+         oifname \"{VXLAN_DEVICE}\" ct direction reply ct status dnat accept\n    oifname \"{VXLAN_DEVICE}\" drop\n    \
+         iifgroup {GROUP} oifgroup {GROUP} drop\n  }}\n  chain leaving {{\n    \
+         type filter hook postrouting priority 300; policy accept;\n    \
+         {family} saddr {underlay} udp dport {TUNNEL_PORT} iif != 0 iifname != \"{VXLAN_DEVICE}\" drop\n  }}\n"
     );
     for (hook, end) in [("prerouting", "daddr"), ("output", "saddr")] {
         let _ = writeln!(
@@ -171,6 +176,9 @@ mod tests {
         let guard = "oifname \"wasmgate_vxlan\" drop";
         assert!(lines.contains(&guard), "{text}");
         assert!(lines.contains(&"iifgroup 22343 oifgroup 22343 drop"), "{text}");
+        // Not what the node itself sends, nor the tunnel.
+        let leaving = "ip saddr 192.0.2.1 udp dport 8472 iif != 0 iifname != \"wasmgate_vxlan\" drop";
+        assert!(lines.contains(&leaving), "{text}");
         let ports = "ip saddr 10.1.0.0/24 meta l4proto { tcp, udp } masquerade to :32768-65535";
         assert!(lines.contains(&ports), "{text}");
         assert_eq!(free_ports([1024, u16::MAX - 1]), [u16::MAX, u16::MAX]);

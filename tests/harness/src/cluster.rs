@@ -281,11 +281,10 @@ impl Cluster {
     ///
     /// Where they do not in time.
     pub fn settle(&self) -> anyhow::Result<()> {
-        let expected = self.addresses() + 1;
+        let expected = self.addresses();
         for node in &self.nodes {
             let settled = wait_until(START, || {
-                node.json(&["ipcache", "list"])
-                    .is_ok_and(|entries| entries.as_array().is_some_and(|entries| entries.len() == expected))
+                node.others_addresses().is_ok_and(|entries| entries.len() == expected)
             });
             ensure!(settled, "node {} does not know all pods: {}", node.name, node.log());
         }
@@ -326,16 +325,13 @@ impl Cluster {
     /// Where they do not in time.
     pub fn agree(&self) -> anyhow::Result<()> {
         let identities = |node: &Node| -> anyhow::Result<Vec<(String, u64)>> {
-            let entries = node.json(&["ipcache", "list"])?;
-            let entries = entries.as_array().cloned().unwrap_or_default();
-            let own = node.underlay.to_string();
+            let entries = node.others_addresses()?;
             let mut identities: Vec<(String, u64)> = entries
                 .iter()
                 .map(|entry| {
                     let address = entry["address"].as_str().unwrap_or_default().to_owned();
                     (address, entry["identity"].as_u64().unwrap_or(0))
                 })
-                .filter(|(address, _)| *address != own)
                 .collect();
             identities.sort();
             Ok(identities)

@@ -214,6 +214,17 @@ impl Node {
         Ok(String::from_utf8_lossy(&output.stderr).into_owned())
     }
 
+    /// Addresses that the node knows, but for its own: entries of its ipcache.
+    ///
+    /// # Errors
+    ///
+    /// Where hostd does not answer.
+    pub fn others_addresses(&self) -> anyhow::Result<Vec<Value>> {
+        let listed = self.json(&["ipcache", "list"])?;
+        let entries = listed.as_array().cloned().unwrap_or_default();
+        Ok(entries.into_iter().filter(|entry| entry["name"] != "host").collect())
+    }
+
     /// Packets dropped for this reason so far.
     ///
     /// # Errors

@@ -6,7 +6,7 @@ use super::{
         Frame, NOBODY, NOBODY6, NODE, OTHER_NODE, POD_A, POD_A_MAC, POD_A6, POD_B, POD_B_MAC, POD_B6, REMOTE, REMOTE6,
     },
     super::run::Arrival,
-    arena::{Arena, OTHER_SECOND, OTHER_SECOND6, OTHER_VIP, OWN, SHARED, ROUTER, VIP, VIP6, ip4},
+    arena::{Arena, OTHER_SECOND, OTHER_SECOND6, OTHER_VIP, OWN, ROUTER, SHARED, VIP, VIP6, ip4},
 };
 use abi::{
     Hook, Identity,

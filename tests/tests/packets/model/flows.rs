@@ -132,6 +132,8 @@ pub struct Travel {
     pub at_node: bool,
     pub from_outside: bool,
     pub in_transit: bool,
+    /// From elsewhere under the node's own address.
+    pub must_answer: bool,
     pub leaves: bool,
     pub via: Option<IpAddr>,
     pub opened: bool,
@@ -161,6 +163,7 @@ impl Travel {
             at_node: false,
             from_outside: false,
             in_transit: false,
+            must_answer: false,
             leaves: false,
             via: None,
             opened: false,
@@ -238,6 +241,9 @@ pub fn admit(
 ) -> Result<(), DropReason> {
     let packet = travel.packet.clone();
     let nowhere = |travel: &Travel| travel.hairpin && !travel.asked && !travel.answered;
+    if packet.fragment == Fragment::Ahead && travel.must_answer {
+        return Err(DropReason::UnknownSource);
+    }
     if packet.fragment == Fragment::Ahead {
         return match (travel.in_transit, nowhere(travel)) {
             (true, _) => Err(DropReason::NotLocal),
@@ -256,6 +262,10 @@ pub fn admit(
     });
     if let Some(entry) = known {
         let reply = entry.originator != travel.source;
+        let asks = (packet.request || packet.is_syn()) && !packet.related;
+        if travel.must_answer && (!reply || asks) {
+            return Err(DropReason::UnknownSource);
+        }
         // Datagrams are answered where they were sent last; of a connection there can be only one.
         let crossed = !packet.related && !reply && (entry.state & TRANSLATED != 0) != travel.asked;
         if crossed && packet.protocol == TCP && !is_closed(&entry) {
@@ -321,6 +331,8 @@ pub fn admit(
             conntrack.insert(key, renewed);
             return Ok(());
         }
+    } else if travel.must_answer {
+        return Err(DropReason::UnknownSource);
     } else if packet.related || packet.answer {
         return Err(DropReason::IcmpUnrelated);
     }

@@ -355,7 +355,9 @@ impl Model {
         }
         let source = travel.source.0;
         let router = travel.packet.related && travel.packet.about != source;
-        let mut sender = if came_in_by == 0 && self.own.contains(&source) {
+        let by_another = self.is_host(source) && !travel.packet.related;
+        let mut sender = if (came_in_by == 0 && self.own.contains(&source)) || by_another {
+            travel.must_answer = came_in_by != 0;
             Party::reserved(Identity::HOST)
         } else {
             let party = self.outside(source).filter(|_| !self.is_known(source));
