@@ -46,6 +46,7 @@ fn the_example_shows_every_default() {
         "forwarding",
         "masquerade",
         "masquerade_except",
+        "ignore_interfaces",
         "tenant_bits",
         "ttl_seconds",
         "grace_seconds",

@@ -408,7 +408,7 @@ pub enum PolicyCommand {
         from: String,
         /// To whom.
         to: String,
-        /// Protocol: tcp, udp, sctp, icmp or icmpv6. Without it: every port.
+        /// Protocol: tcp, udp, sctp, icmp, icmpv6, or a number. Without it: every port.
         #[arg(long, value_parser = parse_protocol)]
         protocol: Option<u8>,
         /// Destination port, or type of ICMP, which is an echo request without this.

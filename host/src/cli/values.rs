@@ -39,9 +39,8 @@ pub enum LabelChange {
 
 pub fn parse_protocol(text: &str) -> Result<u8, String> {
     let known = CARRIED.iter().find(|(_, name)| *name == text);
-    known
-        .map(|(number, _)| *number)
-        .ok_or_else(|| "one of tcp, udp, sctp, icmp, icmpv6".to_owned())
+    let number = known.map(|(number, _)| *number).or_else(|| text.parse().ok());
+    number.ok_or_else(|| "one of tcp, udp, sctp, icmp, icmpv6, or the number of an IP protocol, 0 to 255".to_owned())
 }
 
 pub fn parse_named_port(text: &str) -> Result<(String, u8, u16), String> {

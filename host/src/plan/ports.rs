@@ -42,7 +42,7 @@ pub struct Ports {
 /// Protocols that have ports.
 const WITH_PORTS: [u8; 3] = [TCP, UDP, SCTP];
 
-/// What the datapath carries, in the order in which it is shown.
+/// Protocols that have names here, in the order in which they are shown.
 pub const CARRIED: [(u8, &str); 5] = [
     (TCP, "tcp"),
     (UDP, "udp"),
@@ -281,7 +281,7 @@ impl Ruling {
         if line.0.is_empty() { Self::all(false) } else { line }
     }
 
-    /// What passes of what the datapath carries, as `tcp/8080`, `udp/5000-5010`, `icmp`.
+    /// What passes, as `tcp/8080`, `udp/5000-5010`, `icmp`, `protocol 47`, and `other protocols` where all without a name do.
     #[must_use]
     pub fn allowed(&self) -> Vec<String> {
         let mut texts = Vec::new();
@@ -297,13 +297,23 @@ impl Ruling {
                 position = until + 1;
             }
         }
+        // They have no ports: the first place of each is all of it.
+        let is_named = |number: &u8| CARRIED.iter().any(|(named, _)| named == number);
+        let others: Vec<u8> = (0..=u8::MAX).filter(|number| !is_named(number)).collect();
+        let passing = || others.iter().filter(|number| self.at(port_key(**number, 0)));
+        if passing().count() == others.len() {
+            texts.push("other protocols".to_owned());
+        } else {
+            texts.extend(passing().map(|number| protocol_name(*number)));
+        }
         texts
     }
 
-    /// Whether everything passes that the datapath carries.
+    /// Whether everything passes.
     #[must_use]
     pub fn is_all(&self) -> bool {
-        self.allowed().len() == CARRIED.len() && self.allowed().iter().all(|text| !text.contains('/'))
+        let allowed = self.allowed();
+        allowed.len() == CARRIED.len() + 1 && allowed.iter().all(|text| !text.contains('/'))
     }
 }
 
