@@ -45,7 +45,7 @@ reasons! {
     14 SpoofedArp "spoofed_arp" "A pod sent an ARP packet with an address that is not its own.";
     15 UnexpectedArp "unexpected_arp" "An ARP packet other than a pod's request for its gateway.";
     16 NotForGateway "not_for_gateway" "A pod sent a frame to another MAC address than its gateway's.";
-    17 TunnelPort "tunnel_port" "UDP to the tunnel port of an address that is no pod's, or from that port to a node port, whose answers would go there.";
+    17 TunnelPort "tunnel_port" "UDP to the tunnel port of an address that is no pod's, or from that port to a node port, whose answers would go there; or a tunnel of another kind (IPIP, 6in4, GRE) to a node.";
     18 UnknownDestination "unknown_destination" "No pod has the destination address, which is one of a pod CIDR or no unicast address.";
     19 UnknownSource "unknown_source" "The node routed a packet to a pod from an address that is a pod's, its own, or no unicast address.";
     20 TtlExceeded "ttl_exceeded" "The time to live, or the hop limit, ran out.";

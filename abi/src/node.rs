@@ -45,6 +45,10 @@ pub const GATEWAY_V4: [u8; 4] = [169, 254, 1, 1];
 /// The same for IPv6: `fe80::1`.
 pub const GATEWAY_V6: Address = Address([0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
 
+/// Mark (`skb->mark`) of what the programs let up the node's stack. The table of nftables drops whatever comes from pods or the tunnel
+/// without it, where a program is missing, and takes it away from the rest, so that it means nothing to anybody else.
+pub const SEEN_MARK: u32 = 0x5747_0001;
+
 /// UDP port of the tunnel: Linux's and Cilium's, not the registered 4789.
 pub const TUNNEL_PORT: u16 = 8472;
 

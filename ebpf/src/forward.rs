@@ -15,6 +15,11 @@ use aya_ebpf::{
     programs::TcContext,
 };
 
+/// Protocols of tunnels that Linux has (IANA, "Protocol Numbers").
+const IPIP: u8 = 4;
+const IPV6_IN_IP: u8 = 41;
+const GRE: u8 = 47;
+
 /// `PACKET_HOST` (`include/uapi/linux/if_packet.h`).
 const PACKET_HOST: u32 = 0;
 
@@ -60,7 +65,7 @@ pub fn deliver(
 ) -> Result<(), DropReason> {
     let place = &receiver.place;
     if flow.leaves || !receiver.is_pod() {
-        not_to_a_tunnel(flow)?;
+        not_to_a_tunnel(flow, is_for_node(receiver))?;
     }
     if flow.leaves {
         one_hop(ctx, flow)?;
@@ -89,8 +94,13 @@ pub fn deliver(
 
 /// What a pod has made, and what is no pod's to receive, never goes to the tunnel port: other nodes believe this one, and any address may be a node's. The packet
 /// is looked at as it leaves, translated.
+///
+/// Nor do tunnels of other kinds go to a node: its kernel may have a device for them, which takes what is inside for its own.
 #[inline(always)]
-fn not_to_a_tunnel(flow: &Flow) -> Result<(), DropReason> {
+fn not_to_a_tunnel(flow: &Flow, for_node: bool) -> Result<(), DropReason> {
+    if for_node && matches!(flow.protocol, IPIP | IPV6_IN_IP | GRE) {
+        return Err(DropReason::TunnelPort);
+    }
     let config = maps::config().ok_or(DropReason::Internal)?;
     let port = if flow.service == Service::None {
         flow.ends.destination_port
@@ -101,6 +111,12 @@ fn not_to_a_tunnel(flow: &Flow) -> Result<(), DropReason> {
         return Err(DropReason::TunnelPort);
     }
     Ok(())
+}
+
+/// Whether it is this node or another one.
+#[inline(always)]
+fn is_for_node(receiver: &Receiver) -> bool {
+    matches!(receiver.place.way, Way::Host | Way::Remote) || receiver.party.identity == Identity::REMOTE_NODE
 }
 
 /// Key of an underlay address.
@@ -204,7 +220,7 @@ pub fn from_outside(ctx: &TcContext, flow: &Flow, receiver: &Receiver, action: &
 pub fn from_overlay(ctx: &TcContext, flow: &Flow, receiver: &Receiver) -> Result<Action, DropReason> {
     for_host(ctx)?;
     if flow.leaves || receiver.place.way == Way::Host {
-        not_to_a_tunnel(flow)?;
+        not_to_a_tunnel(flow, !flow.leaves)?;
     }
     if flow.leaves {
         return out_of_the_node();

@@ -2,7 +2,14 @@
 //!
 //! It sees what sockets of the node send, and not what the tunnel does, which sends with a socket of the kernel's.
 
-use crate::{maps, packet::UDP, parse::IPV6_LEN};
+use crate::{
+    maps,
+    packet::UDP,
+    parse::{
+        IPV6_LEN,
+        ipv6::{DESTINATION_OPTIONS, FRAGMENT, HOP_BY_HOP, ROUTING},
+    },
+};
 use abi::{Family, address::Address};
 use aya_ebpf::{
     helpers::generated::{bpf_get_socket_uid, bpf_skb_load_bytes},
@@ -37,7 +44,7 @@ fn load<T: Default>(ctx: &SkBuffContext, offset: usize) -> Option<T> {
 }
 
 /// Whether a packet of the node's own goes from its underlay address to a tunnel port, in the underlay's family. What can't be read
-/// does. Sockets without privileges write no options in front of UDP: whoever can write whole packets can do so below this hook.
+/// does, and what has IPv6 extension headers, which hide where it goes.
 #[inline(always)]
 fn is_to_a_tunnel(ctx: &SkBuffContext) -> Option<bool> {
     let config = maps::config()?;
@@ -54,6 +61,9 @@ fn is_to_a_tunnel(ctx: &SkBuffContext) -> Option<bool> {
         let own = Address::words(&config.underlay)[0];
         (load::<u8>(ctx, PROTOCOL4)?, usize::from(first & 0x0f) * 4, source == own)
     };
+    if v6 && is_own && matches!(protocol, HOP_BY_HOP | ROUTING | FRAGMENT | DESTINATION_OPTIONS) {
+        return Some(true);
+    }
     if protocol != UDP || !is_own {
         return Some(false);
     }

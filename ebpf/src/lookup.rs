@@ -371,9 +371,9 @@ pub fn is_reached_by(ctx: &TcContext, flow: &Flow, from: &Address, to: &Address)
     let scratch = maps::scratch().ok_or(DropReason::Internal)?;
     // SAFETY: as in `route`, which has filled it in.
     let by = unsafe { (*scratch).route.ifindex };
-    // The interface is known before the neighbour is.
+    // The interface is known before the neighbour is. Of an interface that does not forward the helper says nothing.
     let is_found = matches!(found, BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH);
-    Ok(is_found && by == ifindex(ctx))
+    Ok((is_found && by == ifindex(ctx)) || found == BPF_FIB_LKUP_RET_FWD_DISABLED)
 }
 
 /// Asks the node's routes; the answer is one of `BPF_FIB_LKUP_RET_*`, and the rest is in this CPU's scratch.

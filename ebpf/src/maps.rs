@@ -27,7 +27,7 @@ pub static ENDPOINTS: HashMap<AddressKey, Endpoint, 1024, NO_PREALLOC> = HashMap
 #[btf_map]
 pub static IPCACHE: HashMap<AddressKey, IpcacheEntry, 65536, NO_PREALLOC> = HashMap::new();
 #[btf_map]
-pub static NODES: HashMap<AddressKey, IpcacheEntry, 65536, NO_PREALLOC> = HashMap::new();
+pub static NODES: HashMap<AddressKey, IpcacheEntry, 262_144, NO_PREALLOC> = HashMap::new();
 #[btf_map]
 pub static NETWORKS: LpmTrie<AddressKey, NetworkEntry, 16384> = LpmTrie::new();
 #[btf_map]

@@ -10,7 +10,7 @@ use crate::{
 use abi::{
     DropReason, Event, Hook, Path,
     event::{ALLOWED, Counter},
-    node::{REPORT_DROPS, REPORT_FLOWS},
+    node::{REPORT_DROPS, REPORT_FLOWS, SEEN_MARK},
 };
 use aya_ebpf::{
     bindings::{TC_ACT_OK, TC_ACT_SHOT, TC_ACT_UNSPEC},
@@ -87,7 +87,12 @@ fn carry_out(ctx: &TcContext, action: &Action) -> i32 {
             | Path::NodePort => bpf_redirect_peer(action.ifindex, 0) as i32,
             Path::Encap => bpf_redirect(action.ifindex, 0) as i32,
             Path::NodePortReply => bpf_redirect_neigh(action.ifindex, core::ptr::null_mut(), 0, 0) as i32,
-            Path::ToHost | Path::ToOutside | Path::FromHost | Path::FromOutside => go_on(ctx),
+            Path::ToHost | Path::ToOutside => {
+                // Of the context, which is the kernel's `__sk_buff`, a tc program may write the mark.
+                (*ctx.skb.skb).mark = SEEN_MARK;
+                go_on(ctx)
+            }
+            Path::FromHost | Path::FromOutside => go_on(ctx),
         }
     }
 }

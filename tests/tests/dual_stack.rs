@@ -260,3 +260,50 @@ fn a_pod_gets_the_addresses_that_were_asked_for() {
     assert!(refused("fd00:10:1::77").contains("belongs to red/a already"));
     assert!(refused("fd00:10:2::1").contains("in none of this node's pod CIDRs"));
 }
+
+#[test]
+fn the_underlays_mtu_is_followed() {
+    kernel_test!();
+    let mut cluster = Cluster::with(&Options::dual_stack()).unwrap();
+    cluster.add_pod(0, "red/a", &[]).unwrap();
+    cluster.add_pod(1, "red/b", &[]).unwrap();
+    cluster.settle().unwrap();
+    cluster.load("allow-all").unwrap();
+    let (a, b) = (cluster.pod("red/a"), cluster.pod("red/b"));
+    let _listener = Listener::new(b.netns.name(), 80).unwrap();
+    for (underlay, pods) in [(1400, 1350), (1600, 1550)] {
+        for node in &cluster.nodes {
+            let mtu = underlay.to_string();
+            node.netns.ip(&["link", "set", "underlay", "mtu", &mtu]).unwrap();
+        }
+        let followed = |node: usize| {
+            let status = cluster.nodes[node].json(&["status"]).unwrap();
+            status["pod_mtu"] == pods
+        };
+        assert!(wait_until(LONG, || (0..2).all(followed)), "{underlay}");
+        let link = a.netns.ip(&["-o", "link", "show", "eth0"]).unwrap();
+        assert!(link.contains(&format!("mtu {pods} ")), "{link}");
+        // As large as fits, in one piece, by either family.
+        for (to, headers) in b.addresses.iter().zip([28, 48]) {
+            let size = pods - headers;
+            assert!(
+                udp_exchange_of(a.netns.name(), *to, 80, size, WAIT).unwrap(),
+                "{underlay} {to}"
+            );
+        }
+    }
+    // One that leaves pods no room is said, and changes nothing.
+    cluster.nodes[0]
+        .netns
+        .ip(&["link", "set", "underlay", "mtu", "1300"])
+        .unwrap();
+    let said = || {
+        let status = cluster.nodes[0].json(&["status"]).unwrap();
+        status.to_string().contains("leaves no room") && status["pod_mtu"] == 1550
+    };
+    assert!(
+        wait_until(LONG, said),
+        "{}",
+        cluster.nodes[0].json(&["status"]).unwrap()
+    );
+}

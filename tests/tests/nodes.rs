@@ -156,7 +156,7 @@ fn nothing_is_left(cluster: &Cluster) {
     let pins = ["-type", "f", "-not", "-name", "*.debug"];
     let pins = run("find", &[&[node.bpffs().to_str().unwrap()][..], &pins].concat());
     assert_eq!(pins.unwrap(), "");
-    assert!(wait_until(LONG, || addresses(cluster, 0).len() == 2));
+    assert!(wait_until(LONG, || addresses(cluster, 0).len() == 1));
 }
 
 /// Numbers of identities would get another meaning.

@@ -112,7 +112,7 @@ fn guest(node: &Namespace) -> Namespace {
         guest.ip(arguments).unwrap();
     }
     let table = "table ip runtime {\n\
-        chain published { type nat hook prerouting priority dstnat; fib daddr type local tcp dport 8081 dnat to 172.17.0.2:80; }\n\
+        chain published { type nat hook prerouting priority dstnat; fib daddr type local meta l4proto { tcp, udp } th dport 8081 dnat to 172.17.0.2:80; }\n\
         chain leaving { type nat hook postrouting priority srcnat; ip saddr 172.17.0.0/16 oifname != \"br0\" masquerade; }\n}";
     let loaded = node.command("nft").arg(table).status().unwrap();
     assert!(loaded.success());
@@ -186,6 +186,74 @@ fn the_tunnel_believes_what_was_sent_to_the_underlay_address_alone() {
     let dropped = || cluster.nodes[1].drops("foreign_tunnel").unwrap() > 0;
     assert!(wait_until(LONG, dropped));
     assert!(!victim.has_got_anything(WAIT));
+}
+
+#[test]
+fn a_stranger_on_another_interface_is_no_node() {
+    kernel_test!();
+    let cluster = cluster();
+    let victim = Victim::new(&cluster);
+    let forged = tunnel_packet(cluster.pod("blue/d").address);
+    let stranger = Namespace::new("stranger").unwrap();
+    let node = &cluster.nodes[1];
+    let pair = [
+        "link",
+        "add",
+        "other",
+        "type",
+        "veth",
+        "peer",
+        "name",
+        "eth0",
+        "netns",
+        stranger.name(),
+    ];
+    node.netns.ip(&pair).unwrap();
+    for (netns, device, address) in [
+        (&node.netns, "other", "198.51.100.1/24"),
+        (&stranger, "eth0", "198.51.100.2/24"),
+        // The address of the other node.
+        (&stranger, "eth0", "192.0.2.1/32"),
+    ] {
+        netns.ip(&["addr", "add", address, "dev", device]).unwrap();
+        netns.ip(&["link", "set", device, "up"]).unwrap();
+    }
+    let route = ["route", "add", "192.0.2.2", "via", "198.51.100.1", "src", "192.0.2.1"];
+    stranger.ip(&route).unwrap();
+    let send = |to: IpAddr, port: u16| send_as(&stranger, 0, SocketAddr::new(to, port), &forged).unwrap();
+    send(node.underlay, TUNNEL_PORT);
+    assert!(!victim.has_got_anything(WAIT));
+    // By the underlay the same packet arrives.
+    let to = SocketAddr::new(node.underlay, TUNNEL_PORT);
+    send_as(&cluster.nodes[0].netns, 0, to, &forged).unwrap();
+    assert!(victim.has_got_anything(LONG));
+}
+
+#[test]
+fn who_asks_at_a_published_port_is_no_pod_behind_the_tunnel() {
+    kernel_test!();
+    let cluster = cluster();
+    let guest = guest(&cluster.nodes[0].netns);
+    let _listener = Listener::new(guest.name(), 80).unwrap();
+    let (node, external) = (cluster.nodes[0].underlay, cluster.external.as_ref().unwrap());
+    assert!(
+        udp_exchange(external.name(), node, 8081, WAIT).unwrap(),
+        "it is published"
+    );
+    // What the container answers would reach the pod in the node's name.
+    let pod = cluster.pod("blue/d");
+    let victim = in_netns(pod.netns.name(), || UdpSocket::bind(("0.0.0.0", 5555)))
+        .unwrap()
+        .unwrap();
+    victim.set_read_timeout(Some(WAIT)).unwrap();
+    let address = format!("{}/32", pod.address);
+    external.ip(&["addr", "add", &address, "dev", "lo"]).unwrap();
+    in_netns(external.name(), || {
+        UdpSocket::bind((pod.address, 5555))?.send_to(b"?", (node, 8081))
+    })
+    .unwrap()
+    .unwrap();
+    assert!(victim.recv_from(&mut [0; 8]).is_err());
 }
 
 #[test]
@@ -377,4 +445,31 @@ fn ports_that_a_runtime_publishes_are_reached_from_everywhere() {
     let _listener = Listener::new(cluster.pod("red/a").netns.name(), 81).unwrap();
     let pod = cluster.pod("red/a").address;
     assert_ne!(tcp_exchange(guest.name(), pod, 81, WAIT).unwrap(), TcpOutcome::Open);
+}
+
+#[test]
+fn where_a_program_is_missing_nothing_passes() {
+    kernel_test!();
+    let mut cluster = cluster();
+    cluster.wait_for_links().unwrap();
+    let external: IpAddr = "203.0.113.1".parse().unwrap();
+    let listening = cluster.external.as_ref().unwrap().name().to_owned();
+    let _listeners = [listening.as_str(), cluster.nodes[0].netns.name()].map(|netns| Listener::new(netns, 80).unwrap());
+    let (pod, node) = (cluster.pod("red/a").netns.name().to_owned(), cluster.nodes[0].underlay);
+    let asks = |to: IpAddr| udp_exchange(&pod, to, 80, WAIT).unwrap();
+    assert!(asks(external) && asks(node));
+    // With hostd down nobody puts it back.
+    cluster.nodes[0].stop(true).unwrap();
+    assert!(asks(external) && asks(node));
+    let links = cluster.nodes[0].bpffs().join("links");
+    let pins = std::fs::read_dir(&links).unwrap().flatten().map(|pin| pin.path());
+    for pin in pins.filter(|pin| pin.to_string_lossy().ends_with("-from_pod")) {
+        std::fs::remove_file(pin).unwrap();
+    }
+    // Any source would do otherwise, for the node's routes lead back only to the pod's own.
+    let claims = ["addr", "add", "203.0.113.200/32", "dev", "eth0"];
+    cluster.pod("red/a").netns.ip(&claims).unwrap();
+    assert!(!asks(external) && !asks(node));
+    cluster.nodes[0].start().unwrap();
+    assert!(wait_until(LONG, || asks(external) && asks(node)));
 }

@@ -4,7 +4,7 @@
 
 mod icmp;
 mod ipv4;
-mod ipv6;
+pub mod ipv6;
 
 use crate::packet::{Flow, Fragment, SCTP, TCP, UDP};
 use abi::{

@@ -77,6 +77,8 @@ pub struct Status {
     /// Times that a program was no longer first on its hook, or the table of nftables or a route was gone, and was put
     /// right, since hostd was started.
     pub repairs: u64,
+    /// What is wrong on this node that hostd can't put right.
+    pub problems: Vec<String>,
     /// MTU of the pods.
     pub pod_mtu: u32,
     /// The generation in force.

@@ -157,6 +157,9 @@ fn status(out: &mut impl Write, status: &Status) -> anyhow::Result<()> {
         times => format!(", put right {times} times"),
     };
     writeln!(out, "attachment  {}{repaired}", status.attach)?;
+    for problem in &status.problems {
+        writeln!(out, "PROBLEM     {problem}")?;
+    }
     writeln!(out, "pod MTU     {}", status.pod_mtu)?;
     writeln!(out, "endpoints   {}", status.endpoints)?;
 

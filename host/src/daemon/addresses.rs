@@ -45,11 +45,7 @@ impl Daemon {
         let mut found = block_in_place(|| net::addresses(underlay, ignored))?;
         // It stays this node's, also while its interface is away.
         found.own.insert(underlay);
-        if found == self.addresses.own {
-            return Ok(false);
-        }
         let gone: Vec<IpAddr> = self.addresses.own.own.difference(&found.own).copied().collect();
-        self.addresses.own = found;
         for address in gone {
             let key = AddressKey::from(address);
             if self.datapath.is_host(&key) {
@@ -57,21 +53,26 @@ impl Daemon {
                 self.names_mut().remove_address(&key);
             }
         }
-        self.place_own_addresses()?;
-        Ok(true)
+        // Also what has not changed: a pod that had such an address for a while has taken it away.
+        self.place_own_addresses(&found.own)?;
+        let is_new = found != self.addresses.own;
+        self.addresses.own = found;
+        Ok(is_new)
     }
 
-    /// The node's own addresses are in the ipcache, whatever the policy; but for one that a pod has, against all precautions.
-    fn place_own_addresses(&mut self) -> Result<(), DaemonError> {
+    /// The node's own addresses are in the ipcache, whatever the policy; but for one that a pod has, against all precautions, and one
+    /// besides the underlay's that stands for a service.
+    fn place_own_addresses(&mut self, own: &BTreeSet<IpAddr>) -> Result<(), DaemonError> {
         let facts = Facts {
             owner: 0,
             epoch: Identity::HOST.0,
             stance: Stance::Host,
         };
         let parity = self.datapath.parity();
-        for address in self.addresses.own.own.clone() {
+        for address in own.iter().copied() {
             let key = AddressKey::from(address);
-            if self.pods.find(&key).is_some() {
+            let is_a_services = address != self.config.underlay && self.is_a_services(address);
+            if self.pods.find(&key).is_some() || is_a_services {
                 continue;
             }
             self.names_mut().set_address(key, "host".to_owned());
@@ -105,6 +106,7 @@ impl Daemon {
             self.route_to_nodes()?;
         }
         self.note_shared_addresses();
+        self.follow_mtu()?;
         let mut published = self.addresses.own.published.clone();
         published.remove(&self.config.underlay);
         if published.len() > MOST {
@@ -126,6 +128,46 @@ impl Daemon {
         Ok(())
     }
 
+    /// Follows the MTU of the underlay: the tunnel's, that of the routes to pods, and the pods' own.
+    fn follow_mtu(&mut self) -> Result<(), DaemonError> {
+        let (underlay, ipv6) = (self.config.underlay, self.config.has_ipv6());
+        let Some(mtu) = self.addresses.own.underlay_mtu else {
+            return Ok(());
+        };
+        let pod_mtu = match net::pod_mtu(underlay, mtu, ipv6) {
+            Ok(pod_mtu) if pod_mtu == self.pod_mtu => return Ok(()),
+            Ok(pod_mtu) => pod_mtu,
+            Err(error) => {
+                self.watch.complain(error.to_string());
+                return Ok(());
+            }
+        };
+        let vxlan = block_in_place(|| net::ensure_vxlan(abi::node::TUNNEL_PORT, pod_mtu))?;
+        self.datapath.set_vxlan(vxlan, pod_mtu, underlay)?;
+        tracing::info!(
+            "the underlay's MTU is {mtu} now: that of pods is {pod_mtu}, and was {}",
+            self.pod_mtu
+        );
+        self.pod_mtu = pod_mtu;
+        self.route_to_nodes()?;
+        for local in self.locals.values() {
+            let endpoint = &local.endpoint;
+            let addresses: Vec<IpAddr> = endpoint.pod.addresses().collect();
+            let set = block_in_place(|| {
+                net::prepare_node(&endpoint.interface, &local.veth, &addresses, underlay, pod_mtu)?;
+                net::set_pod_mtu(
+                    &net::Netns::open_path(&endpoint.netns)?,
+                    endpoint.pod_interface(),
+                    pod_mtu,
+                )
+            });
+            if let Err(error) = set {
+                self.watch.complain(format!("{}: {error}", endpoint.pod.full_name()));
+            }
+        }
+        Ok(())
+    }
+
     /// The store may have forgotten this node's addresses.
     pub(super) fn tell_addresses_again(&mut self) {
         self.addresses.told = None;
@@ -133,22 +175,34 @@ impl Daemon {
 
     /// A node has said which addresses it has, or is gone.
     pub(super) fn addresses_seen(&mut self, node: &str, record: Option<AddressesRecord>) -> Result<(), DaemonError> {
+        let said = record.as_ref().map(AddressesRecord::set);
         if node == self.config.node {
-            // Somebody has removed them: told again with the next look.
-            self.addresses.told = self.addresses.told.take().filter(|_| record.is_some());
+            // Where somebody has removed them, or a backup has others, they are told again with the next look.
+            if self.addresses.told != said {
+                self.addresses.told = None;
+            }
+            return Ok(());
+        }
+        if self.addresses.others.get(node) == said.as_ref() {
             return Ok(());
         }
         self.note_addresses(node, record);
-        self.place_nodes()?;
-        self.route_to_nodes()
+        self.place_nodes()
+    }
+
+    /// What a node has said of its addresses.
+    pub(super) fn addresses_of(&self, node: &str) -> Option<AddressesRecord> {
+        let known = self.addresses.others.get(node)?;
+        Some(AddressesRecord {
+            addresses: known.iter().copied().collect(),
+        })
     }
 
     /// The same without a look at the maps.
     pub(super) fn note_addresses(&mut self, node: &str, record: Option<AddressesRecord>) {
         match record {
             Some(record) => {
-                let addresses = record.addresses.into_iter().collect();
-                self.addresses.others.insert(node.to_owned(), addresses);
+                self.addresses.others.insert(node.to_owned(), record.set());
             }
             None => {
                 self.addresses.others.remove(node);
@@ -185,9 +239,10 @@ impl Daemon {
     pub(super) fn source_towards(&self, network: IpNet) -> Option<IpAddr> {
         let underlay = self.config.underlay;
         if network.addr().is_ipv4() == underlay.is_ipv4() {
-            Some(underlay)
-        } else {
-            self.addresses.own.second
+            return Some(underlay);
         }
+        // The kernel has no IPv6 on a device whose packets are too small for it.
+        let carries = underlay.is_ipv6() || net::tunnel_has_ipv6(self.pod_mtu);
+        self.addresses.own.second.filter(|_| carries)
     }
 }

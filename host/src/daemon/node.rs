@@ -131,7 +131,7 @@ impl Daemon {
     /// and has the same time to come back as at any other time. False where its node is alive and does not know of it.
     async fn enter_for_another(&mut self, key: &Key) -> Result<bool, DaemonError> {
         let pod = match key.collection {
-            Collection::Nodes => None,
+            Collection::Nodes | Collection::Addresses => None,
             Collection::Pods => {
                 let address = key.name.parse::<IpAddr>().ok().map(AddressKey::from);
                 let pod = address.and_then(|address| self.pods.get(&address));
@@ -142,7 +142,7 @@ impl Daemon {
             }
             _ => return Ok(false),
         };
-        let name = pod.as_ref().map_or(key.name.as_str(), |pod| &pod.node);
+        let name = pod.as_ref().map_or(key.name.as_str(), |pod| &*pod.node);
         let Some(node) = self.nodes.get(name).map(|node| node.record.clone()) else {
             return Ok(false);
         };
@@ -151,9 +151,13 @@ impl Daemon {
             return Ok(false);
         }
         self.lease_expired(&node.name).await?;
-        match pod {
-            Some(pod) => self.enter(key, &pod).await?,
-            None => self.enter(key, &node).await?,
+        match (&pod, key.collection) {
+            (Some(pod), _) => self.enter(key, pod).await?,
+            (None, Collection::Addresses) => match self.addresses_of(name) {
+                Some(addresses) => self.enter(key, &addresses).await?,
+                None => return Ok(false),
+            },
+            (None, _) => self.enter(key, &node).await?,
         }
         Ok(true)
     }
@@ -261,9 +265,9 @@ impl Daemon {
     pub(super) fn route_to_nodes(&mut self) -> Result<(), DaemonError> {
         let wanted = self.tunnel_routes();
         let known = std::mem::take(&mut self.watch.routes);
-        block_in_place(|| net::set_tunnel_routes(&wanted, &known, self.config.underlay))?;
-        self.watch.routes = wanted;
-        Ok(())
+        let set = block_in_place(|| net::set_tunnel_routes(&wanted, &known, self.config.underlay));
+        self.watch.routes = if set.is_ok() { wanted } else { known };
+        Ok(set?)
     }
 
     /// CIDRs of the other nodes' pods, each with the way there; of a family of which this node has an address.

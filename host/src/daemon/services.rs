@@ -392,9 +392,11 @@ impl Daemon {
         services.any(|service| service.record.addresses.contains(&address))
     }
 
-    /// Whether an address is a pod's or a node's.
+    /// Whether an address is a pod's, or the underlay address of a node. A service may stand for another one that nodes have, as for a
+    /// virtual IP that moves between them.
     fn has_somebody(&self, address: &AddressKey) -> bool {
-        self.pods.find(address).is_some() || self.datapath.is_node(address)
+        let is_node = |node: &super::Node| AddressKey::from(node.record.underlay) == *address;
+        self.pods.find(address).is_some() || self.nodes.values().any(is_node)
     }
 
     /// Attaches the program for node ports while there are any, and takes it away when there are none.

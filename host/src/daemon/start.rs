@@ -274,7 +274,7 @@ async fn start(config: Config, store: Arc<dyn Store>, names: Arc<RwLock<Names>>)
 impl Daemon {
     /// Fills the maps before anything is attached, and tells the cluster of this node.
     async fn begin(&mut self, record: &NodeRecord, underlay: u32) -> anyhow::Result<mpsc::Receiver<Change>> {
-        let vxlan = block_in_place(|| net::ensure_vxlan(abi::node::TUNNEL_PORT, self.pod_mtu, self.config.has_ipv6()))?;
+        let vxlan = block_in_place(|| net::ensure_vxlan(abi::node::TUNNEL_PORT, self.pod_mtu))?;
         self.datapath.set_vxlan(vxlan, self.pod_mtu, self.config.underlay)?;
         self.datapath.set_underlay(underlay)?;
         self.restore().await?;

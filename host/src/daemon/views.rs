@@ -49,6 +49,7 @@ impl Daemon {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             attach: self.datapath.attach_mode().to_owned(),
             repairs: self.watch.repairs,
+            problems: self.watch.problems(),
             pod_mtu: self.pod_mtu,
             generation: self.datapath.generation(),
             modules: self.active.revision.modules.clone(),

@@ -74,6 +74,12 @@ impl Watch {
         self.round.retain(|(_, name)| name != interface);
     }
 
+    /// What can't be put right: of this round, and of the one before, for this one may not have come to all of it yet.
+    pub fn problems(&self) -> Vec<String> {
+        let earlier = self.said.iter().filter(|problem| !self.problems.contains(problem));
+        self.problems.iter().chain(earlier).cloned().collect()
+    }
+
     pub(super) fn complain(&mut self, problem: String) {
         if self.problems.contains(&problem) {
             return;

@@ -13,33 +13,44 @@ impl Datapath {
     ///
     /// Where the map is full.
     pub fn place_nodes(&mut self, desired: BTreeMap<AddressKey, Option<AddressKey>>) -> Result<(), DatapathError> {
-        for (address, behind) in &desired {
-            if self.placed_nodes.get(address) == Some(behind) {
-                continue;
-            }
-            self.node_writes = self.node_writes.wrapping_add(1);
-            let entry = IpcacheEntry {
-                first_stamp: self.node_writes,
-                last_stamp: self.node_writes,
-                ..plan::node_entry(address, behind.as_ref())
-            };
-            self.nodes
-                .insert(*address, entry, 0)
-                .map_err(DatapathError::map(map::NODES))?;
-            let before = self.placed_nodes.insert(*address, *behind);
-            if before == Some(Some(*address)) {
-                self.look_anew_behind(address);
-            }
-        }
-        let known = self.placed_nodes.keys();
-        for address in known
-            .filter(|known| !desired.contains_key(*known))
-            .copied()
+        let known = self.placed_nodes.iter();
+        let gone_ones = known.filter(|(address, _)| !desired.contains_key(*address));
+        for (address, behind) in gone_ones
+            .map(|(address, behind)| (*address, *behind))
             .collect::<Vec<_>>()
         {
-            self.look_anew_behind(&address);
+            if behind == Some(address) {
+                self.look_anew_behind(&address);
+            }
             gone(self.nodes.remove(&address), map::NODES)?;
             self.placed_nodes.remove(&address);
+        }
+        // First those without which there is no tunnel, should there not be room for all.
+        let is_underlay = |(address, behind): &(&AddressKey, &Option<AddressKey>)| **behind == Some(**address);
+        for (address, behind) in desired.iter().filter(is_underlay) {
+            self.place_node(address, *behind)?;
+        }
+        for (address, behind) in &desired {
+            self.place_node(address, *behind)?;
+        }
+        Ok(())
+    }
+
+    fn place_node(&mut self, address: &AddressKey, behind: Option<AddressKey>) -> Result<(), DatapathError> {
+        if self.placed_nodes.get(address) == Some(&behind) {
+            return Ok(());
+        }
+        self.node_writes = self.node_writes.wrapping_add(1);
+        let entry = IpcacheEntry {
+            first_stamp: self.node_writes,
+            last_stamp: self.node_writes,
+            ..plan::node_entry(address, behind.as_ref())
+        };
+        self.nodes
+            .insert(*address, entry, 0)
+            .map_err(DatapathError::map(map::NODES))?;
+        if self.placed_nodes.insert(*address, behind) == Some(Some(*address)) {
+            self.look_anew_behind(address);
         }
         Ok(())
     }

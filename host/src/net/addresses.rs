@@ -6,7 +6,7 @@ use futures::{FutureExt, TryStreamExt};
 use rtnetlink::{
     Handle,
     packet_route::{
-        address::{AddressAttribute, AddressMessage, AddressScope},
+        address::{AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope},
         link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage},
     },
 };
@@ -28,12 +28,15 @@ pub struct Addresses {
     /// What it sends from in the family that is not the underlay's, of those that others know: beside the underlay address, where
     /// there is one.
     pub second: Option<IpAddr>,
+    /// MTU of the interface that has the underlay address, in bytes; none where no interface has it.
+    pub underlay_mtu: Option<u32>,
 }
 
 /// An interface, as far as its addresses are concerned.
 #[derive(Debug)]
 struct Interface {
     name: String,
+    mtu: u32,
     is_pods: bool,
     is_bridge: bool,
     /// It connects containers or virtual machines: the end of a veth pair, or a tap.
@@ -46,6 +49,7 @@ impl Interface {
     fn of(link: &LinkMessage) -> Self {
         let mut found = Self {
             name: String::new(),
+            mtu: super::netlink::mtu(link),
             is_pods: false,
             is_bridge: false,
             is_guests: false,
@@ -91,6 +95,16 @@ fn address(message: &AddressMessage) -> Option<IpAddr> {
     })
 }
 
+/// Whether the node can send from an address, and will for as long as it has it: not yet checked for duplicates, about to go, or
+/// another one of privacy's are none (RFC 4862, RFC 8981).
+fn is_lasting(message: &AddressMessage) -> bool {
+    let passing = AddressHeaderFlags::Tentative
+        | AddressHeaderFlags::Dadfailed
+        | AddressHeaderFlags::Deprecated
+        | AddressHeaderFlags::Secondary;
+    !message.header.flags.intersects(passing)
+}
+
 /// Whether a pod could send anything to it: not to the link that each pod has of its own.
 fn can_be_reached(address: IpAddr) -> bool {
     match address {
@@ -123,6 +137,9 @@ pub fn addresses(underlay: IpAddr, ignored: &[String]) -> Result<Addresses, NetE
                     continue;
                 };
                 found.own.insert(address);
+                if address == underlay {
+                    found.underlay_mtu = Some(interface.mtu);
+                }
                 let has_underlay =
                     |other: &AddressMessage| other.header.index == index && self::address(other) == Some(underlay);
                 let is_left_out = ignored.contains(&interface.name)
@@ -132,8 +149,8 @@ pub fn addresses(underlay: IpAddr, ignored: &[String]) -> Result<Addresses, NetE
                 }
                 found.published.insert(address);
                 let with_underlay = listed.iter().any(has_underlay);
-                if address.is_ipv4() != underlay.is_ipv4() && (found.second.is_none() || (with_underlay && !is_beside))
-                {
+                let is_second = address.is_ipv4() != underlay.is_ipv4() && is_lasting(message);
+                if is_second && (found.second.is_none() || (with_underlay && !is_beside)) {
                     (found.second, is_beside) = (Some(address), with_underlay);
                 }
             }
@@ -173,6 +190,7 @@ mod tests {
     fn interface(is_bridge: bool, is_guests: bool, master: Option<u32>) -> Interface {
         Interface {
             name: String::new(),
+            mtu: 1500,
             is_pods: false,
             is_bridge,
             is_guests,

@@ -21,8 +21,10 @@ pub use ports::given_to_connections;
 pub use recover::{Found, find_pods};
 pub use route::{Tunnel, has_tunnel_routes, make_reachable, make_unreachable, set_tunnel_routes};
 pub use table::{Routed, remove_table, set_table, table};
-pub use veth::{NODE_MTU, PairNames, Veth, find_pod_link, gateway, make_pod_link, pod_links, prepare_node};
-pub use vxlan::{Underlay, ensure_vxlan, pod_mtu, underlay};
+pub use veth::{
+    NODE_MTU, PairNames, Veth, find_pod_link, gateway, make_pod_link, pod_links, prepare_node, set_pod_mtu,
+};
+pub use vxlan::{Underlay, ensure_vxlan, pod_mtu, tunnel_has_ipv6, underlay};
 
 use rustix::net::{AddressFamily, SocketType};
 use std::{

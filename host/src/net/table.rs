@@ -2,7 +2,7 @@
 //! whole. Pods of the cluster are reached by the programs alone, which netfilter does not see.
 
 use super::{NetError, VXLAN_DEVICE, veth::GROUP};
-use abi::node::TUNNEL_PORT;
+use abi::node::{SEEN_MARK, TUNNEL_PORT};
 use ipnet::IpNet;
 use std::{
     fmt::Write as _,
@@ -31,7 +31,8 @@ pub struct Routed<'a> {
 /// Sets the table. Whatever it is made of, nothing is forwarded into the tunnel, where it would pass for this node's own, but for answers
 /// of what has been asked at one of the node's own addresses and was sent on by somebody else's translation (ports that container
 /// runtimes publish); nor from pod to pod, which is the programs' to do: where they are gone, nobody's policy would hold. And what
-/// others have sent does not leave for a tunnel port with this node's address, which a translation may have given it.
+/// others have sent does not leave for a tunnel port with this node's address, which a translation may have given it; and what the
+/// programs have not seen does not come in from pods or the tunnel.
 ///
 /// # Errors
 ///
@@ -95,17 +96,31 @@ fn script(routed: Routed<'_>) -> String {
         "table {TABLE}\ndelete table {TABLE}\ntable {TABLE} {{\n  chain forward {{\n    \
          type filter hook forward priority filter; policy accept;\n    \
          oifname \"{VXLAN_DEVICE}\" ct direction reply ct status dnat accept\n    oifname \"{VXLAN_DEVICE}\" drop\n    \
-         iifgroup {GROUP} oifgroup {GROUP} drop\n  }}\n  chain leaving {{\n    \
+         iifgroup {GROUP} oifgroup {GROUP} drop\n    \
+         oifgroup {GROUP} meta nfproto ipv6 fib saddr type local drop\n  }}\n  chain leaving {{\n    \
          type filter hook postrouting priority 300; policy accept;\n    \
          {family} saddr {underlay} udp dport {TUNNEL_PORT} iif != 0 iifname != \"{VXLAN_DEVICE}\" drop\n  }}\n"
     );
-    for (hook, end) in [("prerouting", "daddr"), ("output", "saddr")] {
+    // The programs mark what they have seen. On a pod's interface or the tunnel without its program, nothing passes.
+    let unseen = [format!("iifgroup {GROUP}"), format!("iifname \"{VXLAN_DEVICE}\"")]
+        .map(|from| format!("    {from} meta mark != {SEEN_MARK} drop\n    {from} meta mark set 0\n"))
+        .concat();
+    // Other nodes' packets come by the way that the routes lead back by: there the underlay keeps strangers from their addresses.
+    let astray = format!("    {family} daddr {underlay} udp dport {TUNNEL_PORT} fib saddr . iif oif missing drop\n");
+    let unseen = unseen + &astray;
+    for (hook, end, before) in [("prerouting", "daddr", unseen.as_str()), ("output", "saddr", "")] {
         let _ = writeln!(
             text,
-            "  chain {hook} {{\n    type filter hook {hook} priority raw; policy accept;\n    \
+            "  chain {hook} {{\n    type filter hook {hook} priority raw; policy accept;\n{before}    \
              {family} {end} {underlay} udp dport {TUNNEL_PORT} notrack\n  }}"
         );
     }
+    // Who asks at a published port must not claim to be a pod behind the tunnel: the answer would go there in this node's name.
+    let _ = writeln!(
+        text,
+        "  chain asked {{\n    type filter hook prerouting priority -101; policy accept;\n    \
+         iifname != \"{VXLAN_DEVICE}\" ct state new fib daddr type local fib saddr oifname \"{VXLAN_DEVICE}\" drop\n  }}"
+    );
     if masqueraded.is_empty() {
         return text + "}\n";
     }
@@ -176,6 +191,10 @@ mod tests {
         let guard = "oifname \"wasmgate_vxlan\" drop";
         assert!(lines.contains(&guard), "{text}");
         assert!(lines.contains(&"iifgroup 22343 oifgroup 22343 drop"), "{text}");
+        for from in ["iifgroup 22343", "iifname \"wasmgate_vxlan\""] {
+            let unseen = format!("{from} meta mark != {} drop", 0x5747_0001);
+            assert!(lines.contains(&unseen.as_str()), "{text}");
+        }
         // Not what the node itself sends, nor the tunnel.
         let leaving = "ip saddr 192.0.2.1 udp dport 8472 iif != 0 iifname != \"wasmgate_vxlan\" drop";
         assert!(lines.contains(&leaving), "{text}");

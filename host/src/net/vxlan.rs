@@ -13,7 +13,7 @@ use rtnetlink::{
         link::{InfoData, InfoVxlan, LinkAttribute, LinkInfo, LinkMessage},
     },
 };
-use std::net::IpAddr;
+use std::{net::IpAddr, path::Path};
 
 /// The interface that has the underlay address.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,13 +86,20 @@ pub fn pod_mtu(underlay: IpAddr, mtu: u32, ipv6: bool) -> Result<u32, NetError> 
         .ok_or(NetError::SmallMtu { underlay: mtu, least })
 }
 
+/// Whether a tunnel whose packets are so large carries IPv6: at least 1280 bytes (RFC 8200, section 5), on a kernel that has it.
+#[must_use]
+pub fn tunnel_has_ipv6(mtu: u32) -> bool {
+    mtu >= 1280 && Path::new("/proc/sys/net/ipv6/conf").exists()
+}
+
 /// Makes the one vxlan device, whose tunnel keys come from the programs; it is down until [`super::bring_up`]. One with the wrong
 /// settings is replaced. The answer is its index.
 ///
 /// # Errors
 ///
 /// Where it can't be made.
-pub fn ensure_vxlan(port: u16, mtu: u32, ipv6: bool) -> Result<u32, NetError> {
+pub fn ensure_vxlan(port: u16, mtu: u32) -> Result<u32, NetError> {
+    let ipv6 = tunnel_has_ipv6(mtu);
     netlink_here(move |handle| {
         async move {
             if let Some(link) = find(&handle, VXLAN_DEVICE).await?
@@ -121,12 +128,6 @@ pub fn ensure_vxlan(port: u16, mtu: u32, ipv6: bool) -> Result<u32, NetError> {
                     )))?;
             }
             let index = get(&handle, VXLAN_DEVICE).await?.header.index;
-            // For what the node itself and pods of other nodes send each other, whatever the tunnel's own family is.
-            if ipv6 {
-                set_ipv6(VXLAN_DEVICE, &NODE_SIDE)?;
-            } else {
-                disable_ipv6(VXLAN_DEVICE)?;
-            }
             // Whoever is behind the tunnel has no neighbours: the outer address says where a packet goes.
             handle
                 .link()
@@ -134,6 +135,12 @@ pub fn ensure_vxlan(port: u16, mtu: u32, ipv6: bool) -> Result<u32, NetError> {
                 .execute()
                 .await
                 .map_err(NetError::kernel(format!("setting the MTU of {VXLAN_DEVICE} to {mtu}")))?;
+            // For what the node itself and pods of other nodes send each other, whatever the tunnel's own family is.
+            if ipv6 {
+                set_ipv6(VXLAN_DEVICE, &NODE_SIDE)?;
+            } else {
+                disable_ipv6(VXLAN_DEVICE)?;
+            }
             Ok(index)
         }
         .boxed()

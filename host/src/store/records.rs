@@ -9,7 +9,12 @@ use crate::{
 };
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use std::{collections::BTreeMap, io, net::IpAddr, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    net::IpAddr,
+    sync::Arc,
+};
 
 /// What all nodes must agree on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,6 +69,14 @@ pub struct NodeRecord {
 pub struct AddressesRecord {
     /// They, in order.
     pub addresses: Vec<IpAddr>,
+}
+
+impl AddressesRecord {
+    /// They, each once.
+    #[must_use]
+    pub fn set(&self) -> BTreeSet<IpAddr> {
+        self.addresses.iter().copied().collect()
+    }
 }
 
 /// A pod.

@@ -80,16 +80,17 @@ pub fn tcp_open(namespace: &str, to: IpAddr, port: u16, wait: Duration) -> anyho
 pub struct Stream(TcpStream);
 
 impl Stream {
-    /// Sends a line and waits for it to come back; false where it does not in time.
+    /// Sends a line and waits for it to come back; false where it does not in time, or the connection was reset.
     ///
     /// # Errors
     ///
-    /// Where the connection ends.
+    /// Where the connection ends otherwise.
     pub fn exchange(&mut self, wait: Duration) -> anyhow::Result<bool> {
-        self.0.write_all(b"again\n")?;
-        match read_line(&mut self.0, wait) {
+        let answered = self.0.write_all(b"again\n").and_then(|()| read_line(&mut self.0, wait));
+        match answered {
             Ok(()) => Ok(true),
             Err(error) if outcome(&error) == Some(TcpOutcome::Silence) => Ok(false),
+            Err(error) if matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe) => Ok(false),
             Err(error) => Err(error.into()),
         }
     }

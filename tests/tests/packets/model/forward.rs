@@ -25,8 +25,11 @@ pub(super) enum Place {
 }
 
 /// Nothing leaves for the tunnel port, whatever a service has made of the packet.
-pub(super) fn not_to_a_tunnel(travel: &Travel) -> Step<()> {
+pub(super) fn not_to_a_tunnel(travel: &Travel, for_node: bool) -> Step<()> {
     let packet = &travel.packet;
+    if for_node && matches!(packet.protocol, 4 | 41 | 47) {
+        return Err(DropReason::TunnelPort);
+    }
     let port = if travel.asked || travel.answered {
         travel.rewrite.becomes[1].1
     } else {
@@ -134,7 +137,8 @@ impl Model {
             _ => false,
         };
         if travel.leaves || !is_for_pod {
-            not_to_a_tunnel(travel)?;
+            let is_node = self.nodes.contains_key(&travel.destination.0);
+            not_to_a_tunnel(travel, is_node || matches!(place, Place::Host))?;
         }
         if travel.leaves {
             write::one_hop(frame, v6)?;

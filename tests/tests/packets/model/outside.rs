@@ -51,7 +51,7 @@ impl Model {
             self.admit(travel, &sender, &party)?;
         }
         if travel.leaves || matches!(place, Place::Host) {
-            not_to_a_tunnel(travel)?;
+            not_to_a_tunnel(travel, !travel.leaves)?;
         }
         finish(frame, travel);
         if travel.leaves {
