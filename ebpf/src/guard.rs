@@ -59,7 +59,11 @@ fn is_to_a_tunnel(ctx: &SkBuffContext) -> Option<bool> {
     } else {
         let source: u32 = load(ctx, SOURCE4)?;
         let own = Address::words(&config.underlay)[0];
-        (load::<u8>(ctx, PROTOCOL4)?, usize::from(first & 0x0f) * 4, source == own)
+        (
+            load::<u8>(ctx, PROTOCOL4)?,
+            usize::from(first & 0x0f) * 4,
+            source == own,
+        )
     };
     if v6 && is_own && matches!(protocol, HOP_BY_HOP | ROUTING | FRAGMENT | DESTINATION_OPTIONS) {
         return Some(true);

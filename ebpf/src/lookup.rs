@@ -11,8 +11,8 @@ use abi::{
 };
 use aya_ebpf::{
     bindings::{
-        BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_NOT_FWDED,
-        BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup,
+        BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_SUCCESS,
+        bpf_fib_lookup,
     },
     btf_maps::lpm_trie::Key,
     helpers::generated,
@@ -361,7 +361,10 @@ const _: () = assert!(size_of::<bpf_fib_lookup>() == 64);
 #[inline(never)]
 pub fn is_own(ctx: &TcContext, flow: &Flow, address: &Address) -> Result<bool, DropReason> {
     let found = route(ctx, flow, &flow.ends.source, address)?;
-    Ok(matches!(found, BPF_FIB_LKUP_RET_NOT_FWDED | BPF_FIB_LKUP_RET_FWD_DISABLED))
+    Ok(matches!(
+        found,
+        BPF_FIB_LKUP_RET_NOT_FWDED | BPF_FIB_LKUP_RET_FWD_DISABLED
+    ))
 }
 
 /// Whether the node would send what goes from one address to another by the interface that the program runs on.

@@ -79,12 +79,9 @@ fn carry_out(ctx: &TcContext, action: &Action) -> i32 {
     // SAFETY: the helpers only note the target; they have no preconditions.
     unsafe {
         match action.path {
-            Path::Local
-            | Path::Overlay
-            | Path::ArpReply
-            | Path::NeighbourReply
-            | Path::EchoReply
-            | Path::NodePort => bpf_redirect_peer(action.ifindex, 0) as i32,
+            Path::Local | Path::Overlay | Path::ArpReply | Path::NeighbourReply | Path::EchoReply | Path::NodePort => {
+                bpf_redirect_peer(action.ifindex, 0) as i32
+            }
             Path::Encap => bpf_redirect(action.ifindex, 0) as i32,
             Path::NodePortReply => bpf_redirect_neigh(action.ifindex, core::ptr::null_mut(), 0, 0) as i32,
             Path::ToHost | Path::ToOutside => {

@@ -15,7 +15,7 @@ pub const FRAGMENT: u8 = 44;
 pub const DESTINATION_OPTIONS: u8 = 60;
 
 #[inline(always)]
-pub fn header(ctx: &TcContext, flow: &mut Flow) -> Result<Upper, DropReason> {
+pub(super) fn header(ctx: &TcContext, flow: &mut Flow) -> Result<Upper, DropReason> {
     let start: [u8; 8] = read(ctx, L3)?;
     flow.ends.source = read(ctx, L3 + 8)?;
     flow.ends.destination = read(ctx, L3 + 24)?;

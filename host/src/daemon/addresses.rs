@@ -227,7 +227,7 @@ impl Daemon {
             }
         });
         let desired = plan::node_addresses(announced);
-        Ok(self.datapath.place_nodes(desired)?)
+        Ok(self.datapath.place_nodes(&desired)?)
     }
 
     /// Whether a node has an address, but for this one.

@@ -12,7 +12,7 @@ impl Datapath {
     /// # Errors
     ///
     /// Where the map is full.
-    pub fn place_nodes(&mut self, desired: BTreeMap<AddressKey, Option<AddressKey>>) -> Result<(), DatapathError> {
+    pub fn place_nodes(&mut self, desired: &BTreeMap<AddressKey, Option<AddressKey>>) -> Result<(), DatapathError> {
         let known = self.placed_nodes.iter();
         let gone_ones = known.filter(|(address, _)| !desired.contains_key(*address));
         for (address, behind) in gone_ones
@@ -30,7 +30,7 @@ impl Datapath {
         for (address, behind) in desired.iter().filter(is_underlay) {
             self.place_node(address, *behind)?;
         }
-        for (address, behind) in &desired {
+        for (address, behind) in desired {
             self.place_node(address, *behind)?;
         }
         Ok(())

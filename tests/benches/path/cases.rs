@@ -7,7 +7,7 @@ use hostd::plan::Shape;
 use std::{cell::RefCell, net::IpAddr, rc::Rc};
 use wasmgate_tests::{
     bench::{Bench, GREEN, Setup},
-    frame::{ACK, Frame, OTHER_NODE, POD_A, POD_A6, POD_B, POD_B6, REMOTE, REMOTE6, SYN},
+    frame::{ACK, Frame, NODE, OTHER_NODE, POD_A, POD_A6, POD_B, POD_B6, REMOTE, REMOTE6, SYN},
     stage::{REPEAT, Replay, Stage},
 };
 

@@ -322,7 +322,7 @@ fn a_denied_packet_takes_no_entry() {
 fn the_node_gets_its_answers() {
     kernel_test!();
     let mut bench = Bench::new();
-    bench.deny_egress(RED_PLACE.0, abi::Identity::HOST.0);
+    bench.deny_egress(RED_PLACE.0, Identity::HOST.0);
     let answer = Frame::tcp(POD_A, 80, NODE, 40000, SYN | ACK);
     assert_eq!(bench.from_pod_a(&answer).reason(), DropReason::EgressDenied);
     assert_eq!(
@@ -339,7 +339,7 @@ fn each_half_of_a_pair_of_identities_serves_its_own_generation() {
     let va = bench.pod_a;
     bench.put_pod(POD_A, [RED, BLUE], RED_PLACE, 1, va);
     let tunnel = |bench: &mut Bench, port| match bench.from_pod_a(&Frame::udp(POD_A, port, REMOTE, 53)) {
-        super::run::Outcome::Sent { tunnel, .. } => tunnel.map(|(vni, _)| vni),
+        Outcome::Sent { tunnel, .. } => tunnel.map(|(vni, _)| vni),
         other => panic!("{}", other.reason().name()),
     };
     assert_eq!(tunnel(&mut bench, 1), Some(RED));

@@ -231,6 +231,94 @@ fn ahead(cells: &Cells, from: &Party, to: &Party) -> Result<(), DropReason> {
     }
 }
 
+/// What goes to the gateway answers a flow of the pod's to itself, or nobody wants it.
+const fn leads_nowhere(travel: &Travel) -> bool {
+    travel.hairpin && !travel.asked && !travel.answered
+}
+
+/// What becomes of a packet of a flow that is tracked; nothing, where it opens another one.
+fn goes_on(
+    conntrack: &mut Conntrack,
+    cells: &Cells,
+    generation: u32,
+    travel: &mut Travel,
+    (from, to): (&Party, &Party),
+    (key, entry): (Key, Entry),
+) -> Option<Result<(), DropReason>> {
+    let packet = travel.packet.clone();
+    let reply = entry.originator != travel.source;
+    let asks = (packet.request || packet.is_syn()) && !packet.related;
+    if travel.must_answer && (!reply || asks) {
+        return Some(Err(DropReason::UnknownSource));
+    }
+    // Datagrams are answered where they were sent last; of a connection there can be only one.
+    let crossed = !packet.related && !reply && (entry.state & TRANSLATED != 0) != travel.asked;
+    if crossed && packet.protocol == TCP && !is_closed(&entry) {
+        travel.lost = true;
+        return Some(Err(DropReason::ServicePorts));
+    }
+    if packet.answer && !reply {
+        return Some(Err(DropReason::IcmpUnrelated));
+    }
+    let asks_back = packet.request && reply;
+    let again = packet.is_syn() && (reply || is_closed(&entry));
+    let anew = crossed || (!packet.related && (asks_back || again));
+    if !anew {
+        if reply {
+            travel.via = entry.via.or(travel.via);
+        }
+        if let Some(frontend) = entry.translation.filter(|_| reply) {
+            travel.answered = true;
+            travel.hairpin = entry.state & HAIRPIN != 0;
+            travel.leaves = entry.state & NODE_PORT != 0;
+            let client = if travel.hairpin {
+                travel.source.0
+            } else {
+                travel.destination.0
+            };
+            travel.rewrite = Rewrite {
+                seen: [travel.source, travel.destination],
+                becomes: [frontend.to, (client, frontend.client_port)],
+            };
+        }
+        if travel.in_transit && !travel.leaves {
+            return Some(Err(DropReason::NotLocal));
+        }
+        if leads_nowhere(travel) {
+            return Some(Err(DropReason::UnknownDestination));
+        }
+        let (opener, other, port) = if reply {
+            (to, from, travel.source.1)
+        } else {
+            (from, to, travel.destination.1)
+        };
+        let peers = [(opener.owner, opener.epoch), (other.owner, other.epoch)];
+        let current = entry.generation == generation && entry.peers == peers;
+        let verdict = if current {
+            Ok(())
+        } else {
+            judge(cells, travel, opener, other, port)
+        };
+        if packet.related {
+            return Some(verdict);
+        }
+        if verdict.is_err() {
+            conntrack.remove(&key);
+            return Some(verdict);
+        }
+        let state = next_state(travel, reply, entry.state);
+        let renewed = Entry {
+            state,
+            generation,
+            peers,
+            ..entry
+        };
+        conntrack.insert(key, renewed);
+        return Some(Ok(()));
+    }
+    None
+}
+
 pub fn admit(
     conntrack: &mut Conntrack,
     cells: &Cells,
@@ -240,12 +328,11 @@ pub fn admit(
     to: &Party,
 ) -> Result<(), DropReason> {
     let packet = travel.packet.clone();
-    let nowhere = |travel: &Travel| travel.hairpin && !travel.asked && !travel.answered;
     if packet.fragment == Fragment::Ahead && travel.must_answer {
         return Err(DropReason::UnknownSource);
     }
     if packet.fragment == Fragment::Ahead {
-        return match (travel.in_transit, nowhere(travel)) {
+        return match (travel.in_transit, leads_nowhere(travel)) {
             (true, _) => Err(DropReason::NotLocal),
             (_, true) => Err(DropReason::UnknownDestination),
             _ => ahead(cells, from, to),
@@ -261,75 +348,8 @@ pub fn admit(
         entry.state & FRONTEND == 0 && entry.peers.map(|(owner, _)| owner) == owners
     });
     if let Some(entry) = known {
-        let reply = entry.originator != travel.source;
-        let asks = (packet.request || packet.is_syn()) && !packet.related;
-        if travel.must_answer && (!reply || asks) {
-            return Err(DropReason::UnknownSource);
-        }
-        // Datagrams are answered where they were sent last; of a connection there can be only one.
-        let crossed = !packet.related && !reply && (entry.state & TRANSLATED != 0) != travel.asked;
-        if crossed && packet.protocol == TCP && !is_closed(&entry) {
-            travel.lost = true;
-            return Err(DropReason::ServicePorts);
-        }
-        if packet.answer && !reply {
-            return Err(DropReason::IcmpUnrelated);
-        }
-        let asks_back = packet.request && reply;
-        let again = packet.is_syn() && (reply || is_closed(&entry));
-        let anew = crossed || (!packet.related && (asks_back || again));
-        if !anew {
-            if reply {
-                travel.via = entry.via.or(travel.via);
-            }
-            if let Some(frontend) = entry.translation.filter(|_| reply) {
-                travel.answered = true;
-                travel.hairpin = entry.state & HAIRPIN != 0;
-                travel.leaves = entry.state & NODE_PORT != 0;
-                let client = if travel.hairpin {
-                    travel.source.0
-                } else {
-                    travel.destination.0
-                };
-                travel.rewrite = Rewrite {
-                    seen: [travel.source, travel.destination],
-                    becomes: [frontend.to, (client, frontend.client_port)],
-                };
-            }
-            if travel.in_transit && !travel.leaves {
-                return Err(DropReason::NotLocal);
-            }
-            if nowhere(travel) {
-                return Err(DropReason::UnknownDestination);
-            }
-            let (opener, other, port) = if reply {
-                (to, from, travel.source.1)
-            } else {
-                (from, to, travel.destination.1)
-            };
-            let peers = [(opener.owner, opener.epoch), (other.owner, other.epoch)];
-            let current = entry.generation == generation && entry.peers == peers;
-            let verdict = if current {
-                Ok(())
-            } else {
-                judge(cells, travel, opener, other, port)
-            };
-            if packet.related {
-                return verdict;
-            }
-            if verdict.is_err() {
-                conntrack.remove(&key);
-                return verdict;
-            }
-            let state = next_state(travel, reply, entry.state);
-            let renewed = Entry {
-                state,
-                generation,
-                peers,
-                ..entry
-            };
-            conntrack.insert(key, renewed);
-            return Ok(());
+        if let Some(verdict) = goes_on(conntrack, cells, generation, travel, (from, to), (key, entry)) {
+            return verdict;
         }
     } else if travel.must_answer {
         return Err(DropReason::UnknownSource);
@@ -339,7 +359,7 @@ pub fn admit(
     if travel.in_transit {
         return Err(DropReason::NotLocal);
     }
-    if nowhere(travel) {
+    if leads_nowhere(travel) {
         return Err(DropReason::UnknownDestination);
     }
     travel.lost = packet.protocol == TCP && !packet.is_syn();

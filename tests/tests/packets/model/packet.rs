@@ -21,6 +21,7 @@ pub enum Fragment {
 
 /// What a packet says of itself.
 #[derive(Clone, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is one thing that a packet says")]
 pub struct Packet {
     pub v6: bool,
     pub protocol: u8,
