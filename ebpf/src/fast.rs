@@ -9,7 +9,7 @@
 use crate::{
     conntrack,
     forward::{self, Action},
-    identify, lookup, lru, maps,
+    lookup, lru, maps, overlay,
     packet::{Ends, Flow, Fragment, TCP, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, UDP},
     parse::{self, ETHERNET_LEN, IPV4_LEN, IPV6_LEN, L3},
     verdict,
@@ -360,7 +360,7 @@ fn overlay_delivers(ctx: &TcContext, action: &mut Action) -> bool {
     let failed =
         unsafe { bpf_skb_get_tunnel_key(ctx.skb.skb, &raw mut tunnel, size_of::<bpf_tunnel_key>() as u32, flags) };
     let mut seen = Seen::new();
-    if failed != 0 || !identify::is_for_tunnel(&tunnel, config) || !look(ctx, &mut seen) {
+    if failed != 0 || !overlay::is_for_tunnel(&tunnel, config) || !look(ctx, &mut seen) {
         return false;
     }
     let Some(flow) = find(&seen) else {

@@ -20,6 +20,7 @@ mod lru;
 mod maps;
 mod neighbour;
 mod object;
+mod overlay;
 mod packet;
 mod parse;
 mod reset;
@@ -34,8 +35,9 @@ use aya_ebpf::{
     programs::{SkBuffContext, TcContext},
 };
 use forward::Action;
-use identify::{Outer, Receiver, Way};
+use identify::{Receiver, Way};
 use lookup::Party;
+use overlay::Outer;
 use packet::{Flow, Fragment};
 
 /// tc ingress of a pod's host veth: what the pod sends.
@@ -105,15 +107,15 @@ pub fn from_overlay(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn overlay_delivers(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReason> {
     let mut outer = Outer::new();
-    identify::outer_source(ctx, &mut outer)?;
+    overlay::outer_source(ctx, &mut outer)?;
     let frame = parse::frame(ctx)?;
     parse::packet(ctx, &frame, flow)?;
     stays_on_the_link(flow)?;
     let mut sender = Party::new();
-    identify::remote_sender(flow, &outer, &mut sender)?;
+    overlay::remote_sender(flow, &outer, &mut sender)?;
     fragment::track(flow)?;
     let mut receiver = Receiver::new();
-    identify::overlay_receiver(flow, &sender, &mut receiver)?;
+    overlay::receiver(flow, &sender, &mut receiver)?;
     // What goes to the node itself the sender's node has let out, and nothing is enforced here; and what the node sends
     // into the tunnel no program sees, so that there is no flow to look for.
     if receiver.place.way != Way::Host {

@@ -84,7 +84,7 @@ fn a_counterexample_names_both_ends_and_the_ports() {
         check("web = app=web\ndb = app=db\nnothing but web reaches db"),
         [
             "`nothing but web reaches db`: host may reach red/db on tcp/80",
-            "`nothing but web reaches db`: red/db may reach red/db2 on tcp, udp, sctp, icmp, icmpv6"
+            "`nothing but web reaches db`: red/db may reach red/db2 on tcp, udp, sctp, icmp, icmpv6, other protocols"
         ]
     );
     assert_eq!(
