@@ -4,21 +4,14 @@
 //! would do by a pointer that may be left in `r0`, which the verifier takes for a pointer that is returned.
 
 use crate::{
-    lookup::{
-        Known, Party, Pod, endpoint, ifindex, ipcache, is_node, is_own, is_reached_by, is_underlay, key, node, outside,
-        reserved,
-    },
+    lookup::{Party, Pod, endpoint, ifindex, ipcache, is_node, is_own, is_reached_by, key, outside, reserved},
     maps,
     packet::{Flow, UDP},
     parse::Frame,
     service,
 };
-use abi::{AddressKey, DropReason, Family, Identity, NodeConfig, address::Address};
-use aya_ebpf::{
-    bindings::{BPF_F_TUNINFO_IPV6, bpf_tunnel_key},
-    helpers::bpf_skb_get_tunnel_key,
-    programs::TcContext,
-};
+use abi::{DropReason, Identity};
+use aya_ebpf::programs::TcContext;
 
 /// How a packet gets to where it goes.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -128,18 +121,16 @@ pub fn receiver(ctx: &TcContext, flow: &mut Flow, receiver: &mut Receiver) -> Re
         if to_tunnel {
             return Err(DropReason::TunnelPort);
         }
-        let mut known = Known::new();
-        if !outside(flow, &key, &mut known) {
-            return Err(DropReason::UnknownDestination);
-        }
+        let known = outside(flow, &key).ok_or(DropReason::UnknownDestination)?;
         receiver.party = known.party;
-        if known.is_node() && service::is_node_port(flow) {
+        place.tunnel = known.tunnel;
+        let (is_node, is_behind) = (known.is_node(), known.tunnel_family != 0);
+        if is_node && service::is_node_port(flow) {
             place.way = Way::Service;
             return Ok(());
         }
-        if known.is_node() && known.tunnel_family != 0 {
+        if is_node && is_behind {
             place.way = Way::Remote;
-            place.tunnel = known.tunnel;
         } else if is_own(ctx, flow, &flow.ends.destination)? {
             receiver.party = reserved(Identity::HOST);
             place.way = Way::Host;
@@ -219,8 +210,11 @@ pub fn local_receiver(flow: &mut Flow) -> Result<Pod, DropReason> {
 pub fn client(flow: &mut Flow, sender: &mut Party) -> Result<(), DropReason> {
     let key = key(flow, flow.ends.source);
     let is_known = maps::ENDPOINTS.get_ptr(&key).is_some() || maps::IPCACHE.get_ptr(&key).is_some();
-    let mut known = Known::new();
-    if is_known || !outside(flow, &key, &mut known) || known.is_node() {
+    if is_known {
+        return Err(DropReason::UnknownSource);
+    }
+    let known = outside(flow, &key).ok_or(DropReason::UnknownSource)?;
+    if known.is_node() {
         return Err(DropReason::UnknownSource);
     }
     *sender = known.party;
@@ -262,10 +256,7 @@ pub fn node_or_outside(ctx: &TcContext, flow: &mut Flow, sender: &mut Party) -> 
         if known.is_some() || maps::ENDPOINTS.get_ptr(&key).is_some() {
             return Err(DropReason::UnknownSource);
         }
-        let mut outsider = Known::new();
-        if !outside(flow, &key, &mut outsider) {
-            return Err(DropReason::UnknownSource);
-        }
+        let outsider = outside(flow, &key).ok_or(DropReason::UnknownSource)?;
         // Another node's packets come through the tunnel; but where several nodes have the address, who knows which.
         if outsider.is_node() && outsider.tunnel_family != 0 && !router {
             return Err(DropReason::UnknownSource);
@@ -288,11 +279,7 @@ fn addressee(flow: &mut Flow, party: &mut Party) -> Result<(), DropReason> {
             Ok(())
         }
         None => {
-            let mut known = Known::new();
-            if !outside(flow, &key, &mut known) {
-                return Err(DropReason::IcmpUnrelated);
-            }
-            *party = known.party;
+            *party = outside(flow, &key).ok_or(DropReason::IcmpUnrelated)?.party;
             Ok(())
         }
         Some(_) => Err(DropReason::IcmpUnrelated),

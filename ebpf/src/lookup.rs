@@ -282,21 +282,29 @@ pub fn is_node(key: &AddressKey) -> bool {
     maps::NODES.get_ptr(key).is_some()
 }
 
-/// An address of another node; false where it is none, or this node's own. What it is, its tunnel included, goes to `known`.
+/// An address of another node, or of several. It is in this CPU's scratch until somebody else is looked up: callers have little room on
+/// the stack (512 bytes for all of a chain of calls, on Linux 6.1 also for programs that have more of their own later).
 #[inline(always)]
-pub fn node(key: &AddressKey, parity: usize, known: &mut Known) -> bool {
+pub fn node(key: &AddressKey, parity: usize) -> Option<&'static Known> {
+    let known = outsider()?;
     let mut look = look_at_node(key, parity, known);
     if look == Look::Torn {
         look = look_at_node(key, parity, known);
     }
-    look == Look::Whole
+    (look == Look::Whole).then_some(known)
+}
+
+#[inline(always)]
+fn outsider() -> Option<&'static mut Known> {
+    let scratch = maps::scratch()?;
+    // SAFETY: as in `Flow::begin`; nothing else refers to this part, and what was found before is not used any more.
+    Some(unsafe { &mut (*scratch).outsider })
 }
 
 /// Whether it is the underlay address of another node, by which packets come through the tunnel and go into it.
 #[inline(never)]
 pub fn is_underlay(key: &AddressKey, parity: usize) -> bool {
-    let mut known = Known::new();
-    node(key, parity, &mut known) && known.tunnel_family == key.family && known.tunnel == key.address.words()
+    node(key, parity).is_some_and(|known| known.tunnel_family == key.family && known.tunnel == key.address.words())
 }
 
 /// An address that is no pod's has no owner. What it is takes the place of the epoch, so that its flows are judged again
@@ -319,16 +327,27 @@ pub fn reserved(identity: Identity) -> Party {
     }
 }
 
-/// What an address is that the ipcache does not know: another node, or whatever the networks say of it. False where
-/// nothing is routed to or from it.
+/// What an address is that the ipcache does not know: another node, or whatever the networks say of it. `None` where
+/// nothing is routed to or from it. As in [`node`] it is in this CPU's scratch.
+#[inline(always)]
+pub fn outside(flow: &Flow, address: &AddressKey) -> Option<&'static Known> {
+    if is_outside(flow, address) {
+        outsider().map(|known| &*known)
+    } else {
+        None
+    }
+}
+
 #[inline(never)]
-pub fn outside(flow: &Flow, address: &AddressKey, known: &mut Known) -> bool {
-    *known = Known::new();
-    if node(address, flow.parity(), known) {
-        known.party.peer = nobodys(known.party.identity);
+fn is_outside(flow: &Flow, address: &AddressKey) -> bool {
+    if node(address, flow.parity()).is_some() {
+        if let Some(known) = outsider() {
+            known.party.peer = nobodys(known.party.identity);
+        }
         return true;
     }
-    known.flags = 0;
+    let Some(known) = outsider() else { return false };
+    *known = Known::new();
     let party = &mut known.party;
     let Some(scratch) = maps::scratch() else { return false };
     // SAFETY: as in `Flow::begin`; nothing else refers to this part.

@@ -70,6 +70,7 @@ pub struct Scratch {
     pub affinity: AffinityEntry,
     pub route: bpf_fib_lookup,
     pub network: Key<AddressKey>,
+    pub outsider: crate::lookup::Known,
     pub fragment_key: FragmentKey,
     pub fragment: FragmentEntry,
     pub message: crate::tell::Message,

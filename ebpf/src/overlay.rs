@@ -89,8 +89,8 @@ pub fn is_for_tunnel(tunnel: &bpf_tunnel_key, config: &NodeConfig) -> bool {
 pub fn remote_sender(flow: &mut Flow, outer: &Outer, sender: &mut Party) -> Result<(), DropReason> {
     flow.from = outer.vni;
     if outer.vni == Identity::REMOTE_NODE {
-        let mut known = Known::new();
-        if !node(&key(flow, flow.ends.source), flow.parity(), &mut known) || !is_behind(&known, &outer.node) {
+        let known = node(&key(flow, flow.ends.source), flow.parity()).ok_or(DropReason::WrongNode)?;
+        if !is_behind(known, &outer.node) {
             return Err(DropReason::WrongNode);
         }
         *sender = known.party;
@@ -139,12 +139,10 @@ pub fn receiver(flow: &mut Flow, sender: &Party, receiver: &mut Receiver) -> Res
         receiver.party = known.party;
         receiver.place.way = Way::Host;
     } else {
-        let is_pod = sender.peer.owner != 0;
-        let mut known = Known::new();
-        if !is_pod || !outside(flow, &key, &mut known) {
+        if sender.peer.owner == 0 {
             return Err(DropReason::NotLocal);
         }
-        receiver.party = known.party;
+        receiver.party = outside(flow, &key).ok_or(DropReason::NotLocal)?.party;
         flow.in_transit = true;
         receiver.place.way = Way::Outside;
     }
