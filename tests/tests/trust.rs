@@ -466,7 +466,8 @@ fn where_a_program_is_missing_nothing_passes() {
     for pin in pins.filter(|pin| pin.to_string_lossy().ends_with("-from_pod")) {
         std::fs::remove_file(pin).unwrap();
     }
-    // Neither as itself nor as anybody else.
+    // The kernel takes a moment to detach them. From then on nothing passes, neither as itself nor as anybody else.
+    assert!(wait_until(LONG, || !asks(external) && !asks(node)));
     assert!(!asks(external) && !asks(node));
     cluster.nodes[0].start().unwrap();
     assert!(wait_until(LONG, || asks(external) && asks(node)));
