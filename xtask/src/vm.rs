@@ -17,7 +17,7 @@ const KERNEL: &str = "linux-image-cloud-amd64";
 /// What the tests run.
 const TOOLS: [&str; 4] = ["ip", "tc", "nft", "umount"];
 /// What the kernel has as modules.
-const MODULES: &str = "veth vxlan sch_ingress cls_bpf nft_ct nft_chain_nat nft_masq bridge";
+const MODULES: &str = "veth vxlan sch_ingress cls_bpf nft_ct nft_chain_nat nft_masq nft_fib_inet bridge";
 /// Test programs, and which of their tests: all tables of packets, and the tour of two nodes.
 const TESTS: [&str; 2] = ["packets", "floor"];
 /// What the machine says at the end of each of them.
@@ -197,7 +197,7 @@ fn script(programs: &[PathBuf], filter: Option<&str>) -> String {
         "#!/bin/sh\n\
          /bin/busybox --install -s /bin\n\
          mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev\n\
-         mount -t tmpfs run /run; mount -t bpf bpf /sys/fs/bpf\n\
+         mount -t tmpfs run /run; mount -t bpf bpf /sys/fs/bpf; mount -t cgroup2 cgroup2 /sys/fs/cgroup\n\
          export PATH=/usr/sbin:/usr/bin:/sbin:/bin WASMGATE_REQUIRE_KERNEL=1 PROPTEST_CASES=40 WASMGATE_STRESS_PACKETS=200000\n\
          ip link set lo up\n\
          for module in {MODULES}; do modprobe $module; done\n"

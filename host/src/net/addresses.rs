@@ -144,7 +144,9 @@ pub fn addresses(underlay: IpAddr, ignored: &[String]) -> Result<Addresses, NetE
                     |other: &AddressMessage| other.header.index == index && self::address(other) == Some(underlay);
                 let is_left_out = ignored.contains(&interface.name)
                     || (is_containers(index, &interfaces) && !listed.iter().any(has_underlay));
-                if message.header.scope != AddressScope::Universe || is_left_out {
+                // What nodes serve to their own pods alone (NodeLocal DNSCache) is on each of them.
+                let is_local = matches!(address, IpAddr::V4(v4) if v4.is_link_local());
+                if message.header.scope != AddressScope::Universe || is_left_out || is_local {
                     continue;
                 }
                 found.published.insert(address);
