@@ -92,8 +92,8 @@ pub fn deliver(
     Ok(())
 }
 
-/// What a pod has made, and what is no pod's to receive, never goes to the tunnel port: other nodes believe this one, and any address may be a node's. The packet
-/// is looked at as it leaves, translated.
+/// What a pod has made never leaves for the tunnel port: other nodes believe this one, and any address may be a node's. The packet is
+/// looked at as it leaves, translated; to pods the port is one like any other.
 ///
 /// Nor do tunnels of other kinds go to a node: its kernel may have a device for them, which takes what is inside for its own.
 #[inline(always)]

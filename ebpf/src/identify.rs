@@ -4,10 +4,11 @@
 //! would do by a pointer that may be left in `r0`, which the verifier takes for a pointer that is returned.
 
 use crate::{
-    lookup::{Party, Pod, endpoint, ifindex, ipcache, is_node, is_own, is_reached_by, key, outside, reserved},
+    lookup::{Party, Pod, endpoint, ifindex, ipcache, is_node, key, outside, reserved},
     maps,
     packet::{Flow, UDP},
     parse::Frame,
+    routes::{is_own, is_reached_by},
     service,
 };
 use abi::{DropReason, Identity};
@@ -93,8 +94,7 @@ pub fn is_about_sender(flow: &Flow) -> Result<(), DropReason> {
     Ok(())
 }
 
-/// Whom a pod's packet is for. The tunnel port is none but at pods: behind masquerade such a packet would arrive as this
-/// node's own, and any address may be one of a node's.
+/// Whom a pod's packet is for.
 #[inline(never)]
 pub fn receiver(ctx: &TcContext, flow: &mut Flow, receiver: &mut Receiver) -> Result<(), DropReason> {
     // A pod that reaches itself through a service sees the gateway in its own place.
@@ -115,12 +115,7 @@ pub fn receiver(ctx: &TcContext, flow: &mut Flow, receiver: &mut Receiver) -> Re
         place.macs = pod.macs;
         return Ok(());
     }
-    let config = maps::config().ok_or(DropReason::Internal)?;
-    let to_tunnel = flow.protocol == UDP && !flow.related && flow.ends.destination_port == config.tunnel_port.to_be();
     let Some(known) = ipcache(&key, flow.parity()) else {
-        if to_tunnel {
-            return Err(DropReason::TunnelPort);
-        }
         let known = outside(flow, &key).ok_or(DropReason::UnknownDestination)?;
         receiver.party = known.party;
         place.tunnel = known.tunnel;
@@ -143,9 +138,6 @@ pub fn receiver(ctx: &TcContext, flow: &mut Flow, receiver: &mut Receiver) -> Re
     if known.is_service() || (known.is_host() && service::is_node_port(flow)) {
         place.way = Way::Service;
         return Ok(());
-    }
-    if to_tunnel && known.is_host() {
-        return Err(DropReason::TunnelPort);
     }
     flow.to = known.party.identity;
     receiver.party = known.party;
@@ -187,14 +179,15 @@ pub fn is_asked_from_outside(flow: &Flow) -> bool {
 }
 
 /// Whether the routes would answer a client outside by the interface that it asks at. What comes from elsewhere under its
-/// address is forged, or the answers would go astray: the kernel has not looked yet (`rp_filter`).
+/// address is forged, or the answers would go astray: the kernel has not looked yet (`rp_filter`). A connection that is known has
+/// been looked at.
 #[inline(always)]
-pub fn is_answered_by(ctx: &TcContext, flow: &Flow) -> Result<(), DropReason> {
-    if is_reached_by(ctx, flow, &flow.seen.destination, &flow.seen.source)? {
-        Ok(())
-    } else {
-        Err(DropReason::NoRouteBack)
+pub fn comes_by_its_route(ctx: &TcContext, flow: &Flow) -> Result<(), DropReason> {
+    let is_new = flow.frontend_expires == 0;
+    if is_new && !is_reached_by(ctx, flow, &flow.seen.destination, &flow.seen.source)? {
+        return Err(DropReason::NoRouteBack);
     }
+    Ok(())
 }
 
 /// The pod of this node that a packet from the node's stack is for.

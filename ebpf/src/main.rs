@@ -24,6 +24,7 @@ mod overlay;
 mod packet;
 mod parse;
 mod reset;
+mod routes;
 mod service;
 mod tell;
 mod translate;
@@ -225,10 +226,7 @@ fn outside_asks(ctx: &TcContext, flow: &mut Flow) -> Result<Action, DropReason> 
         fragment::track(flow)?;
     }
     service::choose(flow, &sender)?;
-    let is_new = flow.frontend_expires == 0;
-    if is_new {
-        identify::is_answered_by(ctx, flow)?;
-    }
+    identify::comes_by_its_route(ctx, flow)?;
     let mut receiver = Receiver::new();
     identify::backend(ctx, flow, &mut receiver)?;
     forward::has_way_back(&receiver)?;

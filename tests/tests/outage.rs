@@ -299,9 +299,9 @@ fn a_node_that_is_away_is_not_forgotten_with_what_etcd_has_lost() {
     etcd.wipe().unwrap();
     etcd.run().unwrap();
     // First the others are given the time to speak for themselves.
-    let entered = || ["nodes", "alive", "pods"].map(|folder| keys(&cluster, folder));
-    assert!(wait_until(LONG, || entered() == [1, 1, 2]), "{:?}", entered());
-    assert!(wait_until(2 * LONG, || entered() == [2, 1, 4]), "{:?}", entered());
+    let entered = || ["nodes", "addresses", "alive", "pods"].map(|folder| keys(&cluster, folder));
+    assert!(wait_until(LONG, || entered() == [1, 1, 1, 2]), "{:?}", entered());
+    assert!(wait_until(2 * LONG, || entered() == [2, 2, 1, 4]), "{:?}", entered());
     let status = cluster.nodes[0].json(&["status"]).unwrap();
     assert_eq!(status["nodes"][1]["state"], "stale", "{status}");
     cluster.nodes[1].start().unwrap();

@@ -3,7 +3,7 @@
 
 use harness::{
     Capture, Cluster, Listener, Options, TcpOutcome, in_netns, kernel_test, run, tcp_exchange, udp_exchange,
-    udp_exchange_of,
+    udp_exchange_of, wait_until,
 };
 use std::{
     net::{IpAddr, SocketAddr, TcpListener, TcpStream},
@@ -11,6 +11,7 @@ use std::{
 };
 
 const WAIT: Duration = Duration::from_millis(400);
+const LONG: Duration = Duration::from_secs(90);
 
 fn outside() -> [IpAddr; 2] {
     ["203.0.113.1", "2001:db8:99::1"].map(|address| address.parse().unwrap())
@@ -128,27 +129,34 @@ fn a_node_and_the_pods_of_another_reach_each_other_through_the_tunnel() {
         cluster.add_pod(0, "red/a", &[]).unwrap();
         cluster.settle().unwrap();
         cluster.load("allow-all").unwrap();
-        let pod = cluster.pod("red/a");
-        let address = pod.addresses[usize::from(ipv6_underlay)];
-        let other = &cluster.nodes[1];
+        let (pod, other) = (cluster.pod("red/a"), &cluster.nodes[1]);
+        // In both families, whatever the tunnel's is.
+        let node: [IpAddr; 2] = ["192.0.2.2", "2001:db8:0:2::2"].map(|address| address.parse().unwrap());
+        let ends: Vec<(IpAddr, IpAddr)> = pod.addresses.iter().copied().zip(node).collect();
         let _listeners = [pod.netns.name(), other.netns.name()].map(|netns| Listener::new(netns, 80).unwrap());
         let capture = (!ipv6_underlay).then(|| Capture::start(&cluster.nodes[0].netns, "underlay").unwrap());
-        // Each is seen as who it is.
-        assert_eq!(seen(other.netns.name(), pod.netns.name(), address), other.underlay);
-        assert_eq!(seen(pod.netns.name(), other.netns.name(), other.underlay), address);
-        for (from, to) in [(other.netns.name(), address), (pod.netns.name(), other.underlay)] {
-            assert_eq!(
-                tcp_exchange(from, to, 80, WAIT).unwrap(),
-                TcpOutcome::Open,
-                "{from} -> {to}"
-            );
-            assert!(udp_exchange(from, to, 80, WAIT).unwrap(), "{from} -> {to}");
-            let ping = ["netns", "exec", from, "ping", "-c", "1", "-W", "2", &to.to_string()];
-            assert!(run("ip", &ping).is_ok(), "ping {from} -> {to}");
+        for (address, node) in &ends {
+            // All of a node's addresses are known a moment after it.
+            let open = || tcp_exchange(pod.netns.name(), *node, 80, WAIT).unwrap() == TcpOutcome::Open;
+            assert!(wait_until(LONG, open), "{node}");
+            // Each is seen as who it is.
+            assert_eq!(seen(other.netns.name(), pod.netns.name(), *address), *node);
+            assert_eq!(seen(pod.netns.name(), other.netns.name(), *node), *address);
+            for (from, to) in [(other.netns.name(), *address), (pod.netns.name(), *node)] {
+                assert_eq!(
+                    tcp_exchange(from, to, 80, WAIT).unwrap(),
+                    TcpOutcome::Open,
+                    "{from} -> {to}"
+                );
+                assert!(udp_exchange(from, to, 80, WAIT).unwrap(), "{from} -> {to}");
+                let ping = ["netns", "exec", from, "ping", "-c", "1", "-W", "2", &to.to_string()];
+                assert!(run("ip", &ping).is_ok(), "ping {from} -> {to}");
+            }
         }
         // What is larger than a pod's packets comes in pieces, from its own node, too.
         for (from, to) in [
-            (other.netns.name(), address),
+            (other.netns.name(), pod.addresses[0]),
+            (other.netns.name(), pod.addresses[1]),
             (cluster.nodes[0].netns.name(), pod.addresses[0]),
             (cluster.nodes[0].netns.name(), pod.addresses[1]),
         ] {
@@ -165,13 +173,14 @@ fn a_node_and_the_pods_of_another_reach_each_other_through_the_tunnel() {
         }
         // As the remote node that it is: no policy lets it in any more.
         cluster.load("tenant-isolation").unwrap();
-        assert_eq!(
-            tcp_exchange(other.netns.name(), address, 80, WAIT).unwrap(),
-            TcpOutcome::Silence
-        );
-        assert_eq!(
-            tcp_exchange(pod.netns.name(), other.underlay, 80, WAIT).unwrap(),
-            TcpOutcome::Silence
-        );
+        for (address, node) in &ends {
+            for (from, to) in [(other.netns.name(), *address), (pod.netns.name(), *node)] {
+                assert_eq!(
+                    tcp_exchange(from, to, 80, WAIT).unwrap(),
+                    TcpOutcome::Silence,
+                    "{from} -> {to}"
+                );
+            }
+        }
     }
 }

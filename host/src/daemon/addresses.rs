@@ -10,7 +10,6 @@ use crate::{
     },
 };
 use abi::{AddressKey, Identity};
-use ipnet::IpNet;
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
@@ -235,14 +234,10 @@ impl Daemon {
         self.datapath.is_node(&AddressKey::from(address)) && !self.addresses.is_own(address)
     }
 
-    /// What this node sends from to a network; none, where it has no address of its family.
-    pub(super) fn source_towards(&self, network: IpNet) -> Option<IpAddr> {
-        let underlay = self.config.underlay;
-        if network.addr().is_ipv4() == underlay.is_ipv4() {
-            return Some(underlay);
-        }
-        // The kernel has no IPv6 on a device whose packets are too small for it.
-        let carries = underlay.is_ipv6() || net::tunnel_has_ipv6(self.pod_mtu);
+    /// What this node sends from into the tunnel, in the other family than the underlay's; none, where it has no such address, or the
+    /// kernel no IPv6 on a device whose packets are too small for it.
+    pub(super) fn second_source(&self) -> Option<IpAddr> {
+        let carries = self.config.underlay.is_ipv6() || net::tunnel_has_ipv6(self.pod_mtu);
         self.addresses.own.second.filter(|_| carries)
     }
 }

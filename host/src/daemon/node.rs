@@ -272,12 +272,14 @@ impl Daemon {
 
     /// CIDRs of the other nodes' pods, each with the way there; of a family of which this node has an address.
     pub(super) fn tunnel_routes(&self) -> BTreeMap<IpNet, net::Tunnel> {
+        let (underlay, second) = (self.config.underlay, self.second_source());
         let others = self.nodes.values().filter(|node| node.record.name != self.config.node);
         let cidrs = others.flat_map(|node| node.record.pod_cidrs.iter().map(|cidr| (*cidr, node.record.underlay)));
         cidrs
-            .filter(|(_, node)| node.is_ipv4() == self.config.underlay.is_ipv4())
+            .filter(|(_, node)| node.is_ipv4() == underlay.is_ipv4())
             .filter_map(|(cidr, node)| {
-                let source = self.source_towards(cidr)?;
+                let is_underlays = cidr.addr().is_ipv4() == underlay.is_ipv4();
+                let source = if is_underlays { underlay } else { second? };
                 Some((cidr.trunc(), net::Tunnel { node, source }))
             })
             .collect()

@@ -1,10 +1,14 @@
 //! The node's own addresses: by which of them others reach it, and which only its own pods know.
 
-use super::{NetError, netlink::netlink_here, veth::GROUP};
+use super::{
+    NetError,
+    netlink::{is_gone, mtu, netlink_here},
+    veth::GROUP,
+};
 use abi::node::GATEWAY_V4;
 use futures::{FutureExt, TryStreamExt};
 use rtnetlink::{
-    Handle,
+    Handle, LinkGetRequest,
     packet_route::{
         address::{AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope},
         link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage},
@@ -49,7 +53,7 @@ impl Interface {
     fn of(link: &LinkMessage) -> Self {
         let mut found = Self {
             name: String::new(),
-            mtu: super::netlink::mtu(link),
+            mtu: mtu(link),
             is_pods: false,
             is_bridge: false,
             is_guests: false,
@@ -124,7 +128,7 @@ pub fn addresses(underlay: IpAddr, ignored: &[String]) -> Result<Addresses, NetE
     netlink_here(move |handle| {
         async move {
             let listed = list(&handle).await?;
-            let interfaces = interfaces(&handle).await?;
+            let interfaces = interfaces(&handle, &listed).await?;
             let mut found = Addresses::default();
             let mut is_beside = false;
             for message in &listed {
@@ -170,18 +174,32 @@ async fn list(handle: &Handle) -> Result<Vec<AddressMessage>, NetError> {
         .map_err(NetError::kernel("listing the node's addresses"))
 }
 
-async fn interfaces(handle: &Handle) -> Result<BTreeMap<u32, Interface>, NetError> {
-    let links: Vec<LinkMessage> = handle
-        .link()
-        .get()
-        .execute()
-        .try_collect()
-        .await
-        .map_err(NetError::kernel("listing the node's interfaces"))?;
-    Ok(links
-        .iter()
-        .map(|link| (link.header.index, Interface::of(link)))
-        .collect())
+/// The interfaces that have addresses, and what is connected to their bridges: most of a node's interfaces are pods', which have none.
+async fn interfaces(handle: &Handle, listed: &[AddressMessage]) -> Result<BTreeMap<u32, Interface>, NetError> {
+    let indexes: BTreeSet<u32> = listed.iter().map(|message| message.header.index).collect();
+    let mut found = BTreeMap::new();
+    for index in indexes {
+        match links(handle.link().get().match_index(index)).await {
+            Ok(links) => found.extend(links.iter().map(|link| (index, Interface::of(link)))),
+            // Its addresses are gone, too.
+            Err(error) if is_gone(&error) => {}
+            Err(error) => return Err(NetError::kernel("looking at the node's interfaces")(error)),
+        }
+    }
+    let bridges = found.iter().filter(|(_, interface)| interface.is_bridge);
+    for bridge in bridges.map(|(index, _)| *index).collect::<Vec<_>>() {
+        let mut ports = handle.link().get();
+        ports.message_mut().attributes.push(LinkAttribute::Controller(bridge));
+        let ports = links(ports)
+            .await
+            .map_err(NetError::kernel("listing the ports of a bridge"))?;
+        found.extend(ports.iter().map(|port| (port.header.index, Interface::of(port))));
+    }
+    Ok(found)
+}
+
+async fn links(asked: LinkGetRequest) -> Result<Vec<LinkMessage>, rtnetlink::Error> {
+    asked.execute().try_collect().await
 }
 
 #[cfg(test)]

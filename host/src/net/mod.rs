@@ -3,6 +3,7 @@
 mod addresses;
 mod check;
 mod filter;
+mod mtu;
 mod netlink;
 mod netns;
 mod ports;
@@ -15,16 +16,15 @@ mod vxlan;
 pub use addresses::{Addresses, addresses};
 pub use check::{Made, check_pod_link};
 pub use filter::filters;
+pub use mtu::{pod_mtu, set_pod_mtu, tunnel_has_ipv6};
 pub use netlink::{bring_up, delete_link};
 pub use netns::{Netns, in_netns};
 pub use ports::given_to_connections;
 pub use recover::{Found, find_pods};
 pub use route::{Tunnel, has_tunnel_routes, make_reachable, make_unreachable, set_tunnel_routes};
 pub use table::{Routed, remove_table, set_table, table};
-pub use veth::{
-    NODE_MTU, PairNames, Veth, find_pod_link, gateway, make_pod_link, pod_links, prepare_node, set_pod_mtu,
-};
-pub use vxlan::{Underlay, ensure_vxlan, pod_mtu, tunnel_has_ipv6, underlay};
+pub use veth::{NODE_MTU, PairNames, Veth, find_pod_link, gateway, make_pod_link, pod_links, prepare_node};
+pub use vxlan::{Underlay, ensure_vxlan, underlay};
 
 use rustix::net::{AddressFamily, SocketType};
 use std::{

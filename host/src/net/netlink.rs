@@ -33,6 +33,16 @@ pub(super) fn netlink_here<T: Send>(
     })
 }
 
+/// Whether the kernel says that there is no such interface.
+pub(super) fn is_gone(error: &rtnetlink::Error) -> bool {
+    let rtnetlink::Error::NetlinkError(error) = error else {
+        return false;
+    };
+    let error = error.to_io();
+    // ENODEV has no kind of its own in the standard library.
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(19)
+}
+
 pub(super) async fn find(handle: &Handle, name: &str) -> Result<Option<LinkMessage>, NetError> {
     match handle
         .link()
@@ -43,9 +53,7 @@ pub(super) async fn find(handle: &Handle, name: &str) -> Result<Option<LinkMessa
         .await
     {
         Ok(link) => Ok(link),
-        Err(rtnetlink::Error::NetlinkError(error)) if error.to_io().kind() == io::ErrorKind::NotFound => Ok(None),
-        // ENODEV has no kind of its own in the standard library.
-        Err(rtnetlink::Error::NetlinkError(error)) if error.to_io().raw_os_error() == Some(19) => Ok(None),
+        Err(error) if is_gone(&error) => Ok(None),
         Err(error) => Err(NetError::kernel(format!("looking for {name}"))(error)),
     }
 }

@@ -282,28 +282,6 @@ async fn add_gateway(handle: &Handle, index: u32, gateway: IpAddr, mac: [u8; 6])
     Ok(())
 }
 
-/// Sets the MTU of a pod's end.
-///
-/// # Errors
-///
-/// Where the namespace or its interface is gone, or the kernel refuses.
-pub fn set_pod_mtu(netns: &Netns, interface: &str, mtu: u32) -> Result<(), NetError> {
-    let interface = interface.to_owned();
-    in_netns(netns, || {
-        netlink(move |handle| {
-            async move {
-                let index = get(&handle, &interface).await?.header.index;
-                let link = LinkUnspec::new_with_index(index).mtu(mtu).build();
-                let set = handle.link().set(link).execute().await;
-                set.map_err(NetError::kernel(format!(
-                    "setting the MTU of the pod's {interface} to {mtu}"
-                )))
-            }
-            .boxed()
-        })
-    })?
-}
-
 /// MTU of the node's end, the most that a veth takes: whatever a pod sends reaches the programs, which tell it of what
 /// is too big. What goes to the pod is bounded by its route.
 pub const NODE_MTU: u32 = 65535;

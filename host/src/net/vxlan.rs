@@ -2,8 +2,8 @@
 
 use super::{
     NetError, VXLAN_DEVICE,
+    mtu::tunnel_has_ipv6,
     netlink::{NODE_SIDE, disable_ipv6, find, get, mtu, netlink_here, set_ipv6},
-    vxlan_overhead,
 };
 use futures::{FutureExt, TryStreamExt};
 use rtnetlink::{
@@ -13,7 +13,7 @@ use rtnetlink::{
         link::{InfoData, InfoVxlan, LinkAttribute, LinkInfo, LinkMessage},
     },
 };
-use std::{net::IpAddr, path::Path};
+use std::net::IpAddr;
 
 /// The interface that has the underlay address.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,24 +72,6 @@ pub fn underlay(wanted: IpAddr) -> Result<Underlay, NetError> {
         }
         .boxed()
     })
-}
-
-/// MTU of the pods on a node with this underlay address and MTU: what fits into the tunnel.
-///
-/// # Errors
-///
-/// Where the underlay's packets are too small: IPv4 demands 68 bytes of a link (RFC 791), IPv6 1280 (RFC 8200, section 5).
-pub fn pod_mtu(underlay: IpAddr, mtu: u32, ipv6: bool) -> Result<u32, NetError> {
-    let least = if ipv6 { 1280 } else { 68 };
-    mtu.checked_sub(vxlan_overhead(underlay))
-        .filter(|mtu| *mtu >= least)
-        .ok_or(NetError::SmallMtu { underlay: mtu, least })
-}
-
-/// Whether a tunnel whose packets are so large carries IPv6: at least 1280 bytes (RFC 8200, section 5), on a kernel that has it.
-#[must_use]
-pub fn tunnel_has_ipv6(mtu: u32) -> bool {
-    mtu >= 1280 && Path::new("/proc/sys/net/ipv6/conf").exists()
 }
 
 /// Makes the one vxlan device, whose tunnel keys come from the programs; it is down until [`super::bring_up`]. One with the wrong

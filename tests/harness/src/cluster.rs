@@ -1,6 +1,6 @@
 //! A cluster: nodes joined by an underlay, a hostd on each, pods on them.
 
-use crate::{Etcd, EtcdOptions, Namespace, Node, artifacts, node::START, probe::wait_until, run, warden};
+use crate::{Etcd, EtcdOptions, Namespace, Node, artifacts, node::START, probe::wait_until, warden};
 use anyhow::{Context, ensure};
 use serde_json::Value;
 use std::{fs, net::IpAddr, path::Path};
@@ -441,11 +441,7 @@ impl Options {
 /// Joins the nodes: two by a veth pair, more by a bridge in a namespace of its own.
 fn join(nodes: &[Node], external: Option<&Namespace>) -> anyhow::Result<Option<Namespace>> {
     if let ([one, other], None) = (nodes, external) {
-        let (one, other) = (one.netns.name(), other.netns.name());
-        let pair = [
-            "link", "add", "underlay", "netns", one, "type", "veth", "peer", "name", "underlay", "netns", other,
-        ];
-        run("ip", &pair)?;
+        one.netns.connect("underlay", &other.netns, "underlay")?;
         return Ok(None);
     }
     let bridge = Namespace::new("underlay")?;
@@ -454,11 +450,7 @@ fn join(nodes: &[Node], external: Option<&Namespace>) -> anyhow::Result<Option<N
     let namespaces = nodes.iter().map(|node| &node.netns).chain(external);
     for (index, netns) in namespaces.enumerate() {
         let port = format!("port{index}");
-        let (here, there) = (bridge.name(), netns.name());
-        let pair = [
-            "link", "add", &port, "netns", here, "type", "veth", "peer", "name", "underlay", "netns", there,
-        ];
-        run("ip", &pair)?;
+        bridge.connect(&port, netns, "underlay")?;
         bridge.ip(&["link", "set", &port, "master", "bridge", "up"])?;
     }
     Ok(Some(bridge))

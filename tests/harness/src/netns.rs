@@ -65,6 +65,27 @@ impl Namespace {
         PathBuf::from("/run/netns").join(&self.name)
     }
 
+    /// Connects an interface of it to one of another namespace, by a veth pair. Both are down.
+    ///
+    /// # Errors
+    ///
+    /// Where it can't be made.
+    pub fn connect(&self, here: &str, other: &Self, there: &str) -> anyhow::Result<()> {
+        let pair = [
+            "link",
+            "add",
+            here,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            there,
+            "netns",
+            &other.name,
+        ];
+        self.ip(&pair).map(drop)
+    }
+
     /// Runs `ip` in it.
     ///
     /// # Errors

@@ -401,7 +401,7 @@ fn the_table_has_every_reason() {
     let elsewhere = OUT_OF_REACH
         .into_iter()
         .chain(super::services::REASONS)
-        .chain(super::node_ports::REASONS);
+        .chain(super::strangers::REASONS);
     let covered: BTreeSet<_> = tables.map(|(reason, ..)| *reason).chain(elsewhere).collect();
     let missing: Vec<_> = DropReason::ALL
         .iter()

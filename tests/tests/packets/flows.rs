@@ -2,22 +2,22 @@
 
 use super::{
     bench::{BLUE, BLUE_PLACE, Bench, FULL, GREEN, GREEN_COLUMN, RED, RED_PLACE},
-    frame::{ACK, FIN, Frame, NOBODY, NODE, OTHER_NODE, POD_A, POD_B, REMOTE, RST, SYN},
+    frame::{ACK, FIN, Frame, NODE, OTHER_NODE, POD_A, POD_B, REMOTE, RST, SYN},
     run::Outcome,
 };
-use abi::{AddressKey, Direction, DropReason, Endpoint, Identity, Path, map, policy::CELL_PORT_SET};
+use abi::{AddressKey, Direction, DropReason, Endpoint, Identity, Path, map};
 use harness::kernel_test;
 
-fn there(flags: u8) -> Frame {
+pub fn there(flags: u8) -> Frame {
     Frame::tcp(POD_A, 40000, POD_B, 80, flags)
 }
 
-fn back(flags: u8) -> Frame {
+pub fn back(flags: u8) -> Frame {
     Frame::tcp(POD_B, 80, POD_A, 40000, flags)
 }
 
 /// Red may open connections to blue, and not the other way round.
-fn one_way() -> Bench {
+pub fn one_way() -> Bench {
     let mut bench = Bench::new();
     bench.deny_egress(BLUE_PLACE.0, RED_PLACE.1);
     bench
@@ -136,78 +136,6 @@ fn a_relabelled_pod_has_its_flows_judged_again() {
 }
 
 #[test]
-fn a_pod_is_told_that_nobody_knows_its_connection_any_more() {
-    kernel_test!();
-    let mut bench = one_way();
-    let lost = back(ACK).with(38, &7_u32.to_be_bytes()).with(42, &9_u32.to_be_bytes());
-    let Outcome::Told(DropReason::EgressDenied, told) = bench.from_pod_b(&lost) else {
-        panic!("it is told");
-    };
-    let (there, back) = (there(RST), back(RST));
-    // From the other end, with the number that it expects.
-    assert_eq!((&told.0[26..38], told.0[47]), (&there.0[26..38], RST));
-    assert_eq!(
-        (&told.0[38..42], &told.0[42..46]),
-        (&9_u32.to_be_bytes()[..], &[0; 4][..])
-    );
-    // A reset is not answered, and nobody else is told whose address nobody has checked.
-    assert_eq!(bench.from_pod_b(&back), Outcome::Dropped(DropReason::EgressDenied));
-    // So does who has opened it.
-    let outcome = bench.from_pod_a(&Frame::tcp(POD_A, 40000, POD_B, 80, ACK));
-    assert!(
-        matches!(outcome, Outcome::Told(DropReason::MidStream, _)),
-        "{outcome:?}"
-    );
-    let mut bench = Bench::new();
-    bench.deny_egress(RED_PLACE.0, Identity::WORLD.0);
-    let stray = Frame::tcp(NOBODY, 80, POD_A, 5000, ACK);
-    let by = bench.underlay;
-    assert_eq!(bench.to_pod(&stray, by), Outcome::Dropped(DropReason::MidStream));
-}
-
-#[test]
-fn an_echo_request_is_never_a_reply() {
-    kernel_test!();
-    // With the identifier zero both directions look the same.
-    for identifier in [0, 13] {
-        let mut bench = Bench::new();
-        bench.deny_egress(BLUE_PLACE.0, RED_PLACE.1);
-        let ask = |from, to| Frame::echo(from, to, false, identifier);
-        let answer = |from, to| Frame::echo(from, to, true, identifier);
-        assert_eq!(bench.from_pod_a(&ask(POD_A, POD_B)).path(), Path::Local);
-        assert_eq!(bench.from_pod_b(&answer(POD_B, POD_A)).path(), Path::Local);
-        assert_eq!(bench.from_pod_b(&ask(POD_B, POD_A)).reason(), DropReason::EgressDenied);
-        assert_eq!(bench.from_pod_b(&answer(POD_B, POD_A)).path(), Path::Local);
-        assert_eq!(
-            bench.from_pod_a(&answer(POD_A, POD_B)).reason(),
-            DropReason::IcmpUnrelated
-        );
-    }
-}
-
-#[test]
-fn a_request_for_the_time_has_a_flow_of_its_own() {
-    kernel_test!();
-    let mut bench = Bench::new();
-    // Echo and timestamp requests are types of ICMP, as policy sees them.
-    bench.set_port_set(1, &[(Some(1), 8, 8)]);
-    bench.set_cell(Direction::Egress, RED_PLACE.0, BLUE_PLACE.1, CELL_PORT_SET + 1);
-    let request = Frame::echo(POD_A, POD_B, false, 7);
-    let time = Frame::echo(POD_A, POD_B, false, 7).with(34, &[13]);
-    assert_eq!(bench.from_pod_a(&request).path(), Path::Local);
-    assert_eq!(bench.from_pod_a(&time).reason(), DropReason::EgressDenied);
-    bench.set_port_set(1, &[(Some(1), 13, 13)]);
-    assert_eq!(bench.from_pod_a(&time).path(), Path::Local);
-    let reply = Frame::echo(POD_B, POD_A, true, 7).with(34, &[14]);
-    bench.deny_egress(BLUE_PLACE.0, RED_PLACE.1);
-    assert_eq!(bench.from_pod_b(&reply).path(), Path::Local);
-    assert_eq!(
-        bench.from_pod_b(&reply.with(34, &[43])).reason(),
-        DropReason::IcmpUnrelated
-    );
-}
-
-#[test]
 fn an_address_used_again_inherits_nothing() {
     kernel_test!();
     let mut bench = connected();
@@ -233,27 +161,6 @@ fn a_reply_to_the_former_owner_of_an_address_is_none_to_the_next_one() {
     bench.owner = 2;
     bench.put_pod(POD_A, [RED; 2], RED_PLACE, 1, va);
     assert_eq!(bench.from_pod_b(&answer).reason(), DropReason::EgressDenied);
-}
-
-#[test]
-fn an_echo_request_is_no_reply_to_another() {
-    kernel_test!();
-    let mut bench = one_way();
-    assert_eq!(
-        bench.from_pod_a(&Frame::echo(POD_A, POD_B, false, 7)).path(),
-        Path::Local
-    );
-    assert_eq!(
-        bench.from_pod_b(&Frame::echo(POD_B, POD_A, false, 7)).reason(),
-        DropReason::EgressDenied
-    );
-    assert_eq!(
-        bench.from_pod_b(&Frame::echo(POD_B, POD_A, true, 7)).path(),
-        Path::Local
-    );
-    // The error about the request belongs to its flow, too.
-    let error = Frame::unreachable(POD_B, &Frame::echo(POD_A, POD_B, false, 7));
-    assert_eq!(bench.from_pod_b(&error).path(), Path::Local);
 }
 
 #[test]

@@ -14,6 +14,8 @@ mod fragments;
 mod ipv6;
 mod model;
 mod node_ports;
+mod protocols;
+mod strangers;
 mod stress;
 mod told;
 

@@ -6,13 +6,11 @@ use super::{
         ACK, Frame, GATEWAY_A, GATEWAY_B, NOBODY, NODE, OTHER_NODE, POD_A, POD_A_MAC, POD_B, POD_B_MAC, REMOTE, RST,
         SYN, checksum,
     },
-    model::hash,
     run::Outcome,
     services::{frame_of, frontend},
 };
 use abi::{
     Direction, DropReason, Identity, Path,
-    node::TUNNEL_PORT,
     policy::{TCP, UDP},
 };
 use harness::kernel_test;
@@ -21,23 +19,20 @@ use std::{
     net::{IpAddr, Ipv4Addr},
 };
 
-/// What clients outside are dropped for, as shown here.
-pub const REASONS: [DropReason; 1] = [DropReason::NoRouteBack];
-
-const PORT: u16 = 30080;
+pub const PORT: u16 = 30080;
 const SYN_ACK: u8 = SYN | ACK;
 /// What a frame from outside has.
 const MACS: ([u8; 6], [u8; 6]) = (GATEWAY_A, POD_A_MAC);
 
 /// Node ports for TCP and UDP.
-fn bench_with(backends: &[[u8; 4]]) -> Bench {
+pub fn bench_with(backends: &[[u8; 4]]) -> Bench {
     let mut bench = Bench::new();
     bench.forward();
     serve(&mut bench, backends);
     bench
 }
 
-fn serve(bench: &mut Bench, backends: &[[u8; 4]]) {
+pub fn serve(bench: &mut Bench, backends: &[[u8; 4]]) {
     let backends: Vec<(IpAddr, u16)> = backends.iter().map(|address| (IpAddr::from(*address), 8080)).collect();
     for protocol in [TCP, UDP] {
         bench.put_service(frontend(Ipv4Addr::UNSPECIFIED, protocol, PORT), &backends, 0);
@@ -45,7 +40,7 @@ fn serve(bench: &mut Bench, backends: &[[u8; 4]]) {
 }
 
 /// The port that a client outside has towards its backend: one of the node's choice.
-fn port_of(sent: &Outcome) -> u16 {
+pub fn port_of(sent: &Outcome) -> u16 {
     let frame = frame_of(sent.clone());
     u16::from_be_bytes([frame.0[34], frame.0[35]])
 }
@@ -204,41 +199,6 @@ fn everything_else_that_comes_in_is_left_alone() {
         Frame(vec![0; 60]),
     ] {
         assert_eq!(bench.from_netdev(&frame), Outcome::Passed, "{frame:?}");
-    }
-}
-
-#[test]
-fn nobody_passes_for_another_at_a_node_port() {
-    kernel_test!();
-    let mut bench = bench_with(&[POD_B]);
-    bench.put_network(
-        [100, 64, 0, 0],
-        10,
-        [Identity::WORLD; 2],
-        [Identity::WORLD.0; 2],
-        abi::network::UNROUTED,
-    );
-    for source in [POD_A, REMOTE, NODE, OTHER_NODE, [10, 9, 9, 9], [100, 64, 0, 1]] {
-        let asked = Frame::tcp(source, 5000, NODE, PORT, SYN).summed();
-        // What says that it is a node's is for the stack to believe.
-        let expected = if [NODE, OTHER_NODE].contains(&source) {
-            Outcome::Passed
-        } else {
-            Outcome::Dropped(DropReason::UnknownSource)
-        };
-        assert_eq!(bench.from_netdev(&asked), expected, "{source:?}");
-        let inner = Frame::tcp(source, 5000, POD_B, 8080, SYN).summed();
-        let outcome = bench.from_overlay(&inner, OTHER_NODE, Identity::WORLD);
-        assert_eq!(outcome.reason(), DropReason::UnknownSource, "{source:?}");
-    }
-    // Not from whoever is no node, and not to the node itself.
-    let inner = Frame::tcp(NOBODY, 5000, POD_B, 8080, SYN).summed();
-    let outcome = bench.from_overlay(&inner, NOBODY, Identity::WORLD);
-    assert_eq!(outcome.reason(), DropReason::UnknownNode);
-    for to in [NODE, NOBODY, OTHER_NODE] {
-        let inner = Frame::tcp([198, 51, 100, 7], 5000, to, 22, SYN).summed();
-        let outcome = bench.from_overlay(&inner, OTHER_NODE, Identity::WORLD);
-        assert_eq!(outcome.reason(), DropReason::NotLocal, "{to:?}");
     }
 }
 
@@ -416,98 +376,4 @@ fn only_pods_answer_at_node_ports() {
         let outcome = bench.from_netdev(&asked);
         assert_eq!(outcome.reason(), DropReason::BackendGone, "{other:?}");
     }
-}
-
-#[test]
-fn no_pod_answers_to_a_tunnel_port() {
-    kernel_test!();
-    // Any address may be another node's, whose tunnel believes what this node sends.
-    let client = [192, 0, 2, 22];
-    let mut bench = bench_with(&[POD_B]);
-    let asked = Frame::udp(client, TUNNEL_PORT, NODE, PORT).summed();
-    assert_eq!(bench.from_netdev(&asked).reason(), DropReason::TunnelPort);
-    // TCP has no tunnel, and datagrams from other ports are served.
-    let tcp = Frame::tcp(client, TUNNEL_PORT, NODE, PORT, SYN).summed();
-    assert_eq!(bench.from_netdev(&tcp).path(), Path::NodePort);
-    // The same where another node says that it was asked.
-    let asked = Frame::udp(client, TUNNEL_PORT, POD_A, 8080).summed();
-    let outcome = bench.from_overlay(&asked, OTHER_NODE, Identity::WORLD);
-    assert_eq!(outcome.reason(), DropReason::TunnelPort);
-    // Whatever has let a flow in, its answers are looked at as they leave: here the port becomes the tunnel's later.
-    let sent = bench.from_netdev(&Frame::udp(client, 5000, NODE, PORT).summed());
-    let port = port_of(&sent);
-    let answer = Frame::udp(POD_B, 8080, client, port).summed();
-    assert_eq!(bench.from_pod_b(&answer).path(), Path::NodePortReply);
-    bench.configure(|config| config.tunnel_port = 5000);
-    assert_eq!(bench.from_pod_b(&answer).reason(), DropReason::TunnelPort);
-    // Also those that a pod of another node gives by way of this one.
-    let mut bench = bench_with(&[REMOTE]);
-    let port = port_of(&bench.from_netdev(&Frame::udp(client, 5000, NODE, PORT).summed()));
-    let answer = Frame::udp(REMOTE, 8080, client, port).summed();
-    assert_eq!(
-        bench.from_overlay(&answer, OTHER_NODE, GREEN).path(),
-        Path::NodePortReply
-    );
-    bench.configure(|config| config.tunnel_port = 5000);
-    let outcome = bench.from_overlay(&answer, OTHER_NODE, GREEN);
-    assert_eq!(outcome.reason(), DropReason::TunnelPort);
-    // And what a service makes of a pod's own packet.
-    let mut bench = Bench::new();
-    let service = frontend(Ipv4Addr::new(172, 16, 0, 1), UDP, 53);
-    bench.put_service(service, &[(IpAddr::from(client), TUNNEL_PORT)], 0);
-    let asked = Frame::udp(POD_A, 5000, [172, 16, 0, 1], 53).summed();
-    assert_eq!(bench.from_pod_a(&asked).reason(), DropReason::TunnelPort);
-}
-
-#[test]
-fn a_client_outside_asks_by_the_interface_that_leads_to_it() {
-    kernel_test!();
-    let mut bench = bench_with(&[POD_B]);
-    let elsewhere = [198, 51, 100, 9];
-    bench
-        .netns
-        .ip(&["route", "add", "198.51.100.0/24", "dev", "va"])
-        .unwrap();
-    bench
-        .netns
-        .ip(&["route", "add", "unreachable", "198.51.101.0/24"])
-        .unwrap();
-    for client in [elsewhere, [198, 51, 101, 9], [127, 0, 0, 1]] {
-        let asked = Frame::tcp(client, 5000, NODE, PORT, SYN).summed();
-        assert_eq!(
-            bench.from_netdev(&asked).reason(),
-            DropReason::NoRouteBack,
-            "{client:?}"
-        );
-    }
-    // A connection that has begun goes on: its answers leave as they came.
-    let asked = |flags| Frame::tcp(NOBODY, 5000, NODE, PORT, flags).summed();
-    assert_eq!(bench.from_netdev(&asked(SYN)).path(), Path::NodePort);
-    bench
-        .netns
-        .ip(&["route", "add", "203.0.113.0/24", "dev", "va"])
-        .unwrap();
-    assert_eq!(bench.from_netdev(&asked(ACK)).path(), Path::NodePort);
-}
-
-#[test]
-fn no_client_outside_gets_the_port_of_the_tunnel() {
-    kernel_test!();
-    let mut bench = bench_with(&[POD_B]);
-    // One whose first choice that would be: the hash says so.
-    let first_choice = |(client, port): ([u8; 4], u16)| {
-        let rest = u64::from(port.to_be()) << 32 | u64::from(PORT.to_be()) << 16 | u64::from(UDP);
-        let candidate = hash(client.into(), NODE.into(), rest).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        1024 + (((candidate >> 32) * (0x1_0000 - 1024)) >> 32)
-    };
-    let (client, port) = (1..=254)
-        .flat_map(|last| (1..=u16::MAX).map(move |port| ([203, 0, 113, last], port)))
-        .find(|client| first_choice(*client) == u64::from(TUNNEL_PORT))
-        .unwrap();
-    let sent = bench.from_netdev(&Frame::udp(client, port, NODE, PORT).summed());
-    assert_eq!(sent.path(), Path::NodePort);
-    let port = port_of(&sent);
-    assert_ne!(port, TUNNEL_PORT);
-    let answered = bench.from_pod_b(&Frame::udp(POD_B, 8080, client, port).summed());
-    assert_eq!(answered.path(), Path::NodePortReply);
 }

@@ -1,12 +1,16 @@
 //! What a pod is told of packets that go no farther.
 
 use super::{
-    bench::{Bench, TUNNEL_MTU},
-    frame::{Frame, GATEWAY_A, POD_A, POD_A_MAC, POD_A6, POD_B, POD_B6, REMOTE, REMOTE6, SYN, checksum, checksum6},
+    bench::{Bench, RED_PLACE, TUNNEL_MTU},
+    flows::{back, one_way, there},
+    frame::{
+        ACK, Frame, GATEWAY_A, NOBODY, POD_A, POD_A_MAC, POD_A6, POD_B, POD_B6, REMOTE, REMOTE6, RST, SYN, checksum,
+        checksum6,
+    },
     run::{Arrival, Outcome},
 };
 use abi::{
-    DropReason, Hook, Path,
+    DropReason, Hook, Identity, Path,
     node::{GATEWAY_V4, GATEWAY_V6},
 };
 use harness::kernel_test;
@@ -111,4 +115,34 @@ fn that_its_packet_is_too_big_for_the_tunnel() {
     // On the same node nothing is in the way.
     let local = sized(&Frame::udp(POD_A, 1, POD_B, 53).with(20, &[0x40, 0]), 1900);
     assert_eq!(bench.from_pod_a(&local).path(), Path::Local);
+}
+
+#[test]
+fn that_nobody_knows_its_connection_any_more() {
+    kernel_test!();
+    let mut bench = one_way();
+    let lost = back(ACK).with(38, &7_u32.to_be_bytes()).with(42, &9_u32.to_be_bytes());
+    let Outcome::Told(DropReason::EgressDenied, told) = bench.from_pod_b(&lost) else {
+        panic!("it is told");
+    };
+    let (there, back) = (there(RST), back(RST));
+    // From the other end, with the number that it expects.
+    assert_eq!((&told.0[26..38], told.0[47]), (&there.0[26..38], RST));
+    assert_eq!(
+        (&told.0[38..42], &told.0[42..46]),
+        (&9_u32.to_be_bytes()[..], &[0; 4][..])
+    );
+    // A reset is not answered, and nobody else is told whose address nobody has checked.
+    assert_eq!(bench.from_pod_b(&back), Outcome::Dropped(DropReason::EgressDenied));
+    // So does who has opened it.
+    let outcome = bench.from_pod_a(&Frame::tcp(POD_A, 40000, POD_B, 80, ACK));
+    assert!(
+        matches!(outcome, Outcome::Told(DropReason::MidStream, _)),
+        "{outcome:?}"
+    );
+    let mut bench = Bench::new();
+    bench.deny_egress(RED_PLACE.0, Identity::WORLD.0);
+    let stray = Frame::tcp(NOBODY, 80, POD_A, 5000, ACK);
+    let by = bench.underlay;
+    assert_eq!(bench.to_pod(&stray, by), Outcome::Dropped(DropReason::MidStream));
 }

@@ -82,17 +82,12 @@ impl Model {
         if let Some(pod) = self.pods.get(&address) {
             return Ok((pod.party(), Place::Pod(pod.clone())));
         }
-        let packet = &travel.packet;
-        let to_tunnel = packet.protocol == UDP && !packet.related && travel.destination.1 == TUNNEL_PORT;
         let nobody = Party::reserved(Identity::NONE);
         if let Some(remote) = self.remotes.get(&address) {
             return Ok((remote.party(), Place::Remote(remote.node)));
         }
         if self.is_service(address) || (self.is_host(address) && self.is_node_port(travel)) {
             return Ok((nobody, Place::Service));
-        }
-        if to_tunnel {
-            return Err(DropReason::TunnelPort);
         }
         if self.is_host(address) {
             return Ok((Party::reserved(Identity::HOST), Place::Host));
