@@ -143,3 +143,36 @@ fn no_client_outside_gets_the_port_of_the_tunnel() {
     let answered = bench.from_pod_b(&Frame::udp(POD_B, 8080, client, port).summed());
     assert_eq!(answered.path(), Path::NodePortReply);
 }
+
+#[test]
+fn what_comes_from_elsewhere_with_the_nodes_address_is_an_answer_or_nothing() {
+    kernel_test!();
+    // As where a container runtime has sent on what the pod has asked the node, or a container asks by itself.
+    let mut bench = Bench::new();
+    let by = bench.underlay;
+    let from_node = |flags| Frame::tcp(NODE, 8081, POD_A, 5000, flags);
+    for frame in [
+        from_node(SYN),
+        from_node(ACK),
+        Frame::udp(NODE, 53, POD_A, 5000),
+        Frame::echo(NODE, POD_A, false, 1),
+        Frame::udp(NODE, 53, POD_A, 5000).piece(7, 64, false),
+    ] {
+        assert_eq!(
+            bench.to_pod(&frame, by).reason(),
+            DropReason::UnknownSource,
+            "{frame:?}"
+        );
+    }
+    let asked = Frame::tcp(POD_A, 5000, NODE, 8081, SYN);
+    assert_eq!(bench.from_pod_a(&asked).path(), Path::ToHost);
+    assert_eq!(bench.to_pod(&from_node(SYN | ACK), by).path(), Path::FromHost);
+    assert_eq!(bench.to_pod(&from_node(ACK), by).path(), Path::FromHost);
+    // Nobody turns it round.
+    assert_eq!(bench.to_pod(&from_node(SYN), by).reason(), DropReason::UnknownSource);
+    // The node itself may ask.
+    assert_eq!(
+        bench.to_pod(&Frame::tcp(NODE, 9000, POD_A, 22, SYN), 0).path(),
+        Path::FromHost
+    );
+}
