@@ -2,7 +2,7 @@
 
 use crate::{maps, packet::Flow};
 use abi::{
-    AddressKey, DropReason, Family, Identity,
+    AddressKey, Family, Identity,
     address::Address,
     conntrack::{Link, Peer},
     ipcache::{IPCACHE_HOST, IPCACHE_NODE, IPCACHE_SERVICE},
